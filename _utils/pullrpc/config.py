@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dom0's settings: defaults, types, bounds. An unknown or wrong setting is an error, never ignored:
+a misspelt limit must not become no limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .errors import ConfigError, PullError
+from .ids import check_vm_name
+
+_MIB = 1 << 20
+#: (lowest, highest) of each whole-number setting.
+_BOUNDS = {
+    "timeout_max": (1, 604800),
+    "max_age": (5, 3600),
+    "command_max": (1, _MIB),
+    "stdin_max": (0, 1 << 30),
+    "output_max": (1024, 1 << 30),
+    "spool_bytes_max": (_MIB, 1 << 40),
+    "spool_max_age": (60, 30 * 86400),
+    "ledger_keep_days": (1, 3650),
+    "parallel": (1, 256),
+    "vm_parallel": (1, 256),
+    "vm_queue": (1, 1024),
+    "poll_wait": (1, 300),
+    "answer_wait": (1, 300),
+    "discover_interval": (1, 3600),
+    "agentless_interval": (1, 3600),
+    "stop_grace": (0, 8),
+    "memory_max": (16 * _MIB, 1 << 50),
+    "tasks_max": (8, 1 << 20),
+    "cpu_weight": (1, 10000),
+    "nofile": (64, 1 << 20),
+}
+#: Settings that a VM may have of its own, under ``vms``.
+_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "accept_v1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings. Sizes are bytes, times seconds, unless a name says otherwise.
+
+    Attributes:
+        key_dir: folder of the keys, one ``<vm>.key`` each.
+        state_dir: ledger and spool; must survive a reboot.
+        run_dir: lock and sandboxes; must not survive one.
+        audit_log: the audit log.
+        qvm_run, qvm_ls: programs, found through PATH.
+        timeout_max: longest a command may run.
+        max_age: furthest a command id's time may be from dom0's clock, either way.
+        command_max, stdin_max: largest request.
+        output_max: most that is kept of stdout and of stderr each.
+        spool_bytes_max: most that is kept on disk for one VM.
+        spool_max_age: how long a result waits for its VM.
+        ledger_keep_days: how long a used id is remembered.
+        parallel, vm_parallel: most commands running, in all and for one VM.
+        vm_queue: most commands of one VM accepted and waiting.
+        poll_wait: how long a poll may wait in the VM.
+        answer_wait: how long any other answer may take.
+        discover_interval: how often running VMs are listed.
+        agentless_interval: how often a VM without the agent is asked.
+        stop_grace: how long running commands may go on once the engine is told to stop.
+        memory_max, tasks_max, cpu_weight, nofile: limits of one command.
+        path: PATH of commands.
+        accept_v1: take the tokens of qvm-remote 1.x, which do not bind the command; per VM only.
+        vms: settings per VM; a VM named here is served (and refused, while it has no key).
+    """
+
+    key_dir: str = "/etc/qubes/remote.d"
+    state_dir: str = "/var/lib/qvm-remote"
+    run_dir: str = "/run/qvm-remote"
+    audit_log: str = "/var/log/qvm-remote/audit.log"
+    qvm_run: str = "qvm-run"
+    qvm_ls: str = "qvm-ls"
+    timeout_max: int = 300
+    max_age: int = 300
+    command_max: int = _MIB
+    stdin_max: int = 16 * _MIB
+    output_max: int = 10 * _MIB
+    spool_bytes_max: int = 512 * _MIB
+    spool_max_age: int = 86400
+    ledger_keep_days: int = 90
+    parallel: int = 8
+    vm_parallel: int = 4
+    vm_queue: int = 64
+    poll_wait: int = 25
+    answer_wait: int = 20
+    discover_interval: int = 5
+    agentless_interval: int = 2
+    stop_grace: int = 3
+    memory_max: int = 2048 * _MIB
+    tasks_max: int = 512
+    cpu_weight: int = 100
+    nofile: int = 4096
+    path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    accept_v1: bool = False
+    vms: dict = dataclasses.field(default_factory=dict)
+
+    def for_vm(self, vm):
+        """The settings that hold for one VM.
+
+        Args:
+            vm: str.
+
+        Returns:
+            Config
+        """
+        return dataclasses.replace(self, **self.vms.get(vm, {}))
+
+
+def make_config(settings=None):
+    """Check settings and fill in defaults.
+
+    Args:
+        settings: dict, as from pillar or an engine's arguments; None for all defaults.
+
+    Returns:
+        Config
+
+    Raises:
+        ConfigError: a setting is unknown, of the wrong type, or out of range; the text names it.
+    """
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ConfigError("the settings of qvm-remote must be a mapping")
+    if "accept_v1" in settings:
+        raise ConfigError("accept_v1 is set for single VMs only, under vms: NAME")
+    _check_settings(settings, "")
+    clean = dict(settings)
+    clean["vms"] = _check_vms(settings.get("vms"))
+    return Config(**clean)
+
+
+def _check_vms(vms):
+    if vms is None:
+        return {}
+    if isinstance(vms, (list, tuple)):
+        vms = {vm: {} for vm in vms}
+    if not isinstance(vms, dict):
+        raise ConfigError("vms must be a mapping of VM names to their settings, or a list of VM names")
+    for vm, own in vms.items():
+        try:
+            check_vm_name(vm)
+        except PullError as err:
+            raise ConfigError(f"vms: {vm!r} is {err}") from None
+        if own is not None and not isinstance(own, dict):
+            raise ConfigError(f"vms: {vm}: must be a mapping of settings")
+        for name in own or {}:
+            if name not in _PER_VM:
+                raise ConfigError(f"vms: {vm}: {name!r} is no setting of a VM; those are {', '.join(_PER_VM)}")
+        _check_settings(own or {}, f"vms: {vm}: ")
+    return {vm: dict(own or {}) for vm, own in vms.items()}
+
+
+def _check_settings(settings, where):
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        if name not in defaults:
+            raise ConfigError(f"{where}{name!r} is no setting of qvm-remote")
+        if name == "vms":
+            continue
+        default = defaults[name]
+        # bool is an int in Python; 'parallel: true' is a mistake all the same.
+        if type(value) is not type(default):
+            raise ConfigError(f"{where}{name} must be of type {type(default).__name__}, not {type(value).__name__}")
+        if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+            raise ConfigError(f"{where}{name} must lie between {_BOUNDS[name][0]} and {_BOUNDS[name][1]}")
+        if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
+            raise ConfigError(f"{where}{name} must be one line of text")
+        if name in ("key_dir", "state_dir", "run_dir", "audit_log") and not value.startswith("/"):
+            raise ConfigError(f"{where}{name} must be an absolute path")
+        if name == "key_dir" and (value == "/srv" or value.startswith("/srv/")):
+            raise ConfigError("key_dir must not lie under /srv: management VMs get a copy of it")

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What dom0 keeps and does with a request: verify it, claim it, run it in the sandbox, keep its result.
+
+The one place where the parts meet; both the execution module and the pull loop work through it.
+It never talks to a VM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+
+from . import sandbox
+from .audit import AuditLog, describe_command
+from .errors import AuditError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
+from .gate import authenticate, check_new
+from .keyring import Keyring
+from .ledger import Ledger
+from .spool import ERR, META, OUT, Spool
+from .tokens import TOKEN_MAX, make_meta
+
+#: Exit code of everything that qvm-remote itself refuses or fails at.
+EXIT_FAILED = 125
+_SHELL = "/bin/bash"
+_INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
+
+
+class Dom0:
+    """dom0's side, from key to result.
+
+    Args:
+        config: Config.
+
+    Raises:
+        LedgerError: the ledger can't be opened.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.keyring = Keyring(config.key_dir)
+        self.ledger = Ledger(os.path.join(config.state_dir, "ledger.sqlite"))
+        self.spool = Spool(os.path.join(config.state_dir, "spool"))
+        self.audit = AuditLog(config.audit_log)
+        self._running = {}
+        self._lock = threading.Lock()
+
+    def verify(self, vm, untrusted_cid, untrusted_command, untrusted_token):
+        """Decide whether a request may run; changes nothing.
+
+        Args:
+            vm: str.
+            untrusted_cid, untrusted_command, untrusted_token: bytes.
+
+        Returns:
+            (Request, str or None): the request, and its ledger state when it is on its way already.
+
+        Raises:
+            Refused: it may not.
+        """
+        config = self.config.for_vm(vm)
+        request = authenticate(config, self.keyring, vm, untrusted_cid, untrusted_command, untrusted_token)
+        return request, check_new(config, self.ledger, request)
+
+    def accept(self, request, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
+        """Take a verified request over: keep it on disk with its stdin, and claim it.
+
+        Args:
+            request: Request, as :meth:`verify` gave it.
+            untrusted_command, untrusted_token: bytes, what it was verified from.
+            untrusted_stdin_size: int, bytes; -1 when the VM shows no stdin.
+            fetch_stdin: callable without arguments that yields the stdin in parts, no more than that size in all.
+
+        Raises:
+            Refused: stdin is too large or not what was signed, there is no room, or it can't be recorded.
+        """
+        vm, cid = request.vm, request.cid
+        config = self.config.for_vm(vm)
+        if untrusted_stdin_size > config.stdin_max:
+            raise Refused("size", f"stdin is too large: {untrusted_stdin_size} bytes, dom0 takes at most {config.stdin_max}")
+        if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
+            raise Refused("stdin", "stdin is not what was signed")
+        if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
+            raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
+        try:
+            self.spool.store_request(vm, cid, untrusted_command, untrusted_token)
+            if request.stdin_digest and self.spool.store_stdin(vm, cid, fetch_stdin()) != request.stdin_digest:
+                raise Refused("stdin", "stdin is not what was signed")
+            self.audit.write(
+                "accepted", vm, cid, form=request.form, timeout=request.timeout, stdin=max(0, untrusted_stdin_size), **describe_command(request.command)
+            )
+            if not self.ledger.claim(vm, cid, request.token_mac):
+                raise Refused("replay", "this id was used before; nothing is ever run twice")
+        except (SpoolError, AuditError, LedgerError) as err:
+            self.spool.remove(vm, cid)
+            raise Refused("storage", str(err)) from err
+        except PullError:
+            self.spool.remove(vm, cid)
+            raise
+
+    def execute(self, vm, cid):
+        """Run a claimed command and keep its result.
+
+        Its token is checked once more, from what was kept; then the ledger lets exactly one caller start it.
+
+        Args:
+            vm, cid: str.
+
+        Returns:
+            dict: ``exit`` (int), ``status`` (str: done, timeout, cancelled, interrupted, failed, refused), ``seconds`` (float).
+
+        Raises:
+            Refused: it was not claimed, or has been started before; its result isn't touched.
+        """
+        started = time.monotonic()
+        config = self.config.for_vm(vm)
+        try:
+            command, token_line, stdin_path = self.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
+            request = authenticate(config, self.keyring, vm, cid.encode("ascii"), command, token_line)
+            if not self.ledger.start(vm, cid):
+                raise Refused("replay", "this command is not waiting to run; nothing is ever run twice")
+        except Refused as err:
+            if err.code == "replay":
+                raise
+            return self._finish_without_run(vm, cid, str(err), "refused")
+        except (SpoolError, LedgerError) as err:
+            return self._finish_without_run(vm, cid, str(err), "failed")
+        if request.form == "ping":
+            return self._finish_ping(request, started)
+        try:
+            self.audit.write("run", vm, cid)
+            outcome = self._run(config, request, stdin_path)
+        except (SandboxError, AuditError, SpoolError) as err:
+            return self._finish_without_run(vm, cid, str(err), "failed")
+        return self._finish_run(request, outcome)
+
+    def cancel(self, vm, cid):
+        """Kill a running command; its client gave up, so no result is kept.
+
+        Args:
+            vm, cid: str.
+
+        Returns:
+            bool, False when it isn't running.
+        """
+        return self._stop_running(vm, cid, "cancelled")
+
+    def interrupt_running(self):
+        """Kill everything that runs; the results say ``interrupted`` and are kept."""
+        with self._lock:
+            keys = list(self._running)
+        for vm, cid in keys:
+            self._stop_running(vm, cid, "interrupted")
+
+    def drop_queued(self, vm, cid):
+        """Finish a command that was claimed, not started, and whose client gave up.
+
+        Args:
+            vm, cid: str.
+        """
+        if self.ledger.start(vm, cid):
+            self.ledger.finish(vm, cid, EXIT_FAILED, "cancelled")
+            self.ledger.delivered(vm, cid)
+            self.spool.remove(vm, cid)
+            self.audit.write("cancelled", vm, cid)
+
+    def interrupt_queued(self, vm, cid):
+        """Finish a command that was claimed and will not be started: the service stops."""
+        if self.ledger.start(vm, cid):
+            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
+
+    def recover(self):
+        """Finish what an engine that died left claimed or running. Nothing is run again.
+
+        Returns:
+            list of (vm, cid), now waiting for delivery.
+
+        Raises:
+            LedgerError: the ledger can't be read or written.
+        """
+        left = self.ledger.unfinished()
+        for vm, cid in left:
+            for part in (OUT, ERR, META):
+                self.spool.remove_part(vm, cid, part)
+            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
+        self.ledger.prune(self.config.ledger_keep_days)
+        return left
+
+    def refusal(self, vm, cid, reason):
+        """Make the answer to a request that isn't accepted.
+
+        Args:
+            vm, cid: str.
+            reason: str, one sentence.
+
+        Returns:
+            (bytes, bytes): ``.err`` and ``.meta``.
+        """
+        err = _reason_line(reason)
+        return err, self._meta(vm, cid, b"", err, EXIT_FAILED, "refused", {})
+
+    def expire(self, vm):
+        """Give up results of a VM that waited too long.
+
+        Args:
+            vm: str.
+
+        Returns:
+            list of cid that are still to be delivered, oldest first.
+
+        Raises:
+            LedgerError: the ledger can't be read or written.
+        """
+        waiting = []
+        for cid, done_at in self.ledger.undelivered(vm):
+            if time.time() - done_at <= self.config.spool_max_age:
+                waiting.append(cid)
+                continue
+            self.ledger.delivered(vm, cid)
+            self.spool.remove(vm, cid)
+            self.audit.write("expired", vm, cid)
+        return waiting
+
+    def _run(self, config, request, stdin_path):
+        vm, cid = request.vm, request.cid
+        script = request.command.encode("utf-8") if request.form == "script" else None
+        argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}[request.form]
+        for part in (OUT, ERR):
+            self.spool.remove_part(vm, cid, part)
+        job = sandbox.Job(
+            vm=vm,
+            cid=cid,
+            argv=argv,
+            script=script,
+            stdin_path=stdin_path,
+            out_path=self.spool.path(vm, cid, OUT),
+            err_path=self.spool.path(vm, cid, ERR),
+            timeout=request.timeout,
+        )
+        limits = sandbox.Limits(
+            run_dir=config.run_dir,
+            output_max=config.output_max,
+            memory_max=config.memory_max,
+            tasks_max=config.tasks_max,
+            cpu_weight=config.cpu_weight,
+            nofile=config.nofile,
+            path=config.path,
+        )
+        running = _Running(sandbox.start(job, limits))
+        with self._lock:
+            self._running[vm, cid] = running
+        try:
+            return running.handle.wait(), running.why_stopped
+        finally:
+            with self._lock:
+                del self._running[vm, cid]
+
+    def _stop_running(self, vm, cid, why):
+        with self._lock:
+            running = self._running.get((vm, cid))
+            if running is None:
+                return False
+            running.why_stopped = running.why_stopped or why
+            running.handle.cancel()
+        return True
+
+    def _finish_run(self, request, ended):
+        outcome, why_stopped = ended
+        vm, cid = request.vm, request.cid
+        if outcome.cancelled and why_stopped == "cancelled":
+            return self._finish_cancelled(vm, cid, outcome.seconds)
+        status = "timeout" if outcome.timed_out else "interrupted" if outcome.cancelled else "done"
+        exit_code = EXIT_FAILED if outcome.cancelled else outcome.exit_code
+        extra = {
+            "seconds": f"{outcome.seconds:.3f}",
+            "timeout": request.timeout,
+            "signal": outcome.signal or 0,
+            "out-bytes": outcome.out_bytes,
+            "err-bytes": outcome.err_bytes,
+            "out-truncated": int(outcome.out_truncated),
+            "err-truncated": int(outcome.err_truncated),
+        }
+        try:
+            if outcome.cancelled:
+                self.spool.append(vm, cid, ERR, _reason_line(_INTERRUPTED))
+            digests = self.spool.digest(vm, cid, OUT), self.spool.digest(vm, cid, ERR)
+            self.spool.store_text(vm, cid, META, self._meta_of(vm, cid, digests, exit_code, status, extra))
+        except SpoolError as err:
+            return self._finish_without_run(vm, cid, f"the command ended with exit code {exit_code}, but {err}", "failed")
+        return self._record(vm, cid, exit_code, status, outcome.seconds)
+
+    def _finish_ping(self, request, started):
+        vm, cid = request.vm, request.cid
+        try:
+            self.spool.store_text(vm, cid, OUT, b"pong\n")
+            self.spool.store_text(vm, cid, META, self._meta(vm, cid, b"pong\n", b"", 0, "done", {}))
+        except SpoolError as err:
+            return self._finish_without_run(vm, cid, str(err), "failed")
+        return self._record(vm, cid, 0, "done", time.monotonic() - started)
+
+    def _finish_without_run(self, vm, cid, reason, status):
+        """Keep a result that says why there is none, in place of whatever output there was."""
+        err = _reason_line(reason)
+        for part in (OUT, META):
+            self.spool.remove_part(vm, cid, part)
+        try:
+            self.spool.store_text(vm, cid, ERR, err)
+            self.spool.store_text(vm, cid, META, self._meta(vm, cid, b"", err, EXIT_FAILED, status, {}))
+        except SpoolError:
+            # A full disk: without .meta the pull loop makes the same answer in memory when it delivers.
+            self.spool.remove_part(vm, cid, ERR)
+        return self._record(vm, cid, EXIT_FAILED, status, 0.0)
+
+    def _finish_cancelled(self, vm, cid, seconds):
+        result = self._record(vm, cid, EXIT_FAILED, "cancelled", seconds)
+        self.ledger.delivered(vm, cid)
+        self.spool.remove(vm, cid)
+        return result
+
+    def _record(self, vm, cid, exit_code, status, seconds):
+        self.ledger.finish(vm, cid, exit_code, status)
+        self.spool.remove_inputs(vm, cid)
+        self.audit.write("ended", vm, cid, exit=exit_code, status=status, seconds=round(seconds, 3))
+        return {"exit": exit_code, "status": status, "seconds": round(seconds, 3)}
+
+    def _meta(self, vm, cid, out, err, exit_code, status, extra):
+        return self._meta_of(vm, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, extra)
+
+    def _meta_of(self, vm, cid, digests, exit_code, status, extra):
+        try:
+            key = self.keyring.get(vm)
+        except KeyringError:
+            # Revoked meanwhile, or never there: the client can't be given a proof, and treats the answer as a refusal only.
+            key = None
+        return make_meta(key, cid, *digests, {"id": cid, "exit": exit_code, "status": status, **extra})
+
+
+class _Running:
+    """A command in the sandbox, and why it was told to stop if it was."""
+
+    def __init__(self, handle):
+        self.handle = handle
+        self.why_stopped = None
+
+
+def _reason_line(reason):
+    return f"qvm-remote: {reason}\n".encode("utf-8", "replace")

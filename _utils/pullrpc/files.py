@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Small files, written whole and read with a bound. Used on both sides.
+
+Every file appears by rename: whoever sees a name sees all of its content.
+"""
+
+import os
+
+from .errors import PullError
+
+
+def write_whole(path, data, mode=0o600):
+    """Write a file that appears whole or not at all.
+
+    Args:
+        path: str.
+        data: bytes.
+        mode: int, permissions.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    folder, name = os.path.split(path)
+    temp = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}")
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.rename(temp, path)
+    except BaseException:
+        forget(temp)
+        raise
+
+
+def forget(*paths):
+    """Remove files; one that isn't there is as good as removed.
+
+    Args:
+        paths: str.
+    """
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def read_bounded(path, limit):
+    """Read a small file.
+
+    Args:
+        path: str.
+        limit: int, bytes.
+
+    Returns:
+        bytes
+
+    Raises:
+        OSError: it can't be read.
+        PullError: it is longer than the limit, or no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise PullError(f"{os.path.basename(path)} is longer than {limit} bytes")
+    return data
+
+
+def knock(path):
+    """Write a byte to a FIFO if somebody listens; never wait.
+
+    Args:
+        path: str.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        # Nobody listens; whoever waits without a bell looks by itself now and then.
+        return
+    try:
+        os.write(fd, b"!")
+    except (BlockingIOError, BrokenPipeError):
+        pass
+    finally:
+        os.close(fd)

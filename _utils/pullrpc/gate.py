@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The gate: whether dom0 believes a request. Nothing runs that did not pass here, and nothing here writes or runs anything.
+
+The checks, in order: shape, key and token, ledger (seen before?), freshness, what the VM may ask for.
+The first that fails answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from .errors import KeyringError, LedgerError, Refused
+from .ids import check_cid, cid_time
+from .ledger import DELIVERED
+from .tokens import parse_token, token_matches
+from .validate import check_command, parse_argv
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request whose shape and token are right.
+
+    Attributes:
+        vm, cid: str.
+        command: str.
+        argv: tuple of str for the form *argv*, else None.
+        form: str, one of :data:`pullrpc.tokens.FORMS`.
+        timeout: int, seconds.
+        stdin_digest: bytes, SHA-256 of its stdin; empty when it has none.
+        token_mac: bytes, which tells this request from any other.
+    """
+
+    vm: str
+    cid: str
+    command: str
+    argv: tuple | None
+    form: str
+    timeout: int
+    stdin_digest: bytes
+    token_mac: bytes
+
+
+def authenticate(config, keyring, vm, untrusted_cid, untrusted_command, untrusted_token):
+    """Check shape, key and token.
+
+    Args:
+        config: Config that holds for this VM.
+        keyring: Keyring.
+        vm: str, the VM dom0 fetched the request from.
+        untrusted_cid, untrusted_command, untrusted_token: bytes, as fetched.
+
+    Returns:
+        Request
+
+    Raises:
+        Refused: why it isn't believed.
+    """
+    cid = check_cid(untrusted_cid)
+    cid_time(cid)
+    command = check_command(untrusted_command, config.command_max)
+    try:
+        key = keyring.get(vm)
+    except KeyringError as err:
+        raise Refused("key", f"{err}; in dom0: qvm_remote.authorize {vm}") from None
+    token = parse_token(untrusted_token)
+    if token.version == 1 and not config.accept_v1:
+        raise Refused("token", "this is a token of qvm-remote 1.x, which dom0 does not accept from this VM; update the client")
+    if not token_matches(key, vm, cid, token, untrusted_command):
+        raise Refused("token", "the token does not fit: wrong key, another id, or the command was changed after it was signed")
+    timeout = config.timeout_max if token.timeout is None else token.timeout
+    if timeout > config.timeout_max:
+        raise Refused("timeout", f"a timeout of {timeout} s is over the limit of {config.timeout_max} s that dom0 sets for this VM; use -t")
+    argv = parse_argv(command) if token.form == "argv" else None
+    return Request(vm, cid, command, argv, token.form, timeout, token.stdin_digest, token.mac)
+
+
+def check_new(config, ledger, request, now=None):
+    """Check that a request was never run and isn't stale.
+
+    Args:
+        config: Config that holds for this VM.
+        ledger: Ledger.
+        request: Request.
+        now: float, seconds since the epoch (default: dom0's clock).
+
+    Returns:
+        str or None: the ledger's state when this very request is on its way already (shown again after a broken session).
+
+    Raises:
+        Refused: it ran before (code ``replay``), is stale (``stale``), or the ledger can't tell (``ledger``).
+    """
+    try:
+        seen = ledger.state(request.vm, request.cid)
+    except LedgerError as err:
+        raise Refused("ledger", str(err)) from err
+    if seen is not None:
+        state, token_mac = seen
+        if state == DELIVERED or token_mac != request.token_mac:
+            raise Refused("replay", "this id was used before; nothing is ever run twice")
+        return state
+    age = (time.time() if now is None else now) - cid_time(request.cid)
+    if abs(age) > config.max_age:
+        side = "old" if age > 0 else "ahead of dom0's clock"
+        raise Refused("stale", f"the request is {abs(age):.0f} s {side}, dom0 takes at most {config.max_age} s; check the clocks and send it again")
+    return None

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ledger: which commands were ever claimed. It is why nothing runs twice.
+
+SQLite in WAL mode with full sync: a claim is on disk before the command starts. A row goes
+claimed -> running -> done -> delivered and never back. What was claimed or running when an engine
+died is finished as *interrupted* by the next one; it is never run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+
+from .errors import LedgerError
+
+CLAIMED, RUNNING, DONE, DELIVERED = "claimed", "running", "done", "delivered"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS command (
+    vm TEXT NOT NULL,
+    cid TEXT NOT NULL,
+    token BLOB NOT NULL,
+    state TEXT NOT NULL,
+    exit INTEGER,
+    status TEXT,
+    claimed_at REAL NOT NULL,
+    done_at REAL,
+    PRIMARY KEY (vm, cid)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
+"""
+#: How long to wait for another process's write, seconds.
+_BUSY_WAIT = 10
+
+
+class Ledger:
+    """An open ledger; may be used from several threads.
+
+    Args:
+        path: str, the database file; its folder is created 0700.
+
+    Raises:
+        LedgerError: it can't be opened, is damaged, or is not ours alone.
+    """
+
+    def __init__(self, path):
+        self._lock = threading.Lock()
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            info = os.fstat(fd)
+            os.close(fd)
+            if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+                raise LedgerError(f"{path} must belong to root, mode 0600")
+            self._db = sqlite3.connect(path, timeout=_BUSY_WAIT, isolation_level=None, check_same_thread=False)
+            mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            self._db.execute("PRAGMA synchronous=FULL")
+            if mode != "wal":
+                raise LedgerError(f"{path}: this file system can't hold the ledger safely (no WAL)")
+            self._db.executescript(_SCHEMA)
+        except OSError as err:
+            raise LedgerError(f"can't open the ledger {path}: {err.strerror}") from err
+        except sqlite3.Error as err:
+            raise LedgerError(f"can't open the ledger {path}: {err}") from err
+
+    def close(self):
+        """Close the database."""
+        with self._lock:
+            self._db.close()
+
+    def state(self, vm, cid):
+        """Look a command up.
+
+        Returns:
+            (state, token MAC) or None when the id was never claimed for this VM.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            row = self._db.execute("SELECT state, token FROM command WHERE vm = ? AND cid = ?", (vm, cid)).fetchone()
+        return (row[0], bytes(row[1])) if row else None
+
+    def claim(self, vm, cid, token_mac):
+        """Claim a command. On return the claim is on disk.
+
+        Args:
+            vm, cid: str.
+            token_mac: bytes, to tell the same request shown again from another one under its id.
+
+        Returns:
+            bool, False when this id was claimed before.
+
+        Raises:
+            LedgerError: it can't be recorded; the command must not run.
+        """
+        with self._guarded():
+            cursor = self._db.execute(
+                "INSERT INTO command (vm, cid, token, state, claimed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (vm, cid, token_mac, CLAIMED, time.time()),
+            )
+            return cursor.rowcount == 1
+
+    def start(self, vm, cid):
+        """Move a command from claimed to running; only one caller ever succeeds.
+
+        Returns:
+            bool, False when it is not in state *claimed*.
+
+        Raises:
+            LedgerError: it can't be recorded; the command must not run.
+        """
+        return self._move(vm, cid, (CLAIMED,), RUNNING)
+
+    def finish(self, vm, cid, exit_code, status):
+        """Record a command's end.
+
+        Args:
+            vm, cid: str.
+            exit_code: int.
+            status: str, one word: ``done``, ``timeout``, ``interrupted``, ...
+
+        Raises:
+            LedgerError: it can't be recorded.
+        """
+        with self._guarded():
+            self._db.execute(
+                "UPDATE command SET state = ?, exit = ?, status = ?, done_at = ? WHERE vm = ? AND cid = ? AND state IN (?, ?)",
+                (DONE, exit_code, status, time.time(), vm, cid, CLAIMED, RUNNING),
+            )
+
+    def delivered(self, vm, cid):
+        """Record that a result reached its VM (or never can).
+
+        Raises:
+            LedgerError: it can't be recorded.
+        """
+        self._move(vm, cid, (DONE,), DELIVERED)
+
+    def unfinished(self):
+        """List what was claimed or running. At an engine's start these are what the last one left behind.
+
+        Returns:
+            list of (vm, cid)
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return self._db.execute("SELECT vm, cid FROM command WHERE state IN (?, ?)", (CLAIMED, RUNNING)).fetchall()
+
+    def undelivered(self, vm):
+        """List a VM's results that wait for delivery, oldest first.
+
+        Returns:
+            list of (cid, done_at in seconds since the epoch)
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return self._db.execute("SELECT cid, done_at FROM command WHERE vm = ? AND state = ? ORDER BY done_at", (vm, DONE)).fetchall()
+
+    def counts(self):
+        """Count commands by state.
+
+        Returns:
+            dict of state to int.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return dict(self._db.execute("SELECT state, count(*) FROM command GROUP BY state").fetchall())
+
+    def prune(self, keep_days):
+        """Forget delivered commands claimed more than some days ago.
+
+        Args:
+            keep_days: int.
+
+        Returns:
+            int, how many.
+
+        Raises:
+            LedgerError: it can't be written.
+        """
+        with self._guarded():
+            return self._db.execute(
+                "DELETE FROM command WHERE state = ? AND claimed_at < ?", (DELIVERED, time.time() - keep_days * 86400)
+            ).rowcount
+
+    def _move(self, vm, cid, states, new_state):
+        marks = ", ".join("?" * len(states))
+        with self._guarded():
+            cursor = self._db.execute(
+                f"UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state IN ({marks})", (new_state, vm, cid, *states)
+            )
+            return cursor.rowcount == 1
+
+    @contextlib.contextmanager
+    def _guarded(self):
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as err:
+                raise LedgerError(f"the ledger failed ({err}); nothing runs without it") from err

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How dom0 reaches a VM: by starting ``qvm-run`` and ``qvm-ls``, found through PATH, and in no other way.
+
+Nothing here ever starts a VM (``--no-autostart``, always), and no VM can make dom0 call any of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+from .errors import PullError, TransportError
+from .frames import wait_readable, write_all
+from .ids import check_vm_name
+
+#: A list of VM names longer than this is not believed, bytes (more than 30,000 VMs).
+_LIST_MAX = 1 << 20
+_LIST_WAIT = 30
+#: How long a qvm-run told to end may take, seconds.
+_END_WAIT = 1.0
+_READ_SIZE = 1 << 16
+
+
+def running_vms(config):
+    """List the VMs that are running now, with one program start for all of them.
+
+    Args:
+        config: Config.
+
+    Returns:
+        set of str
+
+    Raises:
+        TransportError: they can't be listed.
+    """
+    try:
+        answer = subprocess.run(
+            [config.qvm_ls, "--running", "--raw-list"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIST_WAIT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise TransportError(f"can't list the running VMs: {config.qvm_ls}: {err}") from err
+    if answer.returncode or len(answer.stdout) > _LIST_MAX:
+        raise TransportError(f"can't list the running VMs: {config.qvm_ls} ended with exit code {answer.returncode}")
+    names = set()
+    for line in answer.stdout.decode("ascii", "replace").splitlines():
+        try:
+            names.add(check_vm_name(line.strip()))
+        except PullError:
+            # dom0 itself is in the list.
+            continue
+    return names
+
+
+class Channel:
+    """A program running in a VM, its stdin and stdout in our hands as non-blocking descriptors.
+
+    Args:
+        config: Config.
+        vm: str, a checked name.
+        command: str, a constant of ours: nothing from a VM ever becomes part of it but checked ids.
+
+    Raises:
+        TransportError: qvm-run can't be started.
+    """
+
+    def __init__(self, config, vm, command):
+        argv = [config.qvm_run, "--pass-io", "--no-gui", "--no-autostart", "--", vm, command]
+        try:
+            # stderr is the VM's to write: not read, so nothing of it can get anywhere.
+            self._process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0
+            )
+        except OSError as err:
+            raise TransportError(f"can't start {config.qvm_run}: {err.strerror}") from err
+        self.in_fd = self._process.stdin.fileno()
+        self.out_fd = self._process.stdout.fileno()
+        os.set_blocking(self.in_fd, False)
+        os.set_blocking(self.out_fd, False)
+
+    def close_stdin(self):
+        """Tell the program that there is no more to come."""
+        self._process.stdin.close()
+
+    def end(self):
+        """Close both directions and see that the program is gone.
+
+        Returns:
+            int, its exit code; negative when it had to be killed.
+        """
+        for stream in (self._process.stdin, self._process.stdout):
+            stream.close()
+        for stop in (None, self._process.terminate, self._process.kill):
+            if stop:
+                stop()
+            try:
+                return self._process.wait(_END_WAIT)
+            except subprocess.TimeoutExpired:
+                continue
+        return self._process.wait()
+
+
+def run_bounded(config, vm, command, data, output_max, wait):
+    """Run a program in a VM once, with bounded output and time.
+
+    Args:
+        config: Config.
+        vm: str, a checked name.
+        command: str.
+        data: iterable of bytes, its stdin.
+        output_max: int, bytes; more ends it.
+        wait: float, seconds.
+
+    Returns:
+        (int, bytes): exit code and stdout.
+
+    Raises:
+        TransportError: it can't be started, wrote too much, or took too long.
+        SessionBroken: it doesn't read what it is sent.
+    """
+    channel = Channel(config, vm, command)
+    deadline = time.monotonic() + wait
+    untrusted_output = bytearray()
+    try:
+        for chunk in data:
+            write_all(channel.in_fd, chunk, deadline)
+        channel.close_stdin()
+        while True:
+            wait_readable([channel.out_fd], deadline)
+            if time.monotonic() >= deadline:
+                raise TransportError(f"{vm} did not answer in time")
+            try:
+                chunk = os.read(channel.out_fd, _READ_SIZE)
+            except BlockingIOError:
+                continue
+            if not chunk:
+                break
+            untrusted_output += chunk
+            if len(untrusted_output) > output_max:
+                raise TransportError(f"{vm} sent more than it was asked for")
+    finally:
+        code = channel.end()
+    return code, bytes(untrusted_output)

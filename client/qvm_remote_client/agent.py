@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The agent: answers the requests of a session that dom0 opened, one answer each, and never writes a byte otherwise.
+
+It only moves files between dom0's requests and the queue; it holds no key and decides nothing.
+"""
+
+import fcntl
+import json
+import os
+import stat
+import time
+
+from pullrpc import __version__
+from pullrpc.errors import PullError, SessionBroken
+from pullrpc.files import forget, knock, read_bounded, write_whole
+from pullrpc.frames import HEADER_MAX, PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
+from pullrpc.ids import is_cid
+from pullrpc.layout import REQUEST_PARTS
+
+#: How often the queue is looked through without a knock at the doorbell, seconds.
+_SCAN_EVERY = 2.0
+#: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
+_ITEMS_MAX = 24
+_CANCELS_MAX = 16
+#: Results that nobody fetched are removed after this many seconds.
+_RESULTS_KEPT = 7 * 86400
+
+
+class Agent:
+    """One session.
+
+    Args:
+        queue: Queue.
+        in_fd, out_fd: int, dom0's requests and our answers.
+    """
+
+    def __init__(self, queue, in_fd=0, out_fd=1):
+        self._queue = queue
+        self._reader = FrameReader(in_fd)
+        self._out_fd = out_fd
+        self._bell = None
+        self._lock = None
+        self._ended = False
+
+    def serve(self):
+        """Answer until dom0 ends the session.
+
+        Returns:
+            int, the exit code.
+        """
+        self._queue.make_folders()
+        handlers = {
+            "hello": self._hello,
+            "poll": self._poll,
+            "wake": self._nothing,
+            "fetch": self._fetch,
+            "take": self._take,
+            "put": self._put,
+            "result": self._result,
+            "drop": self._drop,
+            "bye": self._bye,
+        }
+        try:
+            while not self._ended:
+                request, payload = self._reader.read(PAYLOAD_MAX, None)
+                try:
+                    answer, data = handlers.get(request.get("op"), self._unknown)(request, payload)
+                except OSError as err:
+                    answer, data = {"error": f"the qube can't do this: {err.strerror}"}, b""
+                except PullError as err:
+                    answer, data = {"error": str(err)[:200]}, b""
+                except (KeyError, TypeError, ValueError):
+                    answer, data = {"error": "this agent can't read that request; update qvm-remote in the template"}, b""
+                answer["n"] = request.get("n")
+                write_all(self._out_fd, encode_frame(answer, data), None)
+        except SessionBroken:
+            return 0
+        finally:
+            self._hang_up()
+        return 0
+
+    def _unknown(self, request, payload):
+        return {"error": "this agent does not know that request; update qvm-remote in the template"}, b""
+
+    def _nothing(self, request, payload):
+        return {}, b""
+
+    def _hello(self, request, payload):
+        limits = request.get("limits")
+        if not isinstance(limits, dict):
+            raise PullError("hello without limits")
+        lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(limits.items()))
+        write_whole(self._queue.limits, lines.encode("ascii"))
+        self._tidy()
+        return {"v": 2, "agent": __version__}, b""
+
+    def _poll(self, request, payload):
+        self._open_bell()
+        deadline = time.monotonic() + min(300, max(0, int(request["wait"])))
+        room = min(_ITEMS_MAX, int(request["max"]))
+        while True:
+            items, cancels = self._scan(room)
+            now = time.monotonic()
+            if items or cancels or now >= deadline or self._reader.pending():
+                break
+            ready = wait_readable([self._reader.fileno(), self._bell], min(deadline, now + _SCAN_EVERY))
+            if self._bell in ready:
+                os.read(self._bell, 65536)
+            if self._reader.fileno() in ready:
+                break
+        return self._describe(items, cancels, min(PAYLOAD_MAX, int(request["inline"])))
+
+    def _describe(self, items, cancels, inline_max):
+        """List commands with their sizes; put small ones into the payload at once, sparing a round trip each."""
+        described, payload = [], b""
+        for cid in items:
+            sizes = [self._size(cid + suffix) for suffix in REQUEST_PARTS]
+            inline = 0 <= sizes[0] and 0 <= sizes[1] and sizes[0] + sizes[1] <= inline_max - len(payload)
+            if inline:
+                parts = [read_bounded(self._queue.pending(cid + suffix), inline_max) for suffix in REQUEST_PARTS[:2]]
+                if [len(part) for part in parts] == sizes[:2]:
+                    payload += b"".join(parts)
+                else:
+                    inline = False
+            described.append([cid, *sizes, int(inline)])
+        while described and len(json.dumps([described, cancels], separators=(",", ":"))) > HEADER_MAX - 128:
+            last = described.pop()
+            if last[-1]:
+                payload = payload[: -(last[1] + last[2])]
+        return {"items": described, "cancels": cancels}, payload
+
+    def _scan(self, room):
+        items, cancels = [], []
+        for raw in os.listdir(os.fsencode(self._queue.pending())):
+            if raw.startswith(b"."):
+                continue
+            stem, dot, suffix = raw.partition(b".")
+            if is_cid(stem) and dot + suffix in (b".auth", b".in"):
+                continue
+            if is_cid(stem) and dot + suffix == b".cancel":
+                cancels.append(stem.decode("ascii"))
+            elif is_cid(raw) and self._is_plain(raw):
+                items.append(raw.decode("ascii"))
+            else:
+                self._reject(raw)
+        return sorted(items)[:room] if room > 0 else [], sorted(cancels)[:_CANCELS_MAX]
+
+    def _is_plain(self, raw):
+        try:
+            return stat.S_ISREG(os.lstat(os.path.join(os.fsencode(self._queue.pending()), raw)).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def _reject(self, raw):
+        """Answer a name that no client makes here: it can't be sent to dom0, and must not hold up the others."""
+        source = os.path.join(os.fsencode(self._queue.pending()), raw)
+        rejected = os.fsencode(self._queue.rejected())
+        os.makedirs(rejected, mode=0o700, exist_ok=True)
+        if not os.path.lexists(source):
+            return
+        os.rename(source, os.path.join(rejected, os.urandom(8).hex().encode("ascii")))
+        # Room for the dot, the suffix and the temporary name within the 255 bytes of a file name.
+        if len(raw) <= 200:
+            target = os.path.join(os.fsencode(self._queue.results()), raw)
+            write_whole(os.fsdecode(target + b".err"), b"qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\n")
+            write_whole(os.fsdecode(target + b".exit"), b"125\n")
+
+    def _size(self, name):
+        try:
+            return os.lstat(self._queue.pending(name)).st_size
+        except FileNotFoundError:
+            return -1
+
+    def _fetch(self, request, payload):
+        suffix = {"command": "", "auth": ".auth", "in": ".in"}[request["part"]]
+        path = self._queue.pending(_checked(request["id"]) + suffix)
+        size = min(PAYLOAD_MAX, int(request["size"]))
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            file.seek(int(request["offset"]))
+            return {}, file.read(size)
+
+    def _take(self, request, payload):
+        cid = _checked(request["id"])
+        try:
+            os.rename(self._queue.pending(cid), self._queue.running(cid))
+        except FileNotFoundError:
+            # Its client gave up in this moment; the marker stays true all the same.
+            write_whole(self._queue.running(cid), b"")
+        return {}, b""
+
+    def _put(self, request, payload):
+        path = self._part(_checked(request["id"]), request["part"])
+        offset = int(request["offset"])
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if offset else os.O_TRUNC), 0o600)
+        with os.fdopen(fd, "wb") as file:
+            if os.fstat(file.fileno()).st_size != offset:
+                raise PullError("a part of a result is missing")
+            file.seek(offset)
+            file.write(payload)
+        return {}, b""
+
+    def _result(self, request, payload):
+        cid = _checked(request["id"])
+        start = 0
+        for part in ("out", "err", "meta"):
+            size = int(request[part])
+            if request["inline"]:
+                write_whole(self._queue.results(f"{cid}.{part}"), payload[start : start + size])
+                start += size
+                continue
+            if size == 0:
+                write_whole(self._part(cid, part), b"")
+            if os.stat(self._part(cid, part)).st_size != size:
+                raise PullError("a part of a result is missing")
+            os.rename(self._part(cid, part), self._queue.results(f"{cid}.{part}"))
+        write_whole(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
+        self._forget_request(cid)
+        knock(self._queue.results(f"{cid}.bell"))
+        return {}, b""
+
+    def _drop(self, request, payload):
+        self._forget_request(_checked(request["id"]))
+        return {}, b""
+
+    def _bye(self, request, payload):
+        self._ended = True
+        forget(self._queue.doorbell)
+        return {}, b""
+
+    def _part(self, cid, part):
+        if part not in ("out", "err", "meta"):
+            raise PullError("no such part of a result")
+        return self._queue.results(f".{cid}.{part}.part")
+
+    def _forget_request(self, cid):
+        forget(*(self._queue.pending(cid + suffix) for suffix in (*REQUEST_PARTS, ".cancel")), self._queue.running(cid))
+
+    def _open_bell(self):
+        if self._bell is not None:
+            return
+        self._lock = os.open(self._queue.agent_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        try:
+            os.mkfifo(self._queue.doorbell, 0o600)
+        except FileExistsError:
+            pass
+        # Opened for writing too: with no writer left a FIFO would read as closed for ever.
+        self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def _hang_up(self):
+        if self._bell is None:
+            return
+        os.close(self._bell)
+        os.close(self._lock)
+
+    def _tidy(self):
+        """Remove results whose client is long gone, and what a broken session left half written."""
+        now = time.time()
+        for folder in (self._queue.results(), self._queue.pending(), self._queue.running()):
+            for entry in os.scandir(folder):
+                try:
+                    age = now - entry.stat(follow_symlinks=False).st_mtime
+                except FileNotFoundError:
+                    continue
+                half_written = entry.name.startswith(".") and age > 86400
+                unfetched = folder != self._queue.pending() and age > _RESULTS_KEPT
+                if (half_written or unfetched) and not entry.is_dir(follow_symlinks=False):
+                    forget(entry.path)
+
+
+def _checked(cid):
+    if not isinstance(cid, str) or not is_cid(cid.encode("utf-8", "surrogatepass")):
+        raise PullError("not a command id")
+    return cid
+

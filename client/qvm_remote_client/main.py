@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line of ``qvm-remote``: like ssh's, with dom0 as the only host.
+
+Options are read by hand: argparse takes longer to import than dom0 takes to answer.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from pullrpc import __version__
+from pullrpc.errors import PullError
+from pullrpc.layout import Queue
+
+from . import request as requests
+
+#: Exit codes of our own; see --help.
+EXIT_TIMEOUT, EXIT_FAILED, EXIT_INTERRUPTED = 124, 125, 130
+#: Longest a command may run when -t isn't given, seconds (or dom0's limit, if that is lower).
+_TIMEOUT_DEFAULT = 300
+_HISTORY_DAYS = 30
+#: Begin to show that we are alive after this many seconds.
+_SHOW_AFTER = 1.5
+_SUBCOMMANDS = ("agent", "help", "key", "log", "ping", "status")
+
+_HELP = """\
+usage: qvm-remote [OPTIONS] COMMAND [ARG...]     run a command line in dom0, as with ssh
+       qvm-remote [OPTIONS] < script.sh          run a script in dom0
+       qvm-remote [OPTIONS] -s ARG... < script   the same, with arguments
+       qvm-remote [OPTIONS] --exec PROGRAM ARG...   exactly these arguments, no shell
+
+COMMAND and ARGs are joined by spaces and read by dom0's bash, so quote for two shells, or use --exec.
+With COMMAND, stdin goes to the command (unless it is a terminal): close it, or give -n, where there is none to send.
+
+options:
+  -t SEC, --timeout SEC   let it run SEC seconds (default 300, or dom0's limit for this qube)
+  -n                      send no stdin
+  -s                      read the script from stdin, ARGs are its $1, $2...
+  --exec                  pass the argument vector as it is
+  -q, --quiet             no notes of qvm-remote's own on stderr, errors only
+  -v, --verbose           say on stderr what happens, with times
+  --version, -h, --help
+
+other commands (-- in front makes any of these words a command for dom0):
+  qvm-remote key gen|show|import    this qube's key
+  qvm-remote ping                   measure the way to dom0 and back, key included
+  qvm-remote status                 is there a key, a session, something waiting
+  qvm-remote log [N]                the last N (20) requests
+  qvm-remote agent                  answers dom0; started by dom0 alone
+
+exit codes: the command's own; 128+N if signal N killed it; 124 it ran into its timeout;
+125 qvm-remote refused or failed, and says why; 130 interrupted here (the command in dom0 is killed).
+"""
+
+
+class _Options:
+    timeout = None
+    no_stdin = False
+    script = False
+    exec = False
+    quiet = False
+    verbose = False
+
+
+def main(argv):
+    """Run the command line.
+
+    Args:
+        argv: list of str, without the program's name.
+
+    Returns:
+        int, the exit code.
+    """
+    try:
+        return _dispatch(argv)
+    except PullError as err:
+        sys.stderr.write(f"qvm-remote: error: {err}\n")
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # Whoever read our output went away: end as a program killed by SIGPIPE does, without a traceback at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+
+
+def _dispatch(argv):
+    options, words, literal = _read_options(argv)
+    if words is None:
+        return 0
+    if words and words[0] in _SUBCOMMANDS and not literal and not (options.script or options.exec):
+        return _subcommand(words[0], words[1:], options)
+    queue = Queue()
+    queue.make_folders()
+    form, command, use_stdin = _command_of(options, words, queue)
+    return _run(queue, options, form, command, use_stdin)
+
+
+def _read_options(argv):
+    """Split options from words.
+
+    Returns:
+        (_Options, list of str, bool): the last says that ``--`` was given. The list is None when all is done.
+    """
+    options, words = _Options(), list(argv)
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
+        if word == "--":
+            return options, words, True
+        name, has_value, value = word.partition("=")
+        if word in ("-h", "--help", "--version"):
+            sys.stdout.write(_HELP if word != "--version" else f"qvm-remote {__version__}\n")
+            return options, None, False
+        if word == "--exec":
+            options.exec = True
+        elif word == "--quiet":
+            options.quiet = True
+        elif word == "--verbose":
+            options.verbose = True
+        elif name == "--timeout":
+            options.timeout = _seconds(value if has_value else words.pop(0) if words else "")
+        elif word.startswith("--"):
+            raise PullError(f"there is no option {name}; see: qvm-remote --help")
+        else:
+            _read_short(word[1:], words, options)
+    return options, words, False
+
+
+def _read_short(letters, words, options):
+    for at, letter in enumerate(letters):
+        if letter == "t":
+            options.timeout = _seconds(letters[at + 1 :] or (words.pop(0) if words else ""))
+            return
+        flag = {"n": "no_stdin", "s": "script", "q": "quiet", "v": "verbose"}.get(letter)
+        if flag is None:
+            raise PullError(f"there is no option -{letter}; see: qvm-remote --help")
+        setattr(options, flag, True)
+
+
+def _seconds(text):
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:8]) and len(text) <= 7):
+        raise PullError("-t takes a whole number of seconds, 1 or more")
+    return int(text)
+
+
+def _command_of(options, words, queue):
+    """What to send: (form, command bytes, whether stdin goes to the command)."""
+    limit = requests.limits(queue)["command_max"]
+    if options.exec or options.script:
+        if options.exec and options.script:
+            raise PullError("--exec and -s exclude each other")
+        if options.exec and not words:
+            raise PullError("--exec needs a program; see: qvm-remote --help")
+        # Like 'ssh HOST bash -s -- ARG... < script': the script is the shell's stdin.
+        words = words if options.exec else ["/bin/bash", "-s", "--", *words]
+        # Imported here: only this form needs it.
+        import json
+
+        command, form, use_stdin = json.dumps([_text(word) for word in words]).encode("ascii"), "argv", True
+        if options.script and (options.no_stdin or os.isatty(0)):
+            raise PullError("-s reads the script from stdin; give one: qvm-remote -s ARG... < script.sh")
+    elif words:
+        command, form, use_stdin = " ".join(_text(word) for word in words).encode("utf-8"), "shell", True
+    else:
+        if options.no_stdin or os.isatty(0):
+            raise PullError("no command; give one, or a script on stdin; see: qvm-remote --help")
+        command, form, use_stdin = _read_script(limit), "script", False
+    if not command.strip():
+        raise PullError("the command is empty")
+    if len(command) > limit:
+        raise PullError(f"the command is longer than the {limit} bytes that dom0 takes; send its data on stdin instead")
+    return form, command, use_stdin and not options.no_stdin and not os.isatty(0)
+
+
+def _text(word):
+    # An argument that is not UTF-8 reaches us with surrogates; dom0 takes text only.
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PullError("an argument is not UTF-8 text; dom0 takes no other; send its bytes on stdin instead") from None
+    return word
+
+
+def _read_script(limit):
+    data = b""
+    while len(data) <= limit:
+        chunk = os.read(0, 1 << 16)
+        if not chunk:
+            break
+        data += chunk
+    return data
+
+
+def _run(queue, options, form, command, use_stdin):
+    known = requests.limits(queue)
+    timeout = options.timeout or min(_TIMEOUT_DEFAULT, known["timeout_max"])
+    if timeout > known["timeout_max"]:
+        raise PullError(f"-t {timeout} is over the limit of {known['timeout_max']} s that dom0 sets for this qube (timeout_max)")
+    progress = _Progress(options.quiet)
+    started = time.monotonic()
+    request = requests.Request(queue, form, command, timeout)
+    _on_signals_give_up(request, progress)
+    if use_stdin:
+        request.add_stdin(0, known["stdin_max"], progress.tick)
+    request.submit()
+    if options.verbose:
+        sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
+    try:
+        result = request.wait(progress.tick)
+    except requests.NoResult as err:
+        _log(queue, request.cid, form, command, EXIT_FAILED, "no result")
+        raise err
+    finally:
+        progress.clear()
+    exit_code = _show(result, options)
+    _log(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
+    if options.verbose:
+        sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
+    request.keep(result, _HISTORY_DAYS)
+    return exit_code
+
+
+def _show(result, options):
+    """Print a result, if it is dom0's; say what went wrong, if it isn't."""
+    if not result.authentic:
+        reason = _safe_text(result.err_path)
+        sys.stderr.write(f"qvm-remote: error: {reason or 'the answer is not authentic: it was not made by dom0 with the key of this qube'}\n")
+        if reason:
+            sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, or dom0 has none)\n")
+        return EXIT_FAILED
+    for path, fd in ((result.out_path, 1), (result.err_path, 2)):
+        _copy(path, fd)
+    fields = result.fields
+    if fields.get("status") == "timeout":
+        sys.stderr.write(f"qvm-remote: timed out after {fields.get('timeout')} s; the command was killed\n")
+    if not options.quiet:
+        for name, stream in (("out", "stdout"), ("err", "stderr")):
+            if fields.get(f"{name}-truncated") == "1":
+                kept = os.stat(result.out_path if name == "out" else result.err_path).st_size
+                sys.stderr.write(f"qvm-remote: {stream} was cut after {kept} of {fields.get(f'{name}-bytes')} bytes\n")
+    return result.exit_code
+
+
+def _safe_text(path):
+    """An unproven refusal's reason, fit for a terminal."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(1000)
+    except OSError:
+        return ""
+    text = "".join(char if char.isprintable() else "?" for char in raw.decode("utf-8", "replace").strip())
+    prefix = "qvm-remote: "
+    return text[len(prefix) :] if text.startswith(prefix) else text
+
+
+def _copy(path, fd):
+    with open(path, "rb") as file:
+        while True:
+            chunk = file.read(1 << 18)
+            if not chunk:
+                return
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(fd, view) :]
+
+
+def _on_signals_give_up(request, progress):
+    def give_up(number, _frame):
+        request.give_up()
+        progress.clear()
+        sys.stderr.write("qvm-remote: interrupted; dom0 is asked to kill the command\n")
+        # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
+        os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, give_up)
+
+
+def _log(queue, cid, form, command, exit_code, status):
+    from . import journal
+
+    journal.append(queue, cid, form, command, exit_code, status)
+
+
+class _Progress:
+    """Shows that a long wait is alive: one line on a terminal's stderr, rewritten in place."""
+
+    _TEXTS = {
+        "queued": "waiting for dom0 to take the request",
+        "running": "running in dom0",
+        "unconnected": "waiting for dom0 to connect",
+        "stdin": "reading stdin (use -n to send none)",
+    }
+
+    def __init__(self, quiet):
+        self._shows = not quiet and os.isatty(2)
+        self._started = time.monotonic()
+        self._shown = False
+
+    def tick(self, what):
+        waited = time.monotonic() - self._started
+        if self._shows and waited > _SHOW_AFTER:
+            sys.stderr.write(f"\r\033[Kqvm-remote: {self._TEXTS[what]}, {waited:.0f} s")
+            sys.stderr.flush()
+            self._shown = True
+
+    def clear(self):
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def _subcommand(name, words, options):
+    if name == "help":
+        sys.stdout.write(_HELP)
+        return 0
+    queue = Queue()
+    queue.make_folders()
+    if name == "agent":
+        from .agent import Agent
+
+        return Agent(queue).serve()
+    if name == "key":
+        from . import keys
+
+        keys.run(words, queue, sys.stdout)
+        return 0
+    if name == "ping":
+        return _ping(queue, words, options)
+    from . import journal
+
+    if name == "log":
+        journal.show(queue, words, sys.stdout)
+        return 0
+    return journal.status(queue, words, sys.stdout)
+
+
+def _ping(queue, words, options):
+    if words:
+        raise PullError("ping takes no argument; to run a program of that name in dom0: qvm-remote -- ping ...")
+    progress = _Progress(options.quiet)
+    request = requests.Request(queue, "ping", b"ping", options.timeout or 10)
+    _on_signals_give_up(request, progress)
+    started = time.monotonic()
+    request.submit()
+    try:
+        result = request.wait(progress.tick)
+    finally:
+        progress.clear()
+    waited = (time.monotonic() - started) * 1000
+    if result.authentic and result.exit_code == 0:
+        sys.stdout.write(f"dom0 answered in {waited:.0f} ms\n")
+        request.keep(result, _HISTORY_DAYS)
+        return 0
+    exit_code = _show(result, options)
+    request.keep(result, _HISTORY_DAYS)
+    return exit_code

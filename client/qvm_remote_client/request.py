@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One request: sign it, put it into the queue, wait for dom0's answer, check it.
+
+Whatever happens, a submitted request ends in its result or in a NoResult that says why there is none;
+a request that is given up is taken back from the queue, or dom0 is asked to cancel it.
+"""
+
+import fcntl
+import hashlib
+import os
+import select
+import time
+
+from pullrpc.errors import PullError
+from pullrpc.files import forget, knock, read_bounded, write_whole
+from pullrpc.ids import new_cid
+from pullrpc.layout import REQUEST_PARTS, RESULT_PARTS
+from pullrpc.tokens import META_MAX, make_token, parse_key, read_meta
+
+#: What dom0 takes unless it said otherwise in a session (its defaults; see pullrpc.config).
+_DEFAULT_LIMITS = {"timeout_max": 300, "command_max": 1 << 20, "stdin_max": 16 << 20, "max_age": 300}
+#: A request nobody has taken, with no session to dom0 open, is given up after this many seconds.
+_CONNECT_WAIT = 30
+#: dom0 took the request, but the session is gone: how long to wait for another one, seconds.
+_RECONNECT_WAIT = 60
+#: Without a knock, look for the answer this often, seconds.
+_LOOK_EVERY = 0.25
+_CHUNK = 1 << 18
+
+
+class NoResult(PullError):
+    """dom0's answer never came, or isn't dom0's. Whether the command ran is said in the text."""
+
+
+class Result:
+    """dom0's answer.
+
+    Attributes: cid, exit_code (int), authentic (bool), fields (dict of str to str), out_path, err_path (str).
+    """
+
+    def __init__(self, cid, exit_code, authentic, fields, out_path, err_path):
+        self.cid = cid
+        self.exit_code = exit_code
+        self.authentic = authentic
+        self.fields = fields
+        self.out_path = out_path
+        self.err_path = err_path
+
+
+def limits(queue):
+    """What dom0 takes from this VM, as it said in its last session.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        dict of str to int.
+    """
+    known = dict(_DEFAULT_LIMITS)
+    try:
+        for line in read_bounded(queue.limits, 4096).decode("ascii").splitlines():
+            name, _, value = line.partition(" ")
+            known[name] = int(value)
+    except (OSError, ValueError, PullError):
+        return dict(_DEFAULT_LIMITS)
+    return known
+
+
+def vm_name():
+    """This VM's Qubes name.
+
+    Returns:
+        str, from qubesdb where there is one, else the host name.
+    """
+    for program in ("/usr/bin/qubesdb-read", "/usr/sbin/qubesdb-read"):
+        if os.access(program, os.X_OK):
+            with os.popen(f"{program} /name 2>/dev/null") as answer:
+                name = answer.read(64).strip()
+            if name:
+                return name
+    return os.uname().nodename.split(".")[0]
+
+
+def load_key(queue):
+    """This VM's key.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        bytes
+
+    Raises:
+        PullError: there is none, or others can read it.
+    """
+    try:
+        info = os.stat(queue.key)
+        if info.st_mode & 0o077 or info.st_uid != os.geteuid():
+            raise PullError(f"others may have read the key {queue.key}; run: chmod 600 {queue.key}, and think about a new one")
+        return parse_key(read_bounded(queue.key, 66))
+    except FileNotFoundError:
+        raise PullError("this qube has no key; run: qvm-remote key gen") from None
+    except OSError as err:
+        raise PullError(f"can't read the key {queue.key}: {err.strerror}") from err
+
+
+def connected(queue):
+    """Whether dom0 holds a session to this VM, or looked in lately without the agent.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        bool
+    """
+    try:
+        fd = os.open(queue.agent_lock, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return _seen_lately(queue)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _seen_lately(queue)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _seen_lately(queue):
+    try:
+        return abs(time.time() - os.stat(queue.seen).st_mtime) < _CONNECT_WAIT
+    except OSError:
+        return False
+
+
+class Request:
+    """A request on its way.
+
+    Args:
+        queue: Queue, its folders made.
+        form: str, see :data:`pullrpc.tokens.FORMS`.
+        command: bytes.
+        timeout: int, seconds.
+    """
+
+    def __init__(self, queue, form, command, timeout):
+        self._queue = queue
+        self._key = load_key(queue)
+        self._form = form
+        self._command = command
+        self._timeout = timeout
+        self._stdin_digest = b""
+        self._bell = None
+        self.cid = new_cid()
+
+    def add_stdin(self, fd, limit, tick):
+        """Copy the command's stdin into the queue, up to its end.
+
+        Args:
+            fd: int.
+            limit: int, bytes.
+            tick: callable, called while waiting.
+
+        Raises:
+            PullError: it is longer than dom0 takes.
+        """
+        digest = hashlib.sha256()
+        size = 0
+        path = self._queue.pending(f".{self.cid}.in")
+        try:
+            out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(out, "wb") as file:
+                while True:
+                    _wait_for_input(fd, tick)
+                    chunk = os.read(fd, _CHUNK)
+                    if not chunk:
+                        break
+                    size += len(chunk)
+                    if size > limit:
+                        raise PullError(f"stdin is longer than the {limit} bytes that dom0 takes; send a smaller part, or use -n to send none")
+                    digest.update(chunk)
+                    file.write(chunk)
+        except BaseException:
+            forget(path)
+            raise
+        if size:
+            self._stdin_digest = digest.digest()
+        else:
+            forget(path)
+
+    def submit(self):
+        """Put the request into the queue; from here on dom0 may take it.
+
+        Raises:
+            PullError: the disk is full, or the queue can't be written; nothing was submitted.
+        """
+        token = make_token(self._key, vm_name(), self.cid, self._timeout, self._form, self._command, self._stdin_digest)
+        bell = self._queue.results(f"{self.cid}.bell")
+        try:
+            os.mkfifo(bell, 0o600)
+            self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            if self._stdin_digest:
+                os.rename(self._queue.pending(f".{self.cid}.in"), self._queue.pending(f"{self.cid}.in"))
+            write_whole(self._queue.pending(f"{self.cid}.auth"), token)
+            write_whole(self._queue.pending(self.cid), self._command)
+        except OSError as err:
+            self._take_back()
+            raise PullError(f"can't write to the queue {self._queue.pending()}: {err.strerror}") from err
+        knock(self._queue.doorbell)
+
+    def wait(self, tick):
+        """Wait for dom0's answer.
+
+        Args:
+            tick: callable, called several times a second with one word: ``queued``, ``running`` or ``unconnected``.
+
+        Returns:
+            Result
+
+        Raises:
+            NoResult: it can't be waited for any longer; the request was taken back, or dom0 is asked to cancel it.
+        """
+        started = last_connected = time.monotonic()
+        max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT
+        poller = select.poll()
+        poller.register(self._bell, select.POLLIN)
+        while True:
+            if os.path.exists(self._queue.results(f"{self.cid}.exit")):
+                return self._read_result()
+            now = time.monotonic()
+            taken = not os.path.exists(self._queue.pending(self.cid))
+            if connected(self._queue):
+                last_connected = now
+            if not taken and now - last_connected > _CONNECT_WAIT:
+                self.give_up()
+                raise NoResult(
+                    f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and did not run. "
+                    "Is qvm-remote running in dom0, and this qube authorized there?"
+                )
+            if not taken and now - started > max_wait:
+                self.give_up()
+                raise NoResult(f"dom0 did not take the request within {max_wait} s; it was taken back and did not run")
+            if taken and now - last_connected > _RECONNECT_WAIT:
+                self.give_up()
+                raise NoResult("dom0 took the request, but its session ended and did not come back; the command may have run")
+            tick("unconnected" if now - last_connected > 1 else "running" if taken else "queued")
+            if poller.poll(_LOOK_EVERY * 1000):
+                os.read(self._bell, 4096)
+
+    def give_up(self):
+        """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""
+        try:
+            write_whole(self._queue.pending(f"{self.cid}.cancel"), b"")
+        except OSError:
+            # The disk is full: dom0 will run into the client's timeout instead.
+            pass
+        self._take_back()
+        knock(self._queue.doorbell)
+
+    def keep(self, result, keep_days):
+        """Move a finished request and its result into the history, and drop days that are too old.
+
+        Args:
+            result: Result.
+            keep_days: int.
+        """
+        day = os.path.join(self._queue.history, f"{self.cid[:4]}-{self.cid[4:6]}-{self.cid[6:8]}")
+        folder = os.path.join(day, self.cid)
+        try:
+            is_new_day = not os.path.isdir(day)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            for part in RESULT_PARTS:
+                source = self._queue.results(self.cid + part)
+                if os.path.exists(source):
+                    os.rename(source, os.path.join(folder, part[1:]))
+            write_whole(os.path.join(folder, "command"), self._command)
+            if is_new_day:
+                _drop_old_days(self._queue.history, keep_days)
+        except OSError:
+            # The user has the output; a full disk only costs the history.
+            forget(*(self._queue.results(self.cid + part) for part in RESULT_PARTS))
+        self._hang_up()
+
+    def _read_result(self):
+        path = self._queue.results(self.cid)
+        try:
+            exit_code = int(read_bounded(path + ".exit", 8))
+            untrusted_meta = read_bounded(path + ".meta", META_MAX) if os.path.exists(path + ".meta") else b""
+            digests = _digest(path + ".out"), _digest(path + ".err")
+        except (OSError, ValueError, PullError) as err:
+            self._hang_up()
+            raise NoResult(f"the result of {self.cid} is damaged: {err}") from err
+        fields, authentic = read_meta(self._key, self.cid, *digests, untrusted_meta)
+        authentic = authentic and fields.get("id") == self.cid and fields.get("exit") == str(exit_code)
+        return Result(self.cid, exit_code, authentic, fields, path + ".out", path + ".err")
+
+    def _take_back(self):
+        names = [self.cid, *(self.cid + suffix for suffix in REQUEST_PARTS if suffix), f".{self.cid}.in"]
+        forget(*(self._queue.pending(name) for name in names))
+        self._hang_up()
+
+    def _hang_up(self):
+        forget(self._queue.results(f"{self.cid}.bell"))
+        if self._bell is not None:
+            os.close(self._bell)
+            self._bell = None
+
+
+def _wait_for_input(fd, tick):
+    poller = select.poll()
+    poller.register(fd, select.POLLIN | select.POLLHUP)
+    while not poller.poll(500):
+        tick("stdin")
+
+
+def _digest(path):
+    digest = hashlib.sha256()
+    if not os.path.exists(path):
+        return digest.digest()
+    with open(path, "rb") as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            if not chunk:
+                return digest.digest()
+            digest.update(chunk)
+
+
+def _drop_old_days(history, keep_days):
+    oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - keep_days * 86400))
+    for day in os.listdir(history):
+        if len(day) == len(oldest) and day < oldest:
+            # Imported here: once a day, not at each start.
+            import shutil
+
+            shutil.rmtree(os.path.join(history, day), ignore_errors=True)
