@@ -7,24 +7,52 @@ It never talks to a VM.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import threading
 import time
 
 from . import sandbox
 from .audit import AuditLog, describe_command
+from .config import make_config
 from .errors import AuditError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_new
 from .keyring import Keyring
-from .ledger import Ledger
+from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .spool import ERR, META, OUT, Spool
 from .tokens import TOKEN_MAX, make_meta
+from .validate import check_size
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
 _INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
+
+
+_shared = {}
+_shared_lock = threading.Lock()
+
+
+def shared(settings):
+    """dom0's side for some settings, one for each process: engine and execution module work on the same one.
+
+    Args:
+        settings: dict or None, as for :func:`pullrpc.config.make_config`.
+
+    Returns:
+        Dom0
+
+    Raises:
+        ConfigError: a setting is wrong; LedgerError: the ledger can't be opened.
+    """
+    # With the pid: a forked process must not use its parent's database connection.
+    name = (os.getpid(), json.dumps(settings, sort_keys=True, default=str))
+    with _shared_lock:
+        if name not in _shared:
+            _shared[name] = Dom0(make_config(settings))
+        return _shared[name]
 
 
 class Dom0:
@@ -44,6 +72,7 @@ class Dom0:
         self.spool = Spool(os.path.join(config.state_dir, "spool"))
         self.audit = AuditLog(config.audit_log)
         self._running = {}
+        self._cancelled_early = set()
         self._lock = threading.Lock()
 
     def verify(self, vm, untrusted_cid, untrusted_command, untrusted_token):
@@ -63,41 +92,48 @@ class Dom0:
         request = authenticate(config, self.keyring, vm, untrusted_cid, untrusted_command, untrusted_token)
         return request, check_new(config, self.ledger, request)
 
-    def accept(self, request, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
-        """Take a verified request over: keep it on disk with its stdin, and claim it.
+    def accept(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
+        """Take a request over: verify it here and now, keep it on disk with its stdin, and claim it.
 
         Args:
-            request: Request, as :meth:`verify` gave it.
-            untrusted_command, untrusted_token: bytes, what it was verified from.
+            vm: str.
+            untrusted_cid, untrusted_command, untrusted_token: bytes.
             untrusted_stdin_size: int, bytes; -1 when the VM shows no stdin.
             fetch_stdin: callable without arguments that yields the stdin in parts, no more than that size in all.
 
+        Returns:
+            (str, bool): its id, and False when it is on its way already and nothing was done.
+
         Raises:
-            Refused: stdin is too large or not what was signed, there is no room, or it can't be recorded.
+            Refused: it may not run, stdin is too large or not what was signed, there is no room, or it can't be recorded.
         """
-        vm, cid = request.vm, request.cid
+        request, seen = self.verify(vm, untrusted_cid, untrusted_command, untrusted_token)
+        if seen:
+            return request.cid, False
         config = self.config.for_vm(vm)
-        if untrusted_stdin_size > config.stdin_max:
-            raise Refused("size", f"stdin is too large: {untrusted_stdin_size} bytes, dom0 takes at most {config.stdin_max}")
+        check_size(untrusted_stdin_size, config.stdin_max, "stdin")
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
         if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
-            self.spool.store_request(vm, cid, untrusted_command, untrusted_token)
-            if request.stdin_digest and self.spool.store_stdin(vm, cid, fetch_stdin()) != request.stdin_digest:
-                raise Refused("stdin", "stdin is not what was signed")
-            self.audit.write(
-                "accepted", vm, cid, form=request.form, timeout=request.timeout, stdin=max(0, untrusted_stdin_size), **describe_command(request.command)
-            )
-            if not self.ledger.claim(vm, cid, request.token_mac):
-                raise Refused("replay", "this id was used before; nothing is ever run twice")
+            self._store_and_claim(request, untrusted_command, untrusted_token, max(0, untrusted_stdin_size), fetch_stdin)
         except (SpoolError, AuditError, LedgerError) as err:
-            self.spool.remove(vm, cid)
+            self.spool.remove(vm, request.cid)
             raise Refused("storage", str(err)) from err
         except PullError:
-            self.spool.remove(vm, cid)
+            self.spool.remove(vm, request.cid)
             raise
+        return request.cid, True
+
+    def _store_and_claim(self, request, command, token_line, stdin_size, fetch_stdin):
+        vm, cid = request.vm, request.cid
+        self.spool.store_request(vm, cid, command, token_line)
+        if request.stdin_digest and self.spool.store_stdin(vm, cid, fetch_stdin()) != request.stdin_digest:
+            raise Refused("stdin", "stdin is not what was signed")
+        self.audit.write("accepted", vm, cid, form=request.form, timeout=request.timeout, stdin=stdin_size, **describe_command(request.command))
+        if not self.ledger.claim(vm, cid, request.token_mac):
+            raise Refused("replay", "this id was used before; nothing is ever run twice")
 
     def execute(self, vm, cid):
         """Run a claimed command and keep its result.
@@ -136,22 +172,32 @@ class Dom0:
         return self._finish_run(request, outcome)
 
     def cancel(self, vm, cid):
-        """Kill a running command; its client gave up, so no result is kept.
+        """Have done with a command whose client gave up: kill it if it runs; keep no result in any case.
 
         Args:
             vm, cid: str.
 
-        Returns:
-            bool, False when it isn't running.
+        Raises:
+            LedgerError: the ledger can't be read or written.
         """
-        return self._stop_running(vm, cid, "cancelled")
+        with self._lock:
+            # Under the lock, so that a command about to run either is seen running here or sees this mark.
+            running = self._running.get((vm, cid))
+            if running is not None:
+                running.stop("cancelled")
+                return
+            seen = self.ledger.state(vm, cid)
+            if seen and seen[0] in (CLAIMED, RUNNING):
+                self._cancelled_early.add((vm, cid))
+                return
+        if seen and seen[0] == DONE:
+            self.close_delivery(vm, cid, "given-up")
 
     def interrupt_running(self):
         """Kill everything that runs; the results say ``interrupted`` and are kept."""
         with self._lock:
-            keys = list(self._running)
-        for vm, cid in keys:
-            self._stop_running(vm, cid, "interrupted")
+            for running in self._running.values():
+                running.stop("interrupted")
 
     def drop_queued(self, vm, cid):
         """Finish a command that was claimed, not started, and whose client gave up.
@@ -160,10 +206,7 @@ class Dom0:
             vm, cid: str.
         """
         if self.ledger.start(vm, cid):
-            self.ledger.finish(vm, cid, EXIT_FAILED, "cancelled")
-            self.ledger.delivered(vm, cid)
-            self.spool.remove(vm, cid)
-            self.audit.write("cancelled", vm, cid)
+            self._finish_cancelled(vm, cid, 0.0)
 
     def interrupt_queued(self, vm, cid):
         """Finish a command that was claimed and will not be started: the service stops."""
@@ -217,10 +260,45 @@ class Dom0:
             if time.time() - done_at <= self.config.spool_max_age:
                 waiting.append(cid)
                 continue
-            self.ledger.delivered(vm, cid)
-            self.spool.remove(vm, cid)
-            self.audit.write("expired", vm, cid)
+            self.close_delivery(vm, cid, "expired")
         return waiting
+
+    def result(self, vm, cid):
+        """Fetch a result that waits for delivery.
+
+        Args:
+            vm, cid: str.
+
+        Returns:
+            (int, dict) or None: exit code, and ``out``, ``err`` and ``meta`` as (size in bytes, callable that yields bytes);
+            None when there is nothing (any more) to deliver.
+
+        Raises:
+            LedgerError, SpoolError: it can't be read.
+        """
+        exit_code = self.ledger.waiting_exit(vm, cid)
+        if exit_code is None:
+            return None
+        if not self.spool.size(vm, cid, META):
+            # The disk was full when the command ended.
+            err, meta = self.refusal(vm, cid, f"the command ended (exit code {exit_code}), but dom0 could not keep its result: its disk is full")
+            return EXIT_FAILED, in_memory(err, meta)
+        chunks = {part: functools.partial(self.spool.chunks, vm, cid, part) for part in (OUT, ERR, META)}
+        return exit_code, {part: (self.spool.size(vm, cid, part), chunks[part]) for part in (OUT, ERR, META)}
+
+    def close_delivery(self, vm, cid, what="delivered"):
+        """Record that a result reached its VM, or never will; its files go.
+
+        Args:
+            vm, cid: str.
+            what: str, the word for the audit log.
+
+        Raises:
+            LedgerError: it can't be recorded.
+        """
+        self.ledger.delivered(vm, cid)
+        self.spool.remove(vm, cid)
+        self.audit.write(what, vm, cid)
 
     def _run(self, config, request, stdin_path):
         vm, cid = request.vm, request.cid
@@ -250,20 +328,14 @@ class Dom0:
         running = _Running(sandbox.start(job, limits))
         with self._lock:
             self._running[vm, cid] = running
+            if (vm, cid) in self._cancelled_early:
+                running.stop("cancelled")
         try:
             return running.handle.wait(), running.why_stopped
         finally:
             with self._lock:
                 del self._running[vm, cid]
-
-    def _stop_running(self, vm, cid, why):
-        with self._lock:
-            running = self._running.get((vm, cid))
-            if running is None:
-                return False
-            running.why_stopped = running.why_stopped or why
-            running.handle.cancel()
-        return True
+                self._cancelled_early.discard((vm, cid))
 
     def _finish_run(self, request, ended):
         outcome, why_stopped = ended
@@ -314,8 +386,7 @@ class Dom0:
 
     def _finish_cancelled(self, vm, cid, seconds):
         result = self._record(vm, cid, EXIT_FAILED, "cancelled", seconds)
-        self.ledger.delivered(vm, cid)
-        self.spool.remove(vm, cid)
+        self.close_delivery(vm, cid)
         return result
 
     def _record(self, vm, cid, exit_code, status, seconds):
@@ -342,6 +413,22 @@ class _Running:
     def __init__(self, handle):
         self.handle = handle
         self.why_stopped = None
+
+    def stop(self, why):
+        self.why_stopped = self.why_stopped or why
+        self.handle.cancel()
+
+
+def in_memory(err, meta):
+    """Make the parts of a result that has no output.
+
+    Args:
+        err, meta: bytes.
+
+    Returns:
+        dict, as :meth:`Dom0.result` gives it.
+    """
+    return {part: (len(data), lambda data=data: [data] if data else []) for part, data in (("out", b""), ("err", err), ("meta", meta))}
 
 
 def _reason_line(reason):

@@ -164,6 +164,19 @@ class Ledger:
         with self._guarded():
             return self._db.execute("SELECT cid, done_at FROM command WHERE vm = ? AND state = ? ORDER BY done_at", (vm, DONE)).fetchall()
 
+    def waiting_exit(self, vm, cid):
+        """Look up the exit code of a result that waits for delivery.
+
+        Returns:
+            int, or None when none waits under this id.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            row = self._db.execute("SELECT exit FROM command WHERE vm = ? AND cid = ? AND state = ?", (vm, cid, DONE)).fetchone()
+        return row[0] if row else None
+
     def counts(self):
         """Count commands by state.
 

@@ -18,9 +18,9 @@ _AGENT_COMMAND = "qvm-remote agent"
 #: Exit code of a shell that does not find a program (POSIX).
 _NOT_FOUND = 127
 #: Commands up to this size come with the poll's answer, bytes in all.
-_INLINE_MAX = 1 << 16
-_ITEMS_MAX = 24
-_CANCELS_MAX = 16
+INLINE_MAX = 1 << 16
+ITEMS_MAX = 24
+CANCELS_MAX = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +54,40 @@ class Session:
 
     Raises:
         TransportError: qvm-run can't be started.
-        NoAgent: the program is not installed there.
-        SessionBroken: the VM isn't running, or its answer is no agent's.
     """
 
     #: What a user reads in the status.
     kind = "agent"
+    #: Most that one :meth:`fetch` gives, bytes.
+    fetch_max = PAYLOAD_MAX
 
     def __init__(self, config, vm):
         self._config = config
         self._number = 0
         self._channel = Channel(config, vm, _AGENT_COMMAND)
         self._reader = FrameReader(self._channel.out_fd)
+
+    def hello(self):
+        """Begin.
+
+        Raises:
+            NoAgent: the program is not installed there.
+            SessionBroken: the VM isn't running, or its answer is no agent's.
+        """
+        config = self._config
         limits = {name: getattr(config, name) for name in ("timeout_max", "command_max", "stdin_max", "max_age")}
         try:
-            answer, _ = self._ask({"op": "hello", "v": 2, "vm": vm, "limits": limits})
+            answer, _ = self._ask({"op": "hello", "v": 2, "limits": limits})
             if answer.get("v") != 2:
                 raise FrameError("the agent speaks another version of the protocol")
         except SessionBroken:
             if self.close() == _NOT_FOUND:
-                raise NoAgent(f"qvm-remote is not installed in {vm}") from None
+                raise NoAgent("qvm-remote is not installed there") from None
             raise
+
+    def abort(self):
+        """End the session from another thread; whoever works with it finds it broken."""
+        self._channel.kill()
 
     def close(self):
         """End the session.
@@ -102,11 +115,11 @@ class Session:
         Raises:
             SessionBroken
         """
-        number = self._send({"op": "poll", "wait": wait, "max": room, "inline": _INLINE_MAX})
+        number = self._send({"op": "poll", "wait": wait, "max": room, "inline": INLINE_MAX})
         deadline = time.monotonic() + wait + self._config.answer_wait
         woken = False
         while True:
-            frame = self._reader.try_frame(_INLINE_MAX)
+            frame = self._reader.try_frame(INLINE_MAX)
             if frame is not None:
                 break
             ready = wait_readable([self._reader.fileno()] + ([] if woken else [wake_fd]), deadline)
@@ -157,17 +170,24 @@ class Session:
         """
         self._ask({"op": "drop", "id": cid})
 
-    def deliver(self, cid, exit_code, parts):
-        """Hand a result over; on return the VM has all of it.
+    def deliver(self, results):
+        """Hand results over.
 
         Args:
-            cid: str.
-            exit_code: int.
-            parts: dict of ``out``, ``err`` and ``meta`` to (size in bytes, callable that yields bytes).
+            results: iterable of (cid, exit code, parts); parts is a dict of ``out``, ``err`` and ``meta`` to
+                (size in bytes, callable that yields bytes).
+
+        Yields:
+            str, an id whose result the VM now has in whole.
 
         Raises:
             SessionBroken
         """
+        for cid, exit_code, parts in results:
+            self._deliver_one(cid, exit_code, parts)
+            yield cid
+
+    def _deliver_one(self, cid, exit_code, parts):
         sizes = {part: size for part, (size, _) in parts.items()}
         inline = sum(sizes.values()) <= PAYLOAD_MAX
         payload = b""
@@ -209,7 +229,7 @@ def _read_poll(untrusted_answer, payload):
     untrusted_items, untrusted_cancels = untrusted_answer.get("items"), untrusted_answer.get("cancels")
     if not isinstance(untrusted_items, list) or not isinstance(untrusted_cancels, list):
         raise FrameError("the agent's list is malformed")
-    if len(untrusted_items) > _ITEMS_MAX or len(untrusted_cancels) > _CANCELS_MAX:
+    if len(untrusted_items) > ITEMS_MAX or len(untrusted_cancels) > CANCELS_MAX:
         raise FrameError("the agent's list is too long")
     items, at = [], 0
     for untrusted_item in untrusted_items:

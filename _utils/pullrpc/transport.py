@@ -82,6 +82,10 @@ class Channel:
         """Tell the program that there is no more to come."""
         self._process.stdin.close()
 
+    def kill(self):
+        """Kill the program at once, from whatever thread."""
+        self._process.kill()
+
     def end(self):
         """Close both directions and see that the program is gone.
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Salt engine of qvm-remote, for dom0: runs the pull loop inside a (masterless) salt-minion.
+
+.. code-block:: yaml
+
+    engines:
+      - qvm_remote:
+          timeout_max: 300
+          vms:
+            work: {}
+
+It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped.
+"""
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+
+import pullrpc.dom0
+import pullrpc.errors
+import pullrpc.frames
+import pullrpc.service
+import salt.utils.event
+from salt.exceptions import CommandExecutionError
+
+log = logging.getLogger(__name__)
+
+__virtualname__ = "qvm_remote"
+#: Another engine (or run_once) is at work: try again this often, seconds.
+_BUSY_RETRY = 2.0
+#: The minion that started us may die without a word: look this often, seconds.
+_PARENT_CHECK = 1.0
+#: Events that wait for the bus; beyond that they are dropped: events inform, they never delay a command.
+_EVENTS_MAX = 1000
+
+
+def __virtual__():
+    return __virtualname__
+
+
+def start(**config):
+    """Serve all authorized VMs until the minion stops.
+
+    Args:
+        config: settings, see :class:`pullrpc.config.Config` and pillar.example.
+    """
+    stopping = _StopSignals()
+    events = _Events(__opts__)  # noqa: F821
+    try:
+        _serve_until_stopped(config, stopping, events)
+    finally:
+        events.close()
+
+
+def _serve_until_stopped(config, stopping, events):
+    waiting_logged = False
+    while not stopping.is_set:
+        try:
+            _make_service(config, stopping, events).run()
+        except pullrpc.errors.EngineBusy as err:
+            if not waiting_logged:
+                log.warning("%s; waiting for it to end", err)
+            waiting_logged = True
+            stopping.wait(_BUSY_RETRY)
+        except pullrpc.errors.PullError as err:
+            # Ending would only make the minion start us again, and again.
+            log.critical("qvm-remote serves nobody: %s. Mend that, then restart this minion", err)
+            stopping.wait(None)
+
+
+def _make_service(config, stopping, events):
+    # Taken out of the loader once: these keep Salt's context with them, whatever thread calls them.
+    verify = __salt__["qvm_remote.verify"]  # noqa: F821
+    execute = __salt__["qvm_remote.execute"]  # noqa: F821
+
+    def run_verify(vm, cid, command, token):
+        try:
+            return verify(vm, cid, command, token, config=config)
+        except CommandExecutionError as err:
+            raise pullrpc.errors.Refused("storage", str(err)) from None
+
+    def run_execute(vm, cid):
+        try:
+            return execute(vm, cid, config=config)
+        except CommandExecutionError as err:
+            raise pullrpc.errors.PullError(str(err)) from None
+
+    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning)
+    stopping.set_service(service)
+    return service
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT, and the death of the minion that started us, end the service in an orderly way."""
+
+    def __init__(self):
+        self.is_set = False
+        self._service = None
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch_parent, args=(os.getppid(),), name="qvm-remote-parent", daemon=True).start()
+
+    def set_service(self, service):
+        """Say what to stop."""
+        self._service = service
+        if self.is_set:
+            service.stop()
+
+    def wait(self, seconds):
+        """Wait for a signal, at most so long."""
+        pullrpc.frames.wait_readable([self._read], None if seconds is None else time.monotonic() + seconds)
+
+    def _on_signal(self, number, frame):
+        self.is_set = True
+        try:
+            os.write(self._write, b"!")
+        except BlockingIOError:
+            # Full of earlier signals: it knows.
+            pass
+        if self._service is not None:
+            self._service.stop()
+
+    def _watch_parent(self, parent):
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK)
+        self._on_signal(signal.SIGTERM, None)
+
+
+class _Events:
+    """Fires ``qvm-remote/<vm>/<cid>/<what>`` on the minion's bus from a thread of its own, so that nothing waits for it."""
+
+    def __init__(self, opts):
+        self._opts = opts
+        self._queue = queue.Queue(_EVENTS_MAX)
+        self._thread = threading.Thread(target=self._work, name="qvm-remote-events", daemon=True)
+        self._thread.start()
+
+    def put(self, vm, cid, what, data):
+        """Fire an event soon; the arguments are checked names and words of ours, never output or keys."""
+        try:
+            self._queue.put_nowait((f"qvm-remote/{vm}/{cid}/{what}", {"vm": vm, "id": cid, **data}))
+        except queue.Full:
+            return
+
+    def close(self):
+        """Fire what waits, for a moment at most."""
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(1.0)
+
+    def _work(self):
+        with salt.utils.event.get_event("minion", opts=self._opts, listen=False) as bus:
+            while True:
+                item = self._queue.get()
+                if item is None:
+                    return
+                tag, data = item
+                bus.fire_event(data, tag)

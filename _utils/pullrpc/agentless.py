@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The same conversation without an agent in the VM: one ``qvm-run`` with a POSIX shell script for each turn.
+
+Slower than a session, with the same guarantees; for VMs without our client (or with that of qvm-remote 1.x). One run
+looks, takes and fetches; one run writes all results. Only checked ids and base64 ever become part of a script, and
+the script travels on stdin, never on a command line.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+
+from .errors import FrameError, SessionBroken
+from .frames import wait_readable
+from .session import CANCELS_MAX, INLINE_MAX, ITEMS_MAX, Item
+from .transport import run_bounded
+
+_SHELL = "exec /bin/sh -s"
+#: Longest listing, bytes: the names and the inlined commands in base64.
+_LISTING_MAX = INLINE_MAX * 2 + (ITEMS_MAX + CANCELS_MAX) * 128
+#: Each here-document holds this much of a result, bytes: what a shell holds in memory.
+_PIECE = 3 << 16
+#: A run hands results over at this rate or is given up, bytes a second.
+_RATE_MIN = 1 << 19
+#: After this long, see whether an agent has been installed, seconds.
+_LIFETIME = 300
+#: Ended without a queue.
+_NO_QUEUE = 3
+
+_D8 = "[0-9]" * 8
+_D6 = "[0-9]" * 6
+_H8 = "[0-9a-f]" * 8
+
+_BEGIN = f"""\
+set -u
+umask 077
+cd "$HOME/.qvm-remote/queue/pending" 2>/dev/null || exit {_NO_QUEUE}
+: > ../../dom0-seen
+"""
+
+# A name that is no command id is answered here: the agent does the same (client/qvm_remote_client/agent.py, _reject).
+_LIST = f"""\
+reject() {{
+    mkdir -p ../rejected
+    count=$((count + 1))
+    mv -f -- "$1" "../rejected/$$.$count" 2>/dev/null || return 0
+    [ "${{#1}}" -le 200 ] || return 0
+    printf 'qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\\n' > "../results/$1.err"
+    printf '125\\n' > "../results/.exit.$$" && mv -f "../results/.exit.$$" "../results/$1.exit"
+}}
+is_cid() {{
+    case $1 in {_D8}-{_D6}-?*-{_H8}) ;; *) return 1 ;; esac
+    pid=${{1#????????-??????-}}
+    pid=${{pid%-????????}}
+    case $pid in *[!0-9]*|???????????*) return 1 ;; esac
+}}
+size() {{
+    if [ -f "$1" ] && [ ! -L "$1" ]; then wc -c < "$1" | tr -d ' '; else echo -1; fi
+}}
+count=0 room=$1 inline=$2 cancels={CANCELS_MAX}
+for name in *; do
+    [ -e "$name" ] || [ -L "$name" ] || continue
+    stem=${{name%%.*}}
+    if ! is_cid "$stem"; then reject "$name"; continue; fi
+    case $name in
+    "$stem.cancel") [ "$cancels" -gt 0 ] && echo "C $stem" && cancels=$((cancels - 1)); continue ;;
+    "$stem.auth"|"$stem.in") continue ;;
+    "$stem") ;;
+    *) reject "$name"; continue ;;
+    esac
+    [ "$room" -gt 0 ] || continue
+    room=$((room - 1))
+    command_size=$(size "$stem") token_size=$(size "$stem.auth") stdin_size=$(size "$stem.in")
+    [ "$command_size" -ge 0 ] || {{ reject "$name"; continue; }}
+    echo "I $stem $command_size $token_size $stdin_size"
+    if [ "$token_size" -ge 0 ] && [ $((command_size + token_size)) -le "$inline" ]; then
+        inline=$((inline - command_size - token_size))
+        echo "D $(base64 < "$stem" | tr -d '\\n') $(base64 < "$stem.auth" | tr -d '\\n')"
+    fi
+done
+echo END
+"""
+
+
+class Agentless:
+    """Turns with a VM that has no agent; used as a :class:`pullrpc.session.Session` is.
+
+    Args:
+        config: Config that holds for the VM.
+        vm: str, a checked name.
+    """
+
+    kind = "agentless"
+    #: Most that one :meth:`fetch` gives, bytes.
+    fetch_max = 1 << 22
+
+    def __init__(self, config, vm):
+        self._config = config
+        self._vm = vm
+        self._begun = time.monotonic()
+        self._next = self._begun
+        self._told = []
+
+    def hello(self):
+        """Say what dom0 takes, so that a client there can refuse what is over it.
+
+        Raises:
+            SessionBroken, TransportError
+        """
+        names = ("timeout_max", "command_max", "stdin_max", "max_age")
+        lines = "".join(f"{name} {getattr(self._config, name)}\\n" for name in names)
+        self._told.append(f"printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
+
+    def poll(self, wait, room, wake_fd):
+        """See :meth:`pullrpc.session.Session.poll`; here the waiting is done in dom0, at a fixed pace."""
+        if time.monotonic() - self._begun > _LIFETIME:
+            raise SessionBroken("it is time to look for an agent again")
+        if wait and wait_readable([wake_fd], min(self._next, time.monotonic() + wait)) and time.monotonic() < self._next:
+            return [], []
+        script = _BEGIN + "".join(self._told) + f"set -- {room} {INLINE_MAX}\n" + _LIST
+        code, untrusted_output = self._run([script.encode("ascii")], _LISTING_MAX, self._config.answer_wait)
+        self._next = time.monotonic() + self._config.agentless_interval
+        if code == _NO_QUEUE:
+            return [], []
+        if code:
+            raise SessionBroken("the qube can't be asked (is it running, is its disk full?)")
+        self._told.clear()
+        return _read_listing(untrusted_output)
+
+    def fetch(self, cid, part, offset, size):
+        """See :meth:`pullrpc.session.Session.fetch`."""
+        name = cid + {"command": "", "auth": ".auth", "in": ".in"}[part]
+        size = min(size, self.fetch_max)
+        script = f"{_BEGIN}[ -L {name} ] || tail -c +{offset + 1} {name} | head -c {size}\n"
+        code, data = self._run([script.encode("ascii")], size, self._config.answer_wait + size // _RATE_MIN)
+        if code:
+            raise SessionBroken("a command could not be fetched")
+        return data
+
+    def take(self, cid):
+        """Remember to tell the VM, in the next turn, that dom0 has a command."""
+        self._told.append(f"mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n")
+
+    def drop(self, cid):
+        """Remember to tell the VM that a cancelled command is done with."""
+        self._told.append(f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n")
+
+    def deliver(self, results):
+        """See :meth:`pullrpc.session.Session.deliver`; all results go in one run."""
+        results = list(results)
+        total = sum(size for _, _, parts in results for size, _ in parts.values())
+        code, untrusted_output = self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
+        if code or untrusted_output != b"END\n":
+            raise SessionBroken("the qube could not take its results (is its disk full?)")
+        self._told.clear()
+        for cid, _, _ in results:
+            yield cid
+
+    def bye(self):
+        """Tell the VM what is left to tell."""
+        if self._told:
+            self._run([(_BEGIN + "".join(self._told)).encode("ascii")], 0, self._config.answer_wait)
+            self._told.clear()
+
+    def abort(self):
+        """Nothing is open between turns, and a turn has its own deadline."""
+
+    def close(self):
+        """Nothing is open between turns."""
+        return 0
+
+    def _run(self, data, output_max, wait):
+        return run_bounded(self._config, self._vm, _SHELL, data, output_max, wait)
+
+    def _delivery(self, results):
+        yield (_BEGIN + "".join(self._told) + "set -e\n").encode("ascii")
+        for cid, exit_code, parts in results:
+            for part in ("out", "err", "meta"):
+                half = f"../results/.{cid}.{part}.part"
+                yield f": > {half}\n".encode("ascii")
+                for chunk in parts[part][1]():
+                    for at in range(0, len(chunk), _PIECE):
+                        piece = base64.encodebytes(chunk[at : at + _PIECE])
+                        yield f"base64 -d >> {half} <<'END'\n".encode("ascii") + piece + b"END\n"
+                yield f"mv -f {half} ../results/{cid}.{part}\n".encode("ascii")
+            half = f"../results/.{cid}.exit.part"
+            yield f"echo {exit_code} > {half}; mv -f {half} ../results/{cid}.exit\n".encode("ascii")
+            yield f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n".encode("ascii")
+        yield b"echo END\n"
+
+
+def _read_listing(untrusted_output):
+    lines = untrusted_output.split(b"\n")
+    if lines[-2:] != [b"END", b""]:
+        raise FrameError("the qube's list is cut")
+    items, cancels = [], []
+    for line in lines[:-2]:
+        kind, _, rest = line.partition(b" ")
+        if kind == b"C":
+            cancels.append(_word(rest))
+        elif kind == b"I":
+            items.append(_read_item(rest))
+        elif kind == b"D" and items and items[-1].command is None:
+            items[-1] = _with_data(items[-1], rest)
+        else:
+            raise FrameError("the qube's list is malformed")
+    if len(items) > ITEMS_MAX or len(cancels) > CANCELS_MAX:
+        raise FrameError("the qube's list is too long")
+    return items, cancels
+
+
+def _word(untrusted_word):
+    return untrusted_word.decode("ascii", "replace")
+
+
+def _read_item(untrusted_line):
+    words = untrusted_line.split(b" ")
+    if len(words) != 4 or any(len(word) > 20 or not word.removeprefix(b"-").isdigit() for word in words[1:]):
+        raise FrameError("the qube's list is malformed")
+    return Item(_word(words[0]), *(max(-1, int(word)) for word in words[1:]))
+
+
+def _with_data(item, untrusted_line):
+    words = untrusted_line.split(b" ")
+    try:
+        command, token = (base64.b64decode(word, validate=True) for word in words)
+    except (ValueError, binascii.Error):
+        raise FrameError("the qube's list is malformed") from None
+    if (len(command), len(token)) != (item.command_size, item.token_size):
+        raise FrameError("the qube's list does not fit its data")
+    return Item(item.untrusted_cid, item.command_size, item.token_size, item.stdin_size, command, token)

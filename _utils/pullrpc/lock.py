@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lock that lets one engine, or one ``run_once``, work at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+from .errors import EngineBusy, SpoolError
+
+
+class EngineLock:
+    """Held from ``with`` to its end; the kernel drops it when the process dies, however it dies.
+
+    Args:
+        run_dir: str, absolute; created 0700.
+
+    Raises:
+        EngineBusy: another process holds it; SpoolError: the folder can't be used.
+    """
+
+    def __init__(self, run_dir):
+        self._run_dir = run_dir
+        self._fd = None
+
+    def __enter__(self):
+        try:
+            os.makedirs(self._run_dir, mode=0o700, exist_ok=True)
+            info = os.lstat(self._run_dir)
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise SpoolError(f"{self._run_dir} must be a folder that only root can write to")
+            self._fd = os.open(os.path.join(self._run_dir, "engine.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.__exit__()
+            raise EngineBusy("another qvm-remote engine (or run_once) is at work in dom0; there is only ever one") from None
+        except OSError as err:
+            self.__exit__()
+            raise SpoolError(f"can't use {self._run_dir}: {err.strerror}") from err
+        return self
+
+    def __exit__(self, *_):
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def is_held(run_dir):
+    """Say whether an engine is at work.
+
+    Args:
+        run_dir: str.
+
+    Returns:
+        bool
+    """
+    try:
+        fd = os.open(os.path.join(run_dir, "engine.lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
