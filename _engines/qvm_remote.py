@@ -48,7 +48,7 @@ def start(**config):
         config: settings, see :class:`pullrpc.config.Config` and pillar.example.
     """
     stopping = _StopSignals()
-    events = _Events(__opts__)  # noqa: F821
+    events = _Events(__opts__)
     try:
         _serve_until_stopped(config, stopping, events)
     finally:
@@ -73,8 +73,8 @@ def _serve_until_stopped(config, stopping, events):
 
 def _make_service(config, stopping, events):
     # Taken out of the loader once: these keep Salt's context with them, whatever thread calls them.
-    verify = __salt__["qvm_remote.verify"]  # noqa: F821
-    execute = __salt__["qvm_remote.execute"]  # noqa: F821
+    verify = __salt__["qvm_remote.verify"]
+    execute = __salt__["qvm_remote.execute"]
 
     def run_verify(vm, cid, command, token):
         try:

@@ -40,7 +40,7 @@ def __virtual__():
 def _settings(config):
     if config is not None:
         return config
-    for engine in __opts__.get("engines") or []:  # noqa: F821
+    for engine in __opts__.get("engines") or []:
         if isinstance(engine, dict) and "qvm_remote" in engine:
             return engine["qvm_remote"] or {}
     return {}

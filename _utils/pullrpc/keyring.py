@@ -148,7 +148,7 @@ class Keyring:
         except OSError as err:
             raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            raise KeyringError(f"{self._folder} must be a folder of mode 0700 owned by root; run: chown root {self._folder}; chmod 0700 {self._folder}")
+            raise KeyringError(f"{self._folder} must be a folder of mode 0700 owned by root; run: chown root DIR; chmod 0700 DIR")
 
     def _read(self, vm):
         path = self._path(vm)

@@ -113,7 +113,7 @@ class Ledger:
         Raises:
             LedgerError: it can't be recorded; the command must not run.
         """
-        return self._move(vm, cid, (CLAIMED,), RUNNING)
+        return self._move(vm, cid, CLAIMED, RUNNING)
 
     def finish(self, vm, cid, exit_code, status):
         """Record a command's end.
@@ -138,7 +138,7 @@ class Ledger:
         Raises:
             LedgerError: it can't be recorded.
         """
-        self._move(vm, cid, (DONE,), DELIVERED)
+        self._move(vm, cid, DONE, DELIVERED)
 
     def unfinished(self):
         """List what was claimed or running. At an engine's start these are what the last one left behind.
@@ -206,12 +206,9 @@ class Ledger:
                 "DELETE FROM command WHERE state = ? AND claimed_at < ?", (DELIVERED, time.time() - keep_days * 86400)
             ).rowcount
 
-    def _move(self, vm, cid, states, new_state):
-        marks = ", ".join("?" * len(states))
+    def _move(self, vm, cid, state, new_state):
         with self._guarded():
-            cursor = self._db.execute(
-                f"UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state IN ({marks})", (new_state, vm, cid, *states)
-            )
+            cursor = self._db.execute("UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state = ?", (new_state, vm, cid, state))
             return cursor.rowcount == 1
 
     @contextlib.contextmanager

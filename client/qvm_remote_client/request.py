@@ -74,11 +74,21 @@ def vm_name():
     """
     for program in ("/usr/bin/qubesdb-read", "/usr/sbin/qubesdb-read"):
         if os.access(program, os.X_OK):
-            with os.popen(f"{program} /name 2>/dev/null") as answer:
-                name = answer.read(64).strip()
+            name = _output_of([program, "/name"])
             if name:
                 return name
     return os.uname().nodename.split(".")[0]
+
+
+def _output_of(argv):
+    # subprocess takes longer to import than the program takes to run.
+    read_end, write_end = os.pipe()
+    pid = os.posix_spawn(argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, write_end, 1)])
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as file:
+        output = file.read(64)
+    os.waitpid(pid, 0)
+    return output.decode("ascii", "replace").strip()
 
 
 def load_key(queue):

@@ -1,0 +1,45 @@
+# make demo and make test do everything on a fresh machine; see README.rst.
+PYTHON3 ?= python3
+BIN := .venv/bin
+DESTDIR ?=
+LIBDIR := $(DESTDIR)/usr/lib/qvm-remote
+PROTOCOL := __init__ errors files frames ids layout tokens
+
+.PHONY: help prepare demo demo-shell test lint install-client clean
+
+help:
+	@echo "make demo            show the main job on the simulator"
+	@echo "make demo-shell      the same, then a prompt inside a VM, with the engine running"
+	@echo "make test            lint, then all tests"
+	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
+	@echo "make install-client  install the VM's side (DESTDIR=...)"
+	@echo "make clean           remove what the above made here"
+
+prepare:
+	@$(PYTHON3) tools/bootstrap.py
+
+demo: prepare
+	@$(BIN)/python tools/demo.py
+
+demo-shell: prepare
+	@$(BIN)/python tools/demo.py --shell
+
+test: lint
+	$(BIN)/python -m pytest tests
+
+lint: prepare
+	$(BIN)/ruff check .
+	$(BIN)/yamllint --strict .
+	$(BIN)/salt-lint $$(git ls-files '*.sls')
+	shellcheck $$(git ls-files '*.sh') .ci/run
+	$(BIN)/rstcheck README.rst
+
+install-client:
+	install -d -m 0755 $(DESTDIR)/usr/bin $(LIBDIR)/qvm_remote_client $(LIBDIR)/pullrpc
+	install -m 0755 client/qvm-remote $(DESTDIR)/usr/bin/qvm-remote
+	install -m 0644 client/qvm_remote_client/*.py $(LIBDIR)/qvm_remote_client/
+	for name in $(PROTOCOL); do install -m 0644 _utils/pullrpc/$$name.py $(LIBDIR)/pullrpc/ || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .sim
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
+packages that can't come with it. Says what it does; does nothing when all is there. Standard library only.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_VENV = os.path.join(_ROOT, ".venv")
+_REQUIREMENTS = os.path.join(_ROOT, "requirements-dev.txt")
+_STAMP = os.path.join(_VENV, "prepared")
+_HEADER = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+#: What must be there: a test for it, and the packages that bring it (Debian, Fedora).
+_SYSTEM = (
+    ("the C compiler, to build salt's dependency timelib", lambda: shutil.which("cc") or shutil.which("gcc"), "gcc", "gcc"),
+    ("Python's headers, for the same", lambda: os.path.exists(_HEADER), "python3-dev", "python3-devel"),
+    ("Python's venv module", lambda: _can_import("ensurepip") and _can_import("venv"), "python3-venv", "python3"),
+    ("shellcheck, for make lint", lambda: shutil.which("shellcheck"), "shellcheck", "ShellCheck"),
+)
+
+
+def main():
+    """Prepare the machine.
+
+    Returns:
+        int, the exit code.
+    """
+    with open(_REQUIREMENTS, "rb") as file:
+        wanted = hashlib.sha256(file.read() + sys.version.encode()).hexdigest()
+    if _prepared() == wanted and not _missing():
+        return 0
+    if not _install_system(_missing()):
+        return 1
+    return _install_venv(wanted)
+
+
+def _can_import(name):
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+
+
+def _prepared():
+    try:
+        with open(_STAMP, encoding="ascii") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def _missing():
+    return [(what, debian, fedora) for what, is_there, debian, fedora in _SYSTEM if not is_there()]
+
+
+def _install_system(missing):
+    if not missing:
+        return True
+    for what, _, _ in missing:
+        print(f"missing: {what}", flush=True)
+    # The headers must be those of the Python that runs this: another version's package would not help.
+    if shutil.which("apt-get"):
+        commands = [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *[debian for _, debian, _ in missing]]]
+    elif shutil.which("dnf"):
+        commands = [["dnf", "install", "-y", "-q", *[fedora for _, _, fedora in missing]]]
+    else:
+        print("error: neither apt-get nor dnf is here; install the above by hand, then run this again", file=sys.stderr)
+        return False
+    as_root = [] if os.geteuid() == 0 else ["sudo"]
+    for command in commands:
+        print("running: " + " ".join(as_root + command), flush=True)
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        done = subprocess.run(as_root + command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, check=False)
+        if done.returncode and command[1] != "update":
+            print("error: that failed; install the above by hand, then run this again", file=sys.stderr)
+            return False
+    return True
+
+
+def _install_venv(wanted):
+    print("preparing .venv: salt, pytest-salt-factories and the linters (a minute or two the first time)", flush=True)
+    steps = (
+        [sys.executable, "-m", "venv", "--clear", _VENV],
+        [os.path.join(_VENV, "bin", "pip"), "install", "--quiet", "--disable-pip-version-check", "-r", _REQUIREMENTS],
+    )
+    for step in steps:
+        if subprocess.run(step, stdin=subprocess.DEVNULL, check=False).returncode:
+            print(f"error: this failed: {' '.join(step)}", file=sys.stderr)
+            return 1
+    with open(_STAMP, "w", encoding="ascii") as file:
+        file.write(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
