@@ -135,8 +135,6 @@ class Supervision:
         if self._main is None:
             return 0
         deadline = time.monotonic() + self._spec["grace"]
-        if self._spec["cgroup"]:
-            _write_file(os.path.join(self._spec["cgroup"], "cgroup.kill"), b"1")
         if self._main_status is None:
             # Not reaped yet, so that no other process can have its number.
             _signal_group(self._main, signal.SIGKILL)
@@ -364,28 +362,6 @@ def remove_tree(parent_fd, name):
     return problems[:_PROBLEMS_MAX]
 
 
-def remove_cgroup(path):
-    """Remove an empty cgroup.
-
-    Args:
-        path: str.
-
-    Returns:
-        list of str: nothing, or why it could not be removed.
-    """
-    for _ in range(20):
-        try:
-            os.rmdir(path)
-            return []
-        except FileNotFoundError:
-            return []
-        except OSError as err:
-            reason = err.strerror
-        # The kernel needs a moment after the last process in it was buried.
-        time.sleep(_ROUND)
-    return [f"{path}: {reason}"]
-
-
 def _empty(parent_fd, grave, graves, problems):
     fd = os.open(grave, _DIRECTORY, dir_fd=parent_fd)
     try:
@@ -433,8 +409,6 @@ def _clean_up(spec):
         problems += remove_tree(jobs, spec["name"])
     except OSError as err:
         problems.append(f"{spec['jobs']}: {err.strerror}")
-    if spec["cgroup"]:
-        problems += remove_cgroup(spec["cgroup"])
     return problems
 
 
@@ -446,8 +420,6 @@ def _confine(spec, supervisor, work, oom_score):
         raise OSError(errno.ESRCH, "the supervisor is gone")
     for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(signum, signal.SIG_DFL)
-    if spec["cgroup"]:
-        _write_file(os.path.join(spec["cgroup"], "cgroup.procs"), b"0")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit(resource.RLIMIT_NOFILE, spec["nofile"])
     if spec["data_max"]:
