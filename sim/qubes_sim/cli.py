@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line of the simulator."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import tty
+
+from . import hypervisor, linux, wire
+
+_OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill")
+_DOWN_WAIT = 10
+_USAGE = """\
+A Qubes OS to develop against: dom0 and VMs are Linux namespaces with their own file systems, users and host names.
+In dom0, qvm-run, qvm-ls and their kin work; nothing else connects dom0 and the VMs."""
+
+
+class _Failed(Exception):
+    """What was asked for can't be done; the text says why."""
+
+
+def main(argv):
+    """Run the command line.
+
+    Args:
+        argv: list of str.
+
+    Returns:
+        int: 0, 1 for what failed, 2 for wrong usage; for ``dom0`` and ``vm`` the command's exit code.
+    """
+    options = _parser().parse_args(argv)
+    root = os.path.abspath(options.root)
+    try:
+        return options.do(root, options)
+    except (_Failed, OSError) as err:
+        sys.stderr.write(f"qubes-sim: error: {err}\n")
+        return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="qubes-sim", description=_USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name, do, text):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--root", required=True, metavar="DIR", help="the simulator's folder")
+        command.set_defaults(do=do, operation=name)
+        return command
+
+    up = add("up", _up, "start dom0, make templates, make and start VMs")
+    up.add_argument("--template", action="append", default=[], metavar="NAME")
+    up.add_argument("--vm", action="append", default=[], metavar="NAME[:TEMPLATE]")
+    up.add_argument("--dom0-bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help="show a path of the host in dom0")
+    up.add_argument("--vm-bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help="show a path of the host in all VMs")
+    add("down", _down, "end everything")
+    for name in ("dom0", "vm"):
+        command = add(name, _run, f"run a command in {'dom0, as root' if name == 'dom0' else 'a VM, as its user'}")
+        if name == "vm":
+            command.add_argument("name", metavar="NAME")
+        command.add_argument("-u", "--user", default="root" if name == "dom0" else "user")
+        command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD...")
+    create = add("create", _operate, "make a VM; it isn't started")
+    create.add_argument("name", metavar="NAME[:TEMPLATE]")
+    for name in _OPERATIONS:
+        add(name, _operate, f"{name} a VM").add_argument("name", metavar="NAME")
+    add("status", _status, "list the domains")
+    return parser
+
+
+def _up(root, options):
+    with contextlib.suppress(OSError):
+        wire.connect(os.path.join(root, "control.sock")).close()
+        raise _Failed(f"a simulator is up in {root}")
+    os.makedirs(os.path.join(root, "store"), exist_ok=True)
+    os.chmod(root, 0o700)
+    for name in ("control.sock", "qubesd.sock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(root, name))
+    settings = {
+        "templates": options.template,
+        "vms": [[*vm.split(":", 1), None][:2] for vm in options.vm],
+        "dom0_binds": [_bind_option(text) for text in options.dom0_bind],
+        "vm_binds": [_bind_option(text) for text in options.vm_bind],
+        "user": 1000,
+    }
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        os.close(read_end)
+        _daemonize(root)
+        settings["user"] = _own_ids()
+        hypervisor.run(root, settings, write_end)
+    os.close(write_end)
+    os.wait()
+    answer = json.loads(os.read(read_end, 4096) or b'{"error": "it ended at once; see hypervisor.log there"}')
+    os.close(read_end)
+    if "error" in answer:
+        _remove(root)
+        raise _Failed(answer["error"])
+    return 0
+
+
+def _bind_option(text):
+    source, target, mode = [*text.split(":"), "", ""][:3]
+    if not os.path.exists(source):
+        raise _Failed(f"there is no {source} to bind")
+    return [os.path.abspath(source), target or os.path.abspath(source), mode != "rw"]
+
+
+def _daemonize(root):
+    """Become a process of init's: of no terminal, no session of the caller's, no descriptor of his."""
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    log = os.open(os.path.join(root, "hypervisor.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def _own_ids():
+    """An ordinary user becomes root of a user namespace.
+
+    Returns:
+        int, the uid of VMs' users: 1000, or 0 where there is but one id.
+    """
+    if os.geteuid() == 0:
+        return 1000
+    uid, gid = os.getuid(), os.getgid()
+    name = pwd.getpwuid(uid).pw_name
+    ranges = [_subordinate(path, name, uid) for path in ("/etc/subuid", "/etc/subgid")]
+    mappers = [shutil.which("newuidmap"), shutil.which("newgidmap")]
+    read_end, write_end = os.pipe()
+    pid = os.getpid()
+    if all(ranges) and all(mappers):
+        helper = os.fork()
+        if helper == 0:
+            os.read(read_end, 1)
+            for mapper, own, (start, count) in zip(mappers, (uid, gid), ranges):
+                if subprocess.run([mapper, str(pid), "0", str(own), "1", "1", str(start), str(count)], check=False).returncode:
+                    os._exit(1)
+            os._exit(0)
+        linux.unshare(linux.CLONE_NEWUSER)
+        os.write(write_end, b"!")
+        if os.waitpid(helper, 0)[1] == 0:
+            return 1000
+        raise _Failed("newuidmap refused")
+    linux.unshare(linux.CLONE_NEWUSER)
+    for path, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{path}", "w", encoding="ascii") as file:
+            file.write(text)
+    return 0
+
+
+def _subordinate(path, name, uid):
+    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+        for line in file:
+            owner, start, count = line.strip().split(":")
+            if owner in (name, str(uid)) and int(count) > 1000:
+                return int(start), int(count)
+    return None
+
+
+def _down(root, options):
+    try:
+        with wire.connect(os.path.join(root, "control.sock")) as sock:
+            wire.send(sock, {"op": "down"})
+            deadline = time.monotonic() + _DOWN_WAIT
+            while time.monotonic() < deadline and _is_up(root):
+                time.sleep(0.02)
+    except OSError:
+        # None is up; what an ended one left goes all the same.
+        pass
+    if _is_up(root):
+        raise _Failed("the simulator does not end")
+    _remove(root)
+    return 0
+
+
+def _is_up(root):
+    try:
+        wire.connect(os.path.join(root, "control.sock")).close()
+    except OSError:
+        return False
+    return True
+
+
+def _remove(root):
+    for name in ("control.sock", "qubesd.sock", "hypervisor.log"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(root, name))
+    for folder in (os.path.join(root, "store"), root):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def _ask(root, message, fds=()):
+    try:
+        sock = wire.connect(os.path.join(root, "control.sock"))
+    except OSError:
+        raise _Failed(f"no simulator is up in {root}; start one: qubes-sim up --root {root}") from None
+    wire.send(sock, message, fds)
+    return sock
+
+
+def _answer(sock):
+    answer, fds = wire.receive(sock)
+    if answer is None:
+        raise _Failed("the simulator has ended")
+    if "error" in answer:
+        raise _Failed(answer["error"])
+    return answer, fds
+
+
+def _operate(root, options):
+    name, _, template = options.name.partition(":")
+    with _ask(root, {"op": options.operation, "name": name, "template": template or None}) as sock:
+        _answer(sock)
+    return 0
+
+
+def _status(root, options):
+    with _ask(root, {"op": "status"}) as sock:
+        rows = _answer(sock)[0]["domains"]
+    for row in [{"name": "NAME", "class": "CLASS", "template": "TEMPLATE", "state": "STATE"}, *rows]:
+        print(f"{row['name']:32}{row['class']:12}{row['template']:24}{row['state']}")
+    return 0
+
+
+def _run(root, options):
+    words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    name = options.name if options.operation == "vm" else "dom0"
+    is_terminal = os.isatty(0) and os.isatty(1)
+    message = {"op": "run", "name": name, "user": options.user, "argv": words or ["/bin/bash", "-l"], "tty": is_terminal}
+    if is_terminal:
+        message["term"] = os.environ.get("TERM", "")
+        return _run_on_terminal(_ask(root, message))
+    with _ask(root, message, (0, 1, 2)) as sock:
+        return _answer(sock)[0]["exit"]
+
+
+def _run_on_terminal(sock):
+    """Pass keys and output between this terminal and one in the domain."""
+    _, fds = _answer(sock)
+    master = fds[0]
+
+    def resize(*_):
+        fcntl.ioctl(master, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, struct.pack("4H", 0, 0, 0, 0)))
+
+    before = termios.tcgetattr(0)
+    signal.signal(signal.SIGWINCH, resize)
+    resize()
+    tty.setraw(0)
+    try:
+        poller = select.poll()
+        for fd in (0, master, sock.fileno()):
+            poller.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == sock.fileno():
+                    return _answer(sock)[0]["exit"]
+                with contextlib.suppress(OSError):
+                    os.write(master if fd == 0 else 1, os.read(fd, 65536))
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)

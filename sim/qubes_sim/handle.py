@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A simulator as a Python object, for tests, the demo and the benchmark. Works through the command line alone."""
+
+import os
+import subprocess
+import sys
+
+_PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "qubes-sim")
+
+
+class Sim:
+    """A simulator.
+
+    Args:
+        root: str, its folder.
+    """
+
+    def __init__(self, root):
+        self.root = str(root)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.down()
+
+    def command(self, name, *words):
+        """The command line of one of qubes-sim's commands.
+
+        Returns:
+            list of str
+        """
+        return [sys.executable, _PROGRAM, name, "--root", self.root, *words]
+
+    def up(self, templates=(), vms=(), dom0_binds=(), vm_binds=()):
+        """Start everything.
+
+        Raises:
+            subprocess.CalledProcessError: it could not be started.
+        """
+        words = []
+        for option, values in (("--template", templates), ("--vm", vms), ("--dom0-bind", dom0_binds), ("--vm-bind", vm_binds)):
+            for value in values:
+                words += [option, value]
+        self._do("up", *words)
+
+    def down(self):
+        """End everything."""
+        self._do("down")
+
+    def create(self, name):
+        """Make a VM, ``NAME`` or ``NAME:TEMPLATE``."""
+        self._do("create", name)
+
+    def start(self, name):
+        """Start a VM."""
+        self._do("start", name)
+
+    def shutdown(self, name):
+        """Shut a VM down."""
+        self._do("shutdown", name)
+
+    def kill(self, name):
+        """End a VM as a power cut does."""
+        self._do("kill", name)
+
+    def pause(self, name):
+        """Freeze a VM."""
+        self._do("pause", name)
+
+    def unpause(self, name):
+        """Let a paused VM go on."""
+        self._do("unpause", name)
+
+    def dom0(self, *argv, user="root", data=None, timeout=60, check=False):
+        """Run a command in dom0.
+
+        Returns:
+            subprocess.CompletedProcess, with bytes.
+        """
+        return _run(self.command("dom0", "-u", user, "--", *argv), data, timeout, check)
+
+    def vm(self, name, *argv, user="user", data=None, timeout=60, check=False):
+        """Run a command in a VM.
+
+        Returns:
+            subprocess.CompletedProcess, with bytes.
+        """
+        return _run(self.command("vm", name, "-u", user, "--", *argv), data, timeout, check)
+
+    def popen_dom0(self, *argv, **options):
+        """Start a command in dom0; its session ends when the process is killed."""
+        return subprocess.Popen(self.command("dom0", "--", *argv), **options)
+
+    def popen_vm(self, name, *argv, user="user", **options):
+        """Start a command in a VM; its session ends when the process is killed."""
+        return subprocess.Popen(self.command("vm", name, "-u", user, "--", *argv), **options)
+
+    def _do(self, name, *words):
+        subprocess.run(self.command(name, *words), check=True, stdin=subprocess.DEVNULL, timeout=60)
+
+
+def _run(command, data, timeout, check):
+    # Without data there is no stdin: a test must never read the terminal it was started from.
+    given = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
+    return subprocess.run(command, capture_output=True, timeout=timeout, check=check, **given)
