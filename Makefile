@@ -2,8 +2,6 @@
 PYTHON3 ?= python3
 BIN := .venv/bin
 DESTDIR ?=
-LIBDIR := $(DESTDIR)/usr/lib/qvm-remote
-PROTOCOL := __init__ errors files frames ids layout tokens
 
 .PHONY: help prepare demo demo-shell test lint install-client clean
 
@@ -35,10 +33,7 @@ lint: prepare
 	$(BIN)/rstcheck README.rst
 
 install-client:
-	install -d -m 0755 $(DESTDIR)/usr/bin $(LIBDIR)/qvm_remote_client $(LIBDIR)/pullrpc
-	install -m 0755 client/qvm-remote $(DESTDIR)/usr/bin/qvm-remote
-	install -m 0644 client/qvm_remote_client/*.py $(LIBDIR)/qvm_remote_client/
-	for name in $(PROTOCOL); do install -m 0644 _utils/pullrpc/$$name.py $(LIBDIR)/pullrpc/ || exit 1; done
+	$(PYTHON3) tools/install_client.py "$(DESTDIR)"
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .sim

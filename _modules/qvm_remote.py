@@ -19,6 +19,7 @@ import pullrpc.errors
 import pullrpc.files
 import pullrpc.ids
 import pullrpc.lock
+import pullrpc.package
 import pullrpc.service
 import pullrpc.session
 import pullrpc.transport
@@ -31,6 +32,8 @@ __virtualname__ = "qvm_remote"
 _KEY_READ_MAX = 66
 #: How long a VM may take to show its key, seconds.
 _KEY_WAIT = 20
+#: How long a template may take to unpack the client, seconds.
+_INSTALL_WAIT = 120
 
 
 def __virtual__():
@@ -173,6 +176,89 @@ def _read_stdin():
             break
         data += chunk
     return data
+
+
+def client_installed(template, config=None):
+    """Say whether this version of the client was installed in a template (or standalone) from here.
+
+    Args:
+        template: its name.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        bool
+
+    Raises:
+        CommandExecutionError: it is no VM's name, or the client's files are not in the file roots.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.client_installed fedora-41
+    """
+    try:
+        pullrpc.ids.check_vm_name(template)
+        return pullrpc.files.read_bounded(_client_note(_dom0(config).config, template), 64).decode("ascii") == _client_archive()[1]
+    except FileNotFoundError:
+        return False
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def install_client(template, config=None):
+    """Install the client in a template (or standalone): dom0 writes it there, nothing is downloaded.
+
+    A template that is shut down is started for it, and shut down again.
+
+    Args:
+        template: its name.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``template`` and ``sha256`` of what was installed.
+
+    Raises:
+        CommandExecutionError: the template can't be started or written to.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.install_client fedora-41
+    """
+    try:
+        pullrpc.ids.check_vm_name(template)
+        settings = _dom0(config).config
+        data, digest = _client_archive()
+        was_running = template in pullrpc.transport.running_vms(settings)
+        if not was_running:
+            pullrpc.transport.set_running(template, True)
+        try:
+            command = "tar --extract --no-same-owner --directory=/"
+            code, _ = pullrpc.transport.run_bounded(settings, template, command, [data], 4096, _INSTALL_WAIT, user="root")
+        finally:
+            if not was_running:
+                pullrpc.transport.set_running(template, False)
+        if code:
+            raise pullrpc.errors.TransportError(f"{template} could not take the client (exit code {code}): is its disk full?")
+        os.makedirs(os.path.dirname(_client_note(settings, template)), mode=0o700, exist_ok=True)
+        pullrpc.files.write_whole(_client_note(settings, template), digest.encode("ascii"))
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+    return {"template": template, "sha256": digest}
+
+
+def _client_archive():
+    cached = __salt__["cp.cache_dir"]("salt://client")
+    launcher = [path for path in cached or () if path.endswith("/client/qvm-remote")]
+    if not launcher:
+        raise pullrpc.errors.PullError("the client's files are not in Salt's file roots (salt://client)")
+    return pullrpc.package.client_archive(os.path.dirname(launcher[0]))
+
+
+def _client_note(settings, template):
+    return os.path.join(settings.state_dir, "clients", template)
 
 
 def revoke(vm, config=None):

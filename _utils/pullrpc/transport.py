@@ -20,6 +20,8 @@ _LIST_WAIT = 30
 #: How long a qvm-run told to end may take, seconds.
 _END_WAIT = 1.0
 _READ_SIZE = 1 << 16
+#: How long a template may take to start or shut down, seconds.
+_START_WAIT = 180
 
 
 def running_vms(config):
@@ -52,6 +54,25 @@ def running_vms(config):
     return names
 
 
+def set_running(vm, run):
+    """Start or shut down a template, so that something can be installed there. No VM that is served is ever started.
+
+    Args:
+        vm: str, a checked name.
+        run: bool.
+
+    Raises:
+        TransportError: it can't be done.
+    """
+    argv = ["qvm-start", "--", vm] if run else ["qvm-shutdown", "--wait", "--", vm]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_START_WAIT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise TransportError(f"{argv[0]} {vm}: {err}") from err
+    if done.returncode:
+        raise TransportError(f"{argv[0]} {vm} ended with exit code {done.returncode}")
+
+
 class Channel:
     """A program running in a VM, its stdin and stdout in our hands as non-blocking descriptors.
 
@@ -59,13 +80,14 @@ class Channel:
         config: Config.
         vm: str, a checked name.
         command: str, a constant of ours: nothing from a VM ever becomes part of it but checked ids.
+        user: str, who runs it there: ``user`` or ``root``.
 
     Raises:
         TransportError: qvm-run can't be started.
     """
 
-    def __init__(self, config, vm, command):
-        argv = [config.qvm_run, "--pass-io", "--no-gui", "--no-autostart", "--", vm, command]
+    def __init__(self, config, vm, command, user="user"):
+        argv = [config.qvm_run, "--pass-io", "--no-gui", "--no-autostart", f"--user={user}", "--", vm, command]
         try:
             # stderr is the VM's to write: not read, so nothing of it can get anywhere.
             self._process = subprocess.Popen(
@@ -104,7 +126,7 @@ class Channel:
         return self._process.wait()
 
 
-def run_bounded(config, vm, command, data, output_max, wait):
+def run_bounded(config, vm, command, data, output_max, wait, user="user"):
     """Run a program in a VM once, with bounded output and time.
 
     Args:
@@ -114,6 +136,7 @@ def run_bounded(config, vm, command, data, output_max, wait):
         data: iterable of bytes, its stdin.
         output_max: int, bytes; more ends it.
         wait: float, seconds.
+        user: str, who runs it there.
 
     Returns:
         (int, bytes): exit code and stdout.
@@ -122,7 +145,7 @@ def run_bounded(config, vm, command, data, output_max, wait):
         TransportError: it can't be started, wrote too much, or took too long.
         SessionBroken: it doesn't read what it is sent.
     """
-    channel = Channel(config, vm, command)
+    channel = Channel(config, vm, command, user)
     deadline = time.monotonic() + wait
     untrusted_output = bytearray()
     try:

@@ -57,7 +57,8 @@ def bind(source, target, read_only=False):
     if read_only:
         # In a user namespace, flags that the source was mounted with may not be cleared; so they are kept.
         flags = os.statvfs(target).f_flag
-        kept = flags & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME) | (_MS_RELATIME if flags & os.ST_RELATIME else 0)
+        kept = flags & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME)
+        kept |= _MS_RELATIME if flags & os.ST_RELATIME else 0
         mount(None, target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
 
 

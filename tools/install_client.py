@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Install the VM's side of qvm-remote: install_client.py [DESTDIR]. Standard library only."""
+
+import os
+import shutil
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(_ROOT, "_utils"))
+
+from pullrpc.package import client_files  # noqa: E402
+
+
+def main(destination="/"):
+    """Copy the files below a folder.
+
+    Args:
+        destination: str.
+    """
+    for target, source, mode in client_files(os.path.join(_ROOT, "client")):
+        path = os.path.join(destination, target)
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        shutil.copyfile(source, path)
+        os.chmod(path, mode)
+
+
+if __name__ == "__main__":
+    main(*(word or "/" for word in sys.argv[1:2]))
