@@ -6,6 +6,7 @@ They report fingerprints, never keys, and change nothing that is already as it s
 
 import os
 
+import salt.utils.atomicfile
 import salt.utils.files
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
@@ -52,8 +53,9 @@ def engine_configured(name, settings=None):
     if __opts__["test"]:
         ret.update(result=None, comment="The engine would be configured")
         return ret
-    __salt__["file.makedirs_perms"](path, mode="0700")
-    with salt.utils.files.fopen(path, "w") as file:
+    os.makedirs(name, mode=0o700, exist_ok=True)
+    # By rename: a minion that starts at this moment sees the old configuration or the new one.
+    with salt.utils.atomicfile.atomic_open(path, "w") as file:
         file.write(wanted)
     os.chmod(path, 0o600)
     ret["comment"] = "The engine was configured; restart its minion"

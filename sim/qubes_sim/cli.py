@@ -39,7 +39,12 @@ def main(argv):
     Returns:
         int: 0, 1 for what failed, 2 for wrong usage; for ``dom0`` and ``vm`` the command's exit code.
     """
-    options = _parser().parse_args(argv)
+    # What follows "--" is the command's: argparse must not look at it.
+    at = argv.index("--") if "--" in argv else len(argv)
+    options = _parser().parse_args(argv[:at])
+    options.command = argv[at + 1 :]
+    if options.command and options.do is not _run:
+        _parser().error("only dom0 and vm take a command")
     root = os.path.abspath(options.root)
     try:
         return options.do(root, options)
@@ -69,7 +74,7 @@ def _parser():
         if name == "vm":
             command.add_argument("name", metavar="NAME")
         command.add_argument("-u", "--user", default="root" if name == "dom0" else "user")
-        command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD...")
+        command.usage = f"qubes-sim {name} --root DIR {'NAME ' if name == 'vm' else ''}[-u USER] [-- CMD...]"
     create = add("create", _operate, "make a VM; it isn't started")
     create.add_argument("name", metavar="NAME[:TEMPLATE]")
     for name in _OPERATIONS:
@@ -240,14 +245,16 @@ def _status(root, options):
 
 
 def _run(root, options):
-    words = options.command[1:] if options.command[:1] == ["--"] else options.command
     name = options.name if options.operation == "vm" else "dom0"
     is_terminal = os.isatty(0) and os.isatty(1)
-    message = {"op": "run", "name": name, "user": options.user, "argv": words or ["/bin/bash", "-l"], "tty": is_terminal}
+    message = {"op": "run", "name": name, "user": options.user, "argv": options.command or ["/bin/bash", "-l"], "tty": is_terminal}
     if is_terminal:
         message["term"] = os.environ.get("TERM", "")
         return _run_on_terminal(_ask(root, message))
     with _ask(root, message, (0, 1, 2)) as sock:
+        # The command is not our child; whoever signals us means it.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda number, _: wire.send(sock, {"signal": number}))
         return _answer(sock)[0]["exit"]
 
 

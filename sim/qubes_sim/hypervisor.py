@@ -343,11 +343,15 @@ class Hypervisor:
             one.replies.pop(number, None)
 
     def _watch(self, connection, one, number, relay, replies):
-        try:
-            gone = wire.receive(connection)[0] is None
-        except OSError:
-            return
-        if not gone or number not in one.replies:
+        while True:
+            try:
+                message = wire.receive(connection)[0]
+            except OSError:
+                return
+            if message is None:
+                break
+            self._tell(one, {"op": "kill", "id": number, "signal": message["signal"]})
+        if number not in one.replies:
             return
         if relay is not None:
             # As with qrexec, the process in the VM sees its descriptors closed; it isn't killed.
