@@ -1,8 +1,136 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes the protocol package and the client importable, as Salt's loader and the launcher do."""
+"""What tests share: the import paths, and a simulator with the formula applied and the engine in a real salt-minion."""
 
+import json
+import logging
 import os
+import subprocess
 import sys
+import textwrap
+
+import pytest
+from saltfactories.daemons.minion import SaltMinion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.path.join(ROOT, "sim")]
+
+from qubes_sim.stand import FILE_ROOTS, Stand  # noqa: E402
+
+#: Settings of the engine under test: waits are short, so that tests of time limits are.
+ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60}
+
+
+def pytest_unconfigure():
+    """Salt logs once more when the interpreter ends, to streams that pytest has closed; nothing is to follow its summary."""
+    logging.raiseExceptions = False
+
+
+class Dom0Minion(SaltMinion):
+    """A masterless minion inside the simulated dom0: nothing there can reach the test run, so it is watched through the VMs."""
+
+    @classmethod
+    def write_config(cls, config):
+        """Write the configuration without what connects a minion to the test run."""
+        kept = {key: value for key, value in config.items() if key not in ("engines_dirs", "log_handlers_dirs")}
+        kept["engines"] = [engine for engine in config["engines"] if engine != "pytest"]
+        return super().write_config(kept)
+
+    def get_check_events(self):
+        """There is no event to wait for: no master hears it."""
+        return []
+
+
+class Dom0(Stand):
+    """The stand of the tests, with the engine in a minion that pytest-salt-factories runs."""
+
+    def attach(self, salt_factories, folder, engine):
+        """Configure the minion."""
+        wrapper = os.path.join(folder, "salt_minion_in_dom0.py")
+        with open(wrapper, "w", encoding="utf-8") as file:
+            words = self.command("dom0", "--", "env", f"PATH={folder}/path:/usr/bin:/usr/sbin", "salt-minion")
+            file.write(f"import os, sys\nwords = {words!r} + sys.argv[1:]\nos.execv(words[0], words)\n")
+        overrides = {"master_type": "disable", "file_client": "local", "file_roots": {"base": FILE_ROOTS}, "user": "root"}
+        overrides["engines"] = [{"qvm_remote": engine}]
+        self.factory = salt_factories.salt_minion_daemon(
+            "dom0", factory_class=Dom0Minion, overrides=overrides, start_timeout=60, max_start_attempts=1
+        )
+        self.factory.script_name = wrapper
+        self.call("saltutil.sync_all")
+
+    def start_engine(self):
+        """Start the minion; return once both VMs are served."""
+        self.factory.start()
+        self.wait_served("work", "dev")
+
+    def stop_engine(self):
+        """Stop the minion as a service manager does."""
+        if self.is_running():
+            self.dom0("pkill", "-TERM", "-f", "salt-minion")
+            self.factory.terminate()
+
+    def kill_engine(self):
+        """Kill all of the minion at once, as the kernel does when memory is short."""
+        self.dom0("pkill", "-KILL", "-f", "salt-minion")
+        self.factory.terminate()
+
+    def is_running(self):
+        """Whether a minion runs in dom0."""
+        return self.dom0("pgrep", "-f", "salt-minion").returncode == 0
+
+    def call(self, *words, data=b"", timeout=120):
+        """Run salt-call in dom0 with the minion's configuration.
+
+        Returns:
+            (int, data): exit code, and what it answered, or its text if that isn't JSON.
+        """
+        folder = os.path.dirname(self.factory.config["conf_file"])
+        done = self.dom0("salt-call", "--local", "-c", folder, "--out=json", *words, data=data, timeout=timeout)
+        try:
+            return done.returncode, json.loads(done.stdout)["local"]
+        except ValueError:
+            return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")
+
+    def remote(self, *words, vm="work", data=None, timeout=60):
+        """Run qvm-remote in a VM."""
+        return self.vm(vm, "qvm-remote", *words, data=data, timeout=timeout)
+
+    def python(self, program, *words, vm="work", timeout=60):
+        """Run a Python program in a VM, with the client's library importable; it prints JSON."""
+        head = "import sys; sys.path.insert(0, '/usr/lib/qvm-remote')\n"
+        done = self.vm(vm, "/usr/bin/python3", "-", *words, data=(head + textwrap.dedent(program)).encode(), timeout=timeout)
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def salt_factories_config(tmp_path_factory):
+    """Where pytest-salt-factories keeps its minions: in a folder of this test run."""
+    return {"root_dir": str(tmp_path_factory.mktemp("salt")), "code_dir": ROOT, "inject_sitecustomize": False}
+
+
+@pytest.fixture(scope="session")
+def stand(tmp_path_factory, salt_factories):
+    """dom0, a template with the client, the VMs work and dev with keys; no engine yet."""
+    folder = str(tmp_path_factory.mktemp("stand"))
+    os.makedirs(os.path.join(folder, "path"))
+    one = Dom0(os.path.join(folder, "sim"))
+    try:
+        one.set_up(extra_binds=[f"{folder}:{folder}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
+        one.folder = folder
+        one.attach(salt_factories, folder, ENGINE)
+        yield one
+        one.stop_engine()
+    finally:
+        one.down()
+
+
+@pytest.fixture
+def dom0(stand):
+    """The stand with the engine running and both VMs served."""
+    for vm in ("work", "dev"):
+        if subprocess.run(stand.command("start", vm), capture_output=True, check=False).returncode:
+            stand.unpause(vm)
+    if not stand.is_running():
+        stand.start_engine()
+    stand.wait_served("work", "dev")
+    return stand
