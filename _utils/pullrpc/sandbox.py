@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs one command of a VM in dom0 with an environment, a folder and limits of its own, and ends all of it.
+"""The sandbox: runs one command with a clean environment, bounded output and a time limit, and ends all it started.
 
-It never runs anything outside of the sandbox: when any part of it can't be set up, the command isn't started.
-It doesn't confine a hostile command: that runs as root in dom0. The limits are against accidents, and to leave nothing behind.
+A program of ours (supervisor) stands between the engine and the command; where systemd is PID 1 it runs in a transient
+unit with resource limits. A command that can't be confined is not run. Since commands run as root, this keeps order
+and bounds mistakes; it is no wall against a command that means to break out: whom dom0 authorizes, it trusts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import logging
 import os
-import pwd
 import select
+import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -20,24 +22,19 @@ import threading
 import time
 
 from . import sandbox_subreaper, sandbox_systemd, supervisor
-from .errors import PullError, SandboxError
-from .files import write_whole
+from .errors import SandboxError
 from .ids import check_cid, check_vm_name
 
-#: As ``timeout(1)`` has it, and a shell after Ctrl-C.
-_EXIT_TIMEOUT, _EXIT_CANCELLED, _EXIT_SIGNAL = 124, 130, 128
-_JOBS = "jobs"
-#: Longest time until a supervisor runs its command, seconds. Far more than it takes, for a machine that is just booting.
-_SETUP_WAIT = 30
-#: How much longer than its command and the killing a supervisor may take before it is given up, seconds.
-_SPARE = 10
-#: How long a result waits for the removal of the command's files, seconds; the removal goes on afterwards.
-_CLEANUP_WAIT = 5
-#: How long to wait for a supervisor that has said its last word, or was killed, before a thread does, seconds.
-_EXIT_WAIT = 0.05
+log = logging.getLogger(__name__)
+
+#: Exit codes of a command that was ended by us; as timeout(1) and the shell have them.
+_EXIT_TIMEOUT, _EXIT_CANCELLED = 124, 130
+#: How much longer than its timeout and the grace a sandbox may take before it is given up, seconds.
+_BACKSTOP = 10.0
+#: How long the removal of the command's folder may hold up its result, seconds.
+_CLEAN_WAIT = 5.0
 _REPORT_MAX = 1 << 16
-_REASON_MAX = 300
-_PYTHON = "/usr/bin/python3"
+_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +42,11 @@ class Job:
     """One command.
 
     Attributes:
-        vm, cid: str, whose it is.
+        vm, cid: str, checked.
         argv: tuple of str.
-        script: bytes or None; written to a file whose path is added to argv.
-        stdin_path: str or None for an empty stdin.
-        out_path, err_path: str, files that don't exist yet.
+        script: bytes, a script whose path is added to ``argv``; None for none.
+        stdin_path: str, file that becomes stdin; None for an empty one.
+        out_path, err_path: str, files to be made for the output.
         timeout: int, seconds.
     """
 
@@ -68,14 +65,13 @@ class Limits:
     """What a command may use.
 
     Attributes:
-        run_dir: str, folder of the jobs' folders; ours, and writable by nobody else.
-        output_max: int, bytes that are kept of stdout and of stderr each.
-        memory_max: int, bytes.
-        tasks_max: int, processes and threads.
-        cpu_weight: int, 1 to 10000, 100 being the usual.
+        run_dir: str; the sandboxes are made under ``<run_dir>/jobs``.
+        output_max: int, bytes kept of stdout and of stderr each.
+        memory_max: int, bytes: of all its processes under systemd, else of each one's data.
+        tasks_max, cpu_weight: int, as systemd has them; not enforced elsewhere (the kernel counts no processes for root).
         nofile: int, open files of one process.
         path: str, PATH.
-        kill_grace: int or float, seconds that killing may take.
+        kill_grace: float, seconds that killing may take.
     """
 
     run_dir: str
@@ -85,7 +81,7 @@ class Limits:
     cpu_weight: int
     nofile: int
     path: str
-    kill_grace: float = 2
+    kill_grace: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +89,12 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        exit_code: int, 0 to 255.
-        signal: int or None, what it died of by itself.
+        exit_code: int, 0-255; 128+n for signal n, 124 timed out, 130 cancelled.
+        signal: int or None.
         timed_out, cancelled: bool.
-        out_bytes, err_bytes: int, what it wrote in all.
-        out_truncated, err_truncated: bool, more than was kept.
+        out_bytes, err_bytes: int, what it wrote, kept or not.
+        out_truncated, err_truncated: bool.
         seconds: float.
-        left: tuple of str, what could not be cleaned up, for the log.
     """
 
     exit_code: int
@@ -111,324 +106,270 @@ class Outcome:
     out_truncated: bool
     err_truncated: bool
     seconds: float
-    left: tuple = ()
 
 
 def start(job, limits):
-    """Start a command in a sandbox of its own.
+    """Start a command.
 
     Args:
         job: Job.
         limits: Limits.
 
     Returns:
-        Handle, whose ``wait`` must be called.
+        Handle
 
     Raises:
-        SandboxError: it could not be set up; nothing runs.
+        SandboxError: it can't be confined, so it was not started.
     """
-    _check(job)
-    scope = choose_backend().Scope(job.vm, job.cid)
+    check_vm_name(job.vm)
+    check_cid(job.cid)
+    jobs = _jobs_folder(limits.run_dir)
     name = f"{job.vm}-{job.cid}"
-    jobs = _open_jobs(limits.run_dir)
     try:
-        _make_folder(jobs, name, job, limits)
-        try:
-            scope.prepare(job.timeout, limits)
-            spec = _make_spec(job, limits, scope.settings)
-            handle = Handle(scope, spec)
-        except BaseException:
-            scope.close()
-            supervisor.remove_tree(jobs, name)
-            raise
-    finally:
-        os.close(jobs)
+        argv = _make_folder(jobs, name, job)
+        backend = choose_backend()
+        spec = {
+            "jobs": jobs,
+            "name": name,
+            "argv": argv,
+            "env": _environment(job, limits, os.path.join(jobs, name, supervisor.WORK)),
+            "stdin": job.stdin_path,
+            "out": job.out_path,
+            "err": job.err_path,
+            "output_max": limits.output_max,
+            "timeout": job.timeout,
+            "grace": limits.kill_grace,
+            "nofile": limits.nofile,
+            "data_max": backend.data_max(limits),
+            "watch_parent": backend.IS_CHILD,
+        }
+        command = backend.wrap([_python(), "-I", "-S", _PROGRAM], name, job.timeout, limits)
+        # A session of its own: a signal to the minion's process group is the engine's to handle.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={"PATH": limits.path},
+            start_new_session=True,
+        )
+    except OSError as err:
+        _remove_folder(jobs, name)
+        raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
+    handle = Handle(process, spec)
     handle.begin()
     return handle
 
 
+def choose_backend():
+    """Say how the supervisor is started here.
+
+    Returns:
+        module: sandbox_systemd where systemd is PID 1, else sandbox_subreaper.
+    """
+    return sandbox_systemd if os.path.isdir("/run/systemd/system") and shutil.which("systemd-run") else sandbox_subreaper
+
+
 def sweep(run_dir):
-    """End and remove what the sandboxes of a dead engine left. Only for whoever holds the engine's lock.
+    """Remove what a dead engine's sandboxes left; called while no other engine can be at work.
 
     Args:
         run_dir: str.
 
     Returns:
-        int, how many jobs' folders were found.
+        int, how many there were.
 
     Raises:
-        SandboxError: the folder isn't safe to use.
+        SandboxError: the folder can't be used.
     """
-    jobs = _open_jobs(run_dir)
-    try:
-        names = os.listdir(jobs)
-        for name in names:
-            _end_leftover(name)
-            supervisor.remove_tree(jobs, name)
-    finally:
-        os.close(jobs)
-    return len(names)
-
-
-def choose_backend():
-    """Say which of the two backends this machine has.
-
-    Returns:
-        module: :mod:`.sandbox_systemd` where systemd runs the machine, else :mod:`.sandbox_subreaper`.
-    """
-    return sandbox_systemd if sandbox_systemd.is_available() else sandbox_subreaper
+    jobs = _jobs_folder(run_dir)
+    left = os.listdir(jobs)
+    for name in left:
+        _remove_folder(jobs, name)
+    return len(left)
 
 
 class Handle:
-    """A command in its sandbox. Made by :func:`start` only.
+    """A command that runs."""
 
-    Args:
-        scope: the backend's Scope.
-        spec: dict, for the supervisor.
-    """
-
-    def __init__(self, scope, spec):
-        self._scope = scope
+    def __init__(self, process, spec):
+        self._process = process
         self._spec = spec
-        self._main = None
-        self._deadline = None
-        self._lock = threading.Lock()
-        self._cancelled = False
-        try:
-            self._process = subprocess.Popen(
-                [*scope.prefix, *_supervisor_command()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                cwd="/",
-                env=dict(scope.environment, LANG="C.UTF-8"),
-                start_new_session=True,
-            )
-        except OSError as err:
-            raise SandboxError(f"the sandbox can't be started: {err.strerror}") from err
-        self._reports = _Reports(self._process.stdout.fileno())
+        self._write_lock = threading.Lock()
+        self._buffer = b""
+        self._pid = None
 
     def begin(self):
-        """Tell the supervisor what to run, and wait until it does.
+        """Tell the supervisor what to run.
 
         Raises:
-            SandboxError: it doesn't; nothing runs.
+            SandboxError: it ended at once.
         """
-        deadline = time.monotonic() + _SETUP_WAIT
         try:
-            _send(self._process.stdin.fileno(), json.dumps(self._spec).encode("ascii") + b"\n", deadline)
-            report = self._reports.next(deadline)
-        except (BrokenPipeError, TimeoutError):
-            report = None
-        if report is None:
-            reason = self._abandon()
-            raise SandboxError(f"the sandbox can't be set up: {reason or 'it did not start'}")
-        if "started" not in report:
-            self._finish_cleanly()
-            raise SandboxError(f"the sandbox can't be set up: {report['error']}")
-        self._main = report["started"]
-        self._deadline = time.monotonic() + self._spec["timeout"] + self._spec["grace"] + _SPARE
+            self._process.stdin.write(json.dumps(self._spec).encode("ascii") + b"\n")
+            self._process.stdin.flush()
+        except OSError as err:
+            self._give_up()
+            raise SandboxError("the sandbox could not be started") from err
+
+    def cancel(self):
+        """End the command soon; may be called from any thread, and more than once."""
+        with self._write_lock:
+            try:
+                os.write(self._process.stdin.fileno(), supervisor.CANCEL)
+            except (OSError, ValueError):
+                # It has ended already.
+                return
 
     def wait(self):
-        """Wait until the command has ended and nothing of it is left. To be called once.
+        """Wait for the command's end.
 
         Returns:
             Outcome
 
         Raises:
-            SandboxError: the sandbox was broken, or the output could not be kept. Whatever ran was ended.
+            SandboxError: it was not run, its output could not be kept, or the sandbox was broken from outside.
         """
+        deadline = time.monotonic() + self._spec["timeout"] + self._spec["grace"] + _BACKSTOP
         try:
-            report = self._reports.next(self._deadline)
-        except TimeoutError:
-            self._abandon()
-            raise SandboxError("the sandbox did not answer in time, and was ended with its command") from None
+            report = self._await_report(deadline)
+            cleaned = self._next_line(time.monotonic() + _CLEAN_WAIT) if report else None
+        finally:
+            self._close()
         if report is None:
-            self._abandon()
-            raise SandboxError("the sandbox was ended from outside, and its command with it")
-        left = self._finish_cleanly()
+            self._give_up()
+            raise SandboxError("the sandbox was ended from outside; the command was killed with it")
+        for problem in (cleaned or {}).get("cleaned", ()):
+            log.warning("%s: could not be removed: %s", self._spec["name"], problem)
         if "error" in report:
             raise SandboxError(report["error"])
-        return _outcome(report, self._spec["output_max"], left)
+        if report["left"]:
+            log.warning("%s: %d processes could not be killed", self._spec["name"], report["left"])
+        return self._outcome(report)
 
-    def cancel(self):
-        """End the command; ``wait`` then tells that it was cancelled, unless it had ended before.
-
-        May be called at any time, from any thread, more than once; returns at once.
-        """
-        with self._lock:
-            if self._cancelled or self._process.stdin.closed:
-                return
-            self._cancelled = True
-            try:
-                os.write(self._process.stdin.fileno(), supervisor.CANCEL)
-            except BrokenPipeError:
-                # It has ended already; whoever waits learns how.
-                return
-
-    def _finish_cleanly(self):
-        """Wait for the supervisor to clean up; return what it could not."""
-        try:
-            report = self._reports.next(time.monotonic() + _CLEANUP_WAIT)
-        except TimeoutError:
-            self._close()
-            return ["the removal of its files is still going on"]
-        if report is None:
-            self._abandon()
-            return ["the sandbox was ended from outside while it cleaned up"]
-        self._close()
-        return report["cleaned"]
-
-    def _abandon(self):
-        """Kill supervisor and command, clean up in its place; return the supervisor's last words."""
-        self._process.kill()
-        self._scope.kill(self._main)
-        try:
-            jobs = os.open(self._spec["jobs"], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            # Without the folder there is nothing to remove.
-            pass
+    def _outcome(self, report):
+        stopped, limit = report["stopped"], self._spec["output_max"]
+        if stopped == "orphaned":
+            raise SandboxError("the sandbox lost its engine; the command was killed")
+        code = 0 if report["status"] is None else os.waitstatus_to_exitcode(report["status"])
+        died_of = -code if code < 0 else None
+        if stopped:
+            exit_code, died_of = (_EXIT_TIMEOUT if stopped == "timeout" else _EXIT_CANCELLED), None
         else:
-            supervisor.remove_tree(jobs, self._spec["name"])
-            os.close(jobs)
-        self._scope.close()
-        last_words = _last_line(self._process.stderr.fileno())
-        self._close()
-        return last_words
+            exit_code = 128 + died_of if died_of else code
+        return Outcome(
+            exit_code=exit_code,
+            signal=died_of,
+            timed_out=stopped == "timeout",
+            cancelled=stopped == "cancel",
+            out_bytes=report["out"],
+            err_bytes=report["err"],
+            out_truncated=report["out"] > limit,
+            err_truncated=report["err"] > limit,
+            seconds=report["seconds"],
+        )
+
+    def _await_report(self, deadline):
+        while True:
+            line = self._next_line(deadline)
+            if line is None or "started" not in line:
+                return line
+            self._pid = line["started"]
+
+    def _next_line(self, deadline):
+        """The supervisor's next report; None when none comes."""
+        fd = self._process.stdout.fileno()
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                return None
+            chunk = os.read(fd, _REPORT_MAX)
+            if not chunk or len(self._buffer) > _REPORT_MAX:
+                return None
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
 
     def _close(self):
-        with self._lock:
+        with self._write_lock:
             self._process.stdin.close()
         self._process.stdout.close()
-        self._process.stderr.close()
         try:
-            self._process.wait(_EXIT_WAIT)
+            self._process.wait(_CLEAN_WAIT)
         except subprocess.TimeoutExpired:
-            # systemd-run waits for the unit's end, which tells us nothing more; but somebody must bury it.
-            threading.Thread(target=self._process.wait, daemon=True).start()
+            self._process.kill()
+            self._process.wait()
+
+    def _give_up(self):
+        """Kill what a broken supervisor left: the command (its own session), and whoever is still in that session."""
+        self._process.kill()
+        self._process.wait()
+        if self._pid is not None:
+            for pid, _, _, session in supervisor.processes():
+                if session == self._pid:
+                    _kill(pid)
+        _remove_folder(self._spec["jobs"], self._spec["name"])
 
 
-class _Reports:
-    """The supervisor's lines, as they come."""
-
-    def __init__(self, fd):
-        self._fd = fd
-        self._data = b""
-        # poll, not select: a process with many files open has descriptors that select can't take.
-        self._poller = select.poll()
-        self._poller.register(fd, select.POLLIN)
-
-    def next(self, deadline):
-        """The next report.
-
-        Returns:
-            dict, None when there is none any more.
-
-        Raises:
-            TimeoutError: none came in time.
-        """
-        while b"\n" not in self._data:
-            _await(self._poller, deadline)
-            chunk = os.read(self._fd, _REPORT_MAX)
-            if not chunk or len(self._data) > _REPORT_MAX:
-                return None
-            self._data += chunk
-        line, _, self._data = self._data.partition(b"\n")
-        try:
-            report = json.loads(line)
-        except ValueError:
-            return None
-        return report if isinstance(report, dict) else None
-
-
-def _check(job):
+def _kill(pid):
     try:
-        check_vm_name(job.vm)
-        check_cid(job.cid)
-    except PullError as err:
-        raise SandboxError(str(err)) from err
-    if not job.argv or any("\0" in word for word in job.argv):
-        raise SandboxError("a command needs at least one word, and no NUL bytes")
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
-def _open_jobs(run_dir):
-    """The folder of all jobs' folders, made if need be, as a descriptor; only if nobody else could put something there."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    path = os.path.join(run_dir, _JOBS)
+def _jobs_folder(run_dir):
+    jobs = os.path.join(run_dir, "jobs")
     try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(run_dir, 0o700)
-        parent = os.open(run_dir, flags)
-        try:
-            _check_owner(parent, run_dir)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(_JOBS, 0o700, dir_fd=parent)
-            jobs = os.open(_JOBS, flags, dir_fd=parent)
-        finally:
-            os.close(parent)
+        for folder in (run_dir, jobs):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            info = os.lstat(folder)
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise SandboxError(f"{folder} must be a folder that only root can write to")
     except OSError as err:
-        raise SandboxError(f"can't use {path} for sandboxes: {err.strerror}") from err
-    try:
-        _check_owner(jobs, path)
-    except SandboxError:
-        os.close(jobs)
-        raise
+        raise SandboxError(f"can't create {jobs}: {err.strerror}") from err
     return jobs
 
 
-def _check_owner(fd, path):
-    info = os.fstat(fd)
-    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o022:
-        raise SandboxError(f"{path} must belong to the user that runs the engine and be writable by nobody else")
+def _make_folder(jobs, name, job):
+    """Make the command's folder, and its script beside (not in) its working directory; give the argument vector."""
+    folder = os.path.join(jobs, name)
+    os.mkdir(folder, 0o700)
+    os.mkdir(os.path.join(folder, supervisor.WORK), 0o700)
+    if job.script is None:
+        return list(job.argv)
+    path = os.path.join(folder, supervisor.SCRIPT)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(job.script)
+    return [*job.argv, path]
 
 
-def _make_folder(jobs, name, job, limits):
+def _remove_folder(jobs, name):
     try:
-        os.mkdir(name, 0o700, dir_fd=jobs)
-    except FileExistsError:
-        raise SandboxError(f"the command {job.cid} of {job.vm} has a sandbox already") from None
-    except OSError as err:
-        raise SandboxError(f"can't make a folder for the command: {err.strerror}") from err
-    folder = os.path.join(limits.run_dir, _JOBS, name)
+        fd = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
     try:
-        os.mkdir(os.path.join(name, supervisor.WORK), 0o700, dir_fd=jobs)
-        if job.script is not None:
-            write_whole(os.path.join(folder, supervisor.SCRIPT), job.script, 0o400)
-    except OSError as err:
-        supervisor.remove_tree(jobs, name)
-        raise SandboxError(f"can't make a folder for the command: {err.strerror}") from err
+        for problem in supervisor.remove_tree(fd, name):
+            log.warning("%s: could not be removed: %s", name, problem)
+    finally:
+        os.close(fd)
 
 
-def _make_spec(job, limits, settings):
-    jobs = os.path.join(limits.run_dir, _JOBS)
-    name = f"{job.vm}-{job.cid}"
-    script = () if job.script is None else (os.path.join(jobs, name, supervisor.SCRIPT),)
+def _environment(job, limits, work):
+    """The whole environment of a command; README.rst lists it."""
+    home = "/root" if os.geteuid() == 0 else work
+    user = "root" if os.geteuid() == 0 else str(os.geteuid())
     return {
-        "jobs": jobs,
-        "name": name,
-        "argv": [*job.argv, *script],
-        "env": _make_environment(job, limits.path, os.path.join(jobs, name, supervisor.WORK)),
-        "stdin": job.stdin_path,
-        "out": job.out_path,
-        "err": job.err_path,
-        "timeout": job.timeout,
-        "grace": limits.kill_grace,
-        "output_max": limits.output_max,
-        "nofile": limits.nofile,
-        **settings,
-    }
-
-
-def _make_environment(job, path, work):
-    """All that a command sees of dom0's environment; nothing of the engine's gets through."""
-    user = pwd.getpwuid(os.geteuid())
-    return {
-        "PATH": path,
-        "HOME": user.pw_dir,
-        "USER": user.pw_name,
-        "LOGNAME": user.pw_name,
-        "SHELL": user.pw_shell or "/bin/sh",
+        "PATH": limits.path,
+        "HOME": home,
+        "USER": user,
+        "LOGNAME": user,
+        "SHELL": "/bin/bash",
         "LANG": "C.UTF-8",
         "TERM": "dumb",
         "TMPDIR": work,
@@ -437,80 +378,7 @@ def _make_environment(job, path, work):
     }
 
 
-def _supervisor_command():
-    python = sys.executable
-    # A frozen Salt may be an executable of its own that takes no Python options.
-    if not os.path.basename(python or "").startswith("python"):
-        python = _PYTHON
-    return [python, "-I", "-S", os.path.abspath(supervisor.__file__)]
-
-
-def _end_leftover(name):
-    parts = name.rsplit("-", 4)
-    try:
-        vm, cid = check_vm_name(parts[0]), check_cid("-".join(parts[1:]))
-    except PullError:
-        # Half removed already; no command is in there.
-        return
-    scope = choose_backend().Scope(vm, cid)
-    scope.kill(None)
-    scope.close()
-
-
-def _send(fd, data, deadline):
-    os.set_blocking(fd, False)
-    poller = select.poll()
-    poller.register(fd, select.POLLOUT)
-    rest = memoryview(data)
-    while rest:
-        _await(poller, deadline)
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:
-            continue
-
-
-def _await(poller, deadline):
-    left = deadline - time.monotonic()
-    if left <= 0 or not poller.poll(left * 1000):
-        raise TimeoutError
-
-
-def _last_line(fd):
-    """The end of what is in a pipe now."""
-    os.set_blocking(fd, False)
-    try:
-        text = os.read(fd, _REPORT_MAX).decode("utf-8", "replace")
-    except BlockingIOError:
-        return ""
-    lines = text.strip().splitlines()
-    return lines[-1][:_REASON_MAX] if lines else ""
-
-
-def _outcome(report, output_max, left):
-    status, stopped = report["status"], report["stopped"]
-    if report["left"]:
-        left = [f"{report['left']} processes could not be killed", *left]
-    exit_code, signum = _exit_of(status, stopped)
-    return Outcome(
-        exit_code=exit_code,
-        signal=signum,
-        timed_out=stopped == "timeout",
-        cancelled=stopped == "cancel",
-        out_bytes=report["out"],
-        err_bytes=report["err"],
-        out_truncated=report["out"] > output_max,
-        err_truncated=report["err"] > output_max,
-        seconds=report["seconds"],
-        left=tuple(left),
-    )
-
-
-def _exit_of(status, stopped):
-    if stopped == "timeout":
-        return _EXIT_TIMEOUT, None
-    if stopped:
-        return _EXIT_CANCELLED, None
-    if os.WIFSIGNALED(status):
-        return _EXIT_SIGNAL + os.WTERMSIG(status), os.WTERMSIG(status)
-    return os.WEXITSTATUS(status), None
+def _python():
+    # Inside a frozen Salt, sys.executable need not be an interpreter.
+    name = os.path.basename(sys.executable or "")
+    return sys.executable if name.startswith("python") else "/usr/bin/python3"

@@ -1,102 +1,51 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sandbox's backend for machines that systemd runs, dom0 among them: a transient unit for each command.
+"""Where systemd is PID 1 (dom0): the supervisor runs in a transient unit of its own, in ``qvm-remote.slice``.
 
-The supervisor is the unit's main process, so that whatever happens to it, the unit's cgroup ends with it.
-What a command is must never be on systemd-run's command line: everybody can read that, and the journal keeps it.
+systemd then bounds memory, processes and CPU of all that the command starts, and ends what the supervisor can't.
 """
 
 import os
-import shutil
-import subprocess
 
-#: Exists exactly while systemd is the init system (sd_booted(3)).
-_BOOTED = "/run/systemd/system"
-#: How much longer than timeout and killing a unit may last before systemd ends it, seconds: the last line of defence.
-_SPARE = 5
-#: How long systemctl may take, seconds.
-_KILL_WAIT = 10
+#: The supervisor is a child of systemd; it sees the engine's end by the end of its stdin.
+IS_CHILD = False
+_SLICE = "qvm-remote.slice"
+#: systemd's own time limit comes this long after the supervisor's, which keeps partial output, seconds.
+_AFTER = 5
 
 
-def is_available():
-    """Say whether transient units can be made.
-
-    Returns:
-        bool
-    """
-    return os.path.isdir(_BOOTED) and shutil.which("systemd-run") is not None
-
-
-class Scope:
-    """What bounds one command on this machine.
+def wrap(command, name, timeout, limits):
+    """The command line that starts the supervisor.
 
     Args:
-        vm, cid: str, checked: every character of theirs may be in a unit's name.
+        command: list of str.
+        name: str, the job's: letters, digits, ``_``, ``.`` and ``-`` only.
+        timeout: int, seconds.
+        limits: sandbox.Limits.
 
-    Attributes:
-        prefix: list of str, what to start the supervisor with.
-        environment: dict, for that.
-        settings: dict, the backend's part of the supervisor's specification.
+    Returns:
+        list of str
     """
+    properties = {
+        "RuntimeMaxSec": int(timeout + limits.kill_grace) + _AFTER,
+        "TasksMax": limits.tasks_max,
+        "MemoryMax": limits.memory_max,
+        "CPUWeight": limits.cpu_weight,
+        "KillMode": "control-group",
+        "TimeoutStopSec": 2,
+        "OOMPolicy": "continue",
+    }
+    unit = f"qvm-remote-{name}-{os.urandom(4).hex()}"
+    options = ["--pipe", "--wait", "--collect", "--quiet", "--service-type=exec", f"--slice={_SLICE}", f"--unit={unit}"]
+    return ["systemd-run", *options, *(f"--property={key}={value}" for key, value in properties.items()), "--", *command]
 
-    def __init__(self, vm, cid):
-        self._unit = f"qvm-remote-job-{vm}-{cid}.service"
-        self.prefix = []
-        # systemd-run finds the system's bus without any; PATH is for finding systemd-run itself.
-        self.environment = {"PATH": os.environ.get("PATH", os.defpath)}
-        # The supervisor is systemd's child, not ours: it learns from its stdin that the engine is gone.
-        self.settings = {"cgroup": None, "data_max": None, "watch_parent": False}
 
-    def prepare(self, timeout, limits):
-        """Make the command line; nothing else is needed.
+def data_max(limits):
+    """Limit of one process's data, bytes; 0: the unit's MemoryMax does it.
 
-        Args:
-            timeout: int, seconds.
-            limits: sandbox.Limits.
-        """
-        grace = max(1, int(limits.kill_grace))
-        properties = {
-            "RuntimeMaxSec": f"{timeout + grace + _SPARE}s",
-            "TimeoutStopSec": f"{grace}s",
-            "KillMode": "control-group",
-            # The command that took too much memory is killed; its supervisor must live to tell.
-            "OOMPolicy": "continue",
-            "MemoryMax": limits.memory_max,
-            # One more for the supervisor.
-            "TasksMax": limits.tasks_max + 1,
-            "CPUWeight": limits.cpu_weight,
-        }
-        self.prefix = [
-            "systemd-run",
-            "--pipe",
-            "--wait",
-            "--collect",
-            "--quiet",
-            "--no-ask-password",
-            "--service-type=exec",
-            "--slice=qvm-remote.slice",
-            f"--unit={self._unit}",
-            *(f"--property={name}={value}" for name, value in properties.items()),
-            "--",
-        ]
+    Args:
+        limits: sandbox.Limits.
 
-    def kill(self, session):
-        """Kill all that is in the unit.
-
-        Args:
-            session: int or None; not needed here.
-        """
-        try:
-            subprocess.run(
-                ["systemctl", "kill", "--signal=SIGKILL", self._unit],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_KILL_WAIT,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            # Its supervisor ends by itself when the engine lets go of its stdin, and RuntimeMaxSec is still there.
-            return
-
-    def close(self):
-        """Nothing to remove: systemd collects the unit."""
+    Returns:
+        int
+    """
+    return 0

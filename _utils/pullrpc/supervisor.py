@@ -54,8 +54,6 @@ def main():
     parent = os.getppid()
     spec = json.loads(_read_line(0))
     supervision = Supervision(spec, parent if spec["watch_parent"] else None)
-    # Opened now: whatever the command mounts over that path later, this is still the folder that the engine made.
-    jobs = os.open(spec["jobs"], _DIRECTORY)
     try:
         report = supervision.run()
     except (SetupError, KeepError) as err:
@@ -63,7 +61,7 @@ def main():
     finally:
         supervision.end_everything()
     _report(report)
-    _report({"cleaned": _clean_up(spec, jobs)})
+    _report({"cleaned": _clean_up(spec)})
     os._exit(0)
 
 
@@ -173,7 +171,7 @@ class Supervision:
                     os.dup2(fd, target)
                 os.write(status_end, _READY)
                 _become(spec["argv"], spec["env"])
-            except (OSError, ValueError, SetupError) as err:
+            except (OSError, ValueError) as err:
                 os.write(status_end, str(err).encode())
             finally:
                 os._exit(_EXIT_NOT_EXECUTABLE)

@@ -95,10 +95,10 @@ class Agent:
         return {"v": 2, "agent": __version__}, b""
 
     def _poll(self, request, payload):
-        self._open_bell()
         deadline = time.monotonic() + min(300, max(0, int(request["wait"])))
         room = min(_ITEMS_MAX, int(request["max"]))
         while True:
+            self._open_bell()
             items, cancels = self._scan(room)
             now = time.monotonic()
             if items or cancels or now >= deadline or self._reader.pending():
@@ -225,7 +225,6 @@ class Agent:
 
     def _bye(self, request, payload):
         self._ended = True
-        forget(self._queue.doorbell)
         return {}, b""
 
     def _part(self, cid, part):
@@ -237,10 +236,16 @@ class Agent:
         forget(*(self._queue.pending(cid + suffix) for suffix in (*REQUEST_PARTS, ".cancel")), self._queue.running(cid))
 
     def _open_bell(self):
+        if self._lock is None:
+            self._lock = os.open(self._queue.agent_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
         if self._bell is not None:
-            return
-        self._lock = os.open(self._queue.agent_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+            try:
+                if os.path.samestat(os.stat(self._queue.doorbell), os.fstat(self._bell)):
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(self._bell)
         try:
             os.mkfifo(self._queue.doorbell, 0o600)
         except FileExistsError:
@@ -249,10 +254,17 @@ class Agent:
         self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _hang_up(self):
-        if self._bell is None:
+        """Leave no doorbell behind that nobody hears, but don't take another session's."""
+        if self._lock is None:
             return
-        os.close(self._bell)
-        os.close(self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            forget(self._queue.doorbell)
+        except BlockingIOError:
+            pass
+        for fd in (self._lock, self._bell):
+            if fd is not None:
+                os.close(fd)
 
     def _tidy(self):
         """Remove results whose client is long gone, and what a broken session left half written."""

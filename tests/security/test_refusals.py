@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attack, then the defence: what dom0 must refuse, within a second, with a reason, and without running anything."""
 
+import json
+
 import pytest
 
 #: Makes a request by hand in the VM, changed as the argument says, and waits for dom0's answer.
 _CRAFT = """
 import json, os, sys, time
+from pullrpc.files import knock
 from pullrpc.ids import new_cid
 from pullrpc.tokens import make_token, parse_key
 how, command = sys.argv[1], sys.argv[2].encode()
@@ -66,8 +69,7 @@ with open(f"{queue}/pending/.{cid}", "wb") as file:
         file.truncate(1 << 30)
 started = time.monotonic()
 os.rename(f"{queue}/pending/.{cid}", f"{queue}/pending/{cid}")
-bell = os.open(os.path.expanduser("~/.qvm-remote/doorbell"), os.O_WRONLY | os.O_NONBLOCK)
-os.write(bell, b"!")
+knock(os.path.expanduser("~/.qvm-remote/doorbell"))
 while not os.path.exists(f"{queue}/results/{cid}.exit") and time.monotonic() - started < 20:
     time.sleep(0.01)
 waited = time.monotonic() - started
@@ -169,8 +171,6 @@ except OSError:
     pass
 print("1")
 """
-    import json
-
     dom0.python(program, json.dumps(name))
     assert dom0.remote("hostname").stdout == b"dom0\n"
     assert not _ran(dom0)
