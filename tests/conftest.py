@@ -16,6 +16,8 @@ sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.p
 
 from qubes_sim.stand import FILE_ROOTS, Stand  # noqa: E402
 
+#: The same file roots, outside of a simulated dom0.
+FUNCTIONAL_ROOTS = [ROOT, os.path.join(ROOT, "qvm-remote-formula")]
 #: Settings of the engine under test: waits are short, so that tests of time limits are.
 ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60}
 

@@ -85,7 +85,7 @@ _REASONS = {
     "timeout-changed": "the token does not fit",
     "token-not-ascii": "the token is malformed",
     "token-not-utf8": "the token is malformed",
-    "token-empty": "the token is malformed",
+    "token-empty": "there is no token",
     "token-large": "the token is too large",
     "no-token": "came without a token",
     "v1": "a token of qvm-remote 1.x",

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM whose agent is an attacker's: it ends its own session, and nothing else."""
+
+import time
+
+import pytest
+
+_HEAD = """\
+#!/usr/bin/python3 -IS
+import json, os, sys, time
+def read(size):
+    data = b""
+    while len(data) < size:
+        chunk = os.read(0, size - len(data))
+        if not chunk:
+            sys.exit(0)
+        data += chunk
+    return data
+def request():
+    head = read(8)
+    header = json.loads(read(int.from_bytes(head[:4], "big")))
+    read(int.from_bytes(head[4:], "big"))
+    return header
+def frame(header, payload=b""):
+    raw = json.dumps(header).encode() if isinstance(header, dict) else header
+    return len(raw).to_bytes(4, "big") + len(payload).to_bytes(4, "big") + raw + payload
+def write(data):
+    while data:
+        data = data[os.write(1, data):]
+def answer(header, payload=b""):
+    write(frame({**header, "n": request()["n"]}, payload))
+if sys.argv[1:] != ["agent"]:
+    sys.exit(1)
+"""
+_ID = "20261124-000000-1-0badcafe"
+_ATTACKS = {
+    "endless-output": "while True: write(bytes(65536))",
+    "endless-lines": "while True: write(b'y\\n' * 30000)",
+    "no-output": "time.sleep(600)",
+    "closes-early": "request(); sys.exit(0)",
+    "huge-header": "write((1 << 31).to_bytes(4, 'big') + bytes(4)); time.sleep(600)",
+    "huge-payload": "write(bytes(4) + (1 << 31).to_bytes(4, 'big'));\nwhile True: write(bytes(65536))",
+    "no-json": "request(); write(frame(b'not json')); time.sleep(600)",
+    "deep-json": "request(); write(frame(b'[' * 4000)); time.sleep(600)",
+    "no-object": "request(); write(frame(b'[1, 2]')); time.sleep(600)",
+    "wrong-number": "request(); write(frame({'v': 2, 'n': 99})); time.sleep(600)",
+    "slow-drip": "request()\nfor byte in frame({'v': 2, 'n': 1}): write(bytes([byte])); time.sleep(0.5)",
+    "unasked": "answer({'v': 2}); write(frame({'items': [], 'cancels': [], 'n': 2}) * 50); time.sleep(600)",
+    "idle-poll": "answer({'v': 2})\nwhile True: answer({'items': [], 'cancels': []})",
+    "bad-items": "answer({'v': 2}); answer({'items': {'a': 1}, 'cancels': []}); time.sleep(600)",
+    "bad-sizes": f"answer({{'v': 2}}); answer({{'items': [['{_ID}', 1 << 60, 1, -1, 1]], 'cancels': []}}); time.sleep(600)",
+    "bad-id": "answer({'v': 2}); answer({'items': [['../../etc/passwd', 1, 1, -1, 0]], 'cancels': []}); time.sleep(600)",
+    "id-flood": f"answer({{'v': 2}}); answer({{'items': [['{_ID}', 1, 1, -1, 0]] * 100, 'cancels': []}}); time.sleep(600)",
+    "cancel-flood": f"answer({{'v': 2}})\nwhile True:\n    asked = request()\n    write(frame({{'items': [], 'cancels': ['{_ID}'] * 16, 'n': asked['n']}}))",
+    "refusal-flood": f"""answer({{'v': 2}})
+while True:
+    asked = request()
+    write(frame({{'items': [['{_ID}', 1, -1, -1, 0]] if asked['op'] == 'poll' else [], 'cancels': [], 'n': asked['n']}}))""",
+    "fetch-flood": f"""answer({{'v': 2}})
+while True:
+    asked = request()
+    items = [['{_ID}', 1000000, 100, -1, 0]] if asked['op'] == 'poll' else []
+    write(frame({{'items': items, 'cancels': [], 'n': asked['n']}}, b'x' if asked['op'] == 'fetch' else b''))""",
+}
+
+
+def _memory(dom0):
+    pids = dom0.dom0("pgrep", "-f", "salt-minion").stdout.decode().split()
+    lines = dom0.dom0("sh", "-c", "cat " + " ".join(f"/proc/{pid}/status" for pid in pids) + " | grep VmRSS").stdout.split()
+    return sum(int(word) for word in lines if word.isdigit())
+
+
+@pytest.mark.parametrize("attack", sorted(_ATTACKS))
+def test_a_hostile_agent_harms_its_own_session_only(dom0, attack):
+    before = _memory(dom0)
+    program = (_HEAD + _ATTACKS[attack] + "\n").encode()
+    dom0.vm("dev", "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=program)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        assert dom0.remote("hostname").stdout == b"dom0\n"
+    assert dom0.dom0("pgrep", "-f", "salt-minion").returncode == 0
+    assert _memory(dom0) - before < 64 * 1024
+    # Its template's own agent is back with the next start: so is the service.
+    dom0.shutdown("dev")
+    dom0.start("dev")
+    dom0.wait_served("dev", seconds=30)
+
+
+def test_refusals_do_not_fill_the_audit_log(dom0):
+    def lines():
+        return int(dom0.dom0("sh", "-c", "grep -c refused /var/log/qvm-remote/audit.log || :").stdout)
+
+    before = lines()
+    program = (_HEAD + _ATTACKS["refusal-flood"] + "\n").encode()
+    dom0.vm("dev", "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=program)
+    time.sleep(6)
+    assert 0 < lines() - before <= 125
+    dom0.shutdown("dev")
+    dom0.start("dev")
+    dom0.wait_served("dev", seconds=30)
