@@ -22,7 +22,7 @@ import threading
 import time
 
 from . import sandbox_subreaper, sandbox_systemd, supervisor
-from .errors import SandboxError
+from .errors import PullError, SandboxError
 from .ids import check_cid, check_vm_name
 
 log = logging.getLogger(__name__)
@@ -121,10 +121,18 @@ def start(job, limits):
     Raises:
         SandboxError: it can't be confined, so it was not started.
     """
-    check_vm_name(job.vm)
-    check_cid(job.cid)
+    try:
+        check_vm_name(job.vm)
+        check_cid(job.cid)
+    except PullError as err:
+        raise SandboxError(str(err)) from err
     jobs = _jobs_folder(limits.run_dir)
     name = f"{job.vm}-{job.cid}"
+    try:
+        os.mkdir(os.path.join(jobs, name), 0o700)
+    except OSError as err:
+        # Not removed here: a folder that is there already belongs to a command that runs.
+        raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
     try:
         argv = _make_folder(jobs, name, job)
         backend = choose_backend()
@@ -304,14 +312,24 @@ class Handle:
             self._process.wait()
 
     def _give_up(self):
-        """Kill what a broken supervisor left: the command (its own session), and whoever is still in that session."""
+        """Kill what a broken supervisor left: the command's session, and whoever left it but has the command's environment."""
         self._process.kill()
         self._process.wait()
-        if self._pid is not None:
-            for pid, _, _, session in supervisor.processes():
-                if session == self._pid:
-                    _kill(pid)
+        env = self._spec["env"]
+        marks = {f"{name}={env[name]}".encode() for name in ("QVM_REMOTE_VM", "QVM_REMOTE_ID")}
+        for pid, _, _, session in supervisor.processes():
+            if pid != os.getpid() and (session == self._pid or _has_environment(pid, marks)):
+                _kill(pid)
         _remove_folder(self._spec["jobs"], self._spec["name"])
+
+
+def _has_environment(pid, marks):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return marks.issubset(file.read().split(b"\0"))
+    except OSError:
+        # Dead, or a kernel thread.
+        return False
 
 
 def _kill(pid):
@@ -335,9 +353,8 @@ def _jobs_folder(run_dir):
 
 
 def _make_folder(jobs, name, job):
-    """Make the command's folder, and its script beside (not in) its working directory; give the argument vector."""
+    """Fill the command's folder: its working directory, and its script beside (not in) that; give the argument vector."""
     folder = os.path.join(jobs, name)
-    os.mkdir(folder, 0o700)
     os.mkdir(os.path.join(folder, supervisor.WORK), 0o700)
     if job.script is None:
         return list(job.argv)

@@ -54,6 +54,8 @@ def main():
     parent = os.getppid()
     spec = json.loads(_read_line(0))
     supervision = Supervision(spec, parent if spec["watch_parent"] else None)
+    # Opened now: whatever the command mounts over that path later, this is still the folder that the engine made.
+    jobs = os.open(spec["jobs"], _DIRECTORY)
     try:
         report = supervision.run()
     except (SetupError, KeepError) as err:
@@ -61,7 +63,7 @@ def main():
     finally:
         supervision.end_everything()
     _report(report)
-    _report({"cleaned": _clean_up(spec)})
+    _report({"cleaned": remove_tree(jobs, spec["name"])})
     os._exit(0)
 
 
@@ -171,7 +173,7 @@ class Supervision:
                     os.dup2(fd, target)
                 os.write(status_end, _READY)
                 _become(spec["argv"], spec["env"])
-            except (OSError, ValueError) as err:
+            except (OSError, ValueError, SetupError) as err:
                 os.write(status_end, str(err).encode())
             finally:
                 os._exit(_EXIT_NOT_EXECUTABLE)
@@ -400,16 +402,6 @@ def _bury(fd, name, parent_fd, graves, problems):
         problems.append(f"{name}: {err.strerror}")
         return
     graves.append(grave)
-
-
-def _clean_up(spec):
-    problems = []
-    try:
-        jobs = os.open(spec["jobs"], _DIRECTORY)
-        problems += remove_tree(jobs, spec["name"])
-    except OSError as err:
-        problems.append(f"{spec['jobs']}: {err.strerror}")
-    return problems
 
 
 def _confine(spec, supervisor, work, oom_score):

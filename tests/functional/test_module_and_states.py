@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Execution module, states and engine through Salt's own loader, with everything synced as qubesctl does."""
+
+import dataclasses
+import os
+
+import pytest
+import salt.config
+import salt.loader
+import salt.utils.yaml
+from pullrpc.config import Config, make_config
+from pullrpc.ids import new_cid
+from pullrpc.tokens import fingerprint, make_token
+from saltfactories.utils.functional import Loaders
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory):
+    """Salt's loaders with the formula's modules."""
+    root = str(tmp_path_factory.mktemp("minion"))
+    opts = salt.config.minion_config(None)
+    opts.update(root_dir=root, cachedir=os.path.join(root, "cache"), extension_modules=os.path.join(root, "extmods"))
+    opts.update(file_client="local", file_roots={"base": [_ROOT, os.path.join(_ROOT, "qvm-remote-formula")]}, id="dom0", pillar_roots={"base": []})
+    # It syncs everything by itself, and empties the cache each time it is reset: so extmods lie elsewhere.
+    return Loaders(opts)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of an engine that keeps everything in a folder of this test."""
+    names = {"key_dir": "keys", "state_dir": "state", "run_dir": "run", "audit_log": "log/audit.log"}
+    return {name: str(tmp_path / folder) for name, folder in names.items()}
+
+
+@pytest.fixture
+def key(tmp_path):
+    """A key, and a file that holds it."""
+    raw = os.urandom(32)
+    path = tmp_path / "key"
+    path.write_text(raw.hex() + "\n")
+    return raw, str(path)
+
+
+def test_authorize_shows_the_fingerprint_that_the_vm_shows(loaders, settings, key):
+    assert loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings) == {"vm": "work", "fingerprint": fingerprint(key[0])}
+    assert loaders.modules.qvm_remote.keys(config=settings) == {"work": {"fingerprint": fingerprint(key[0])}}
+    assert os.stat(os.path.join(settings["key_dir"], "work.key")).st_mode & 0o777 == 0o600
+    assert os.stat(settings["key_dir"]).st_mode & 0o777 == 0o700
+
+
+def test_verify_believes_the_token_and_nothing_else(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    cid = new_cid()
+    token = make_token(key[0], "work", cid, 30, "shell", b"hostname")
+    assert loaders.modules.qvm_remote.verify("work", cid, "hostname", token, config=settings) == {"verified": True, "state": None}
+    changed = loaders.modules.qvm_remote.verify("work", cid, "hostname;", token, config=settings)
+    assert (changed["verified"], changed["code"]) == (False, "token")
+    other = loaders.modules.qvm_remote.verify("dev", cid, "hostname", token, config=settings)
+    assert (other["verified"], other["code"]) == (False, "key")
+
+
+def test_execute_runs_nothing_that_was_not_claimed(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    assert loaders.modules.qvm_remote.execute("work", new_cid(), config=settings)["status"] == "failed"
+
+
+def test_revoke_says_whether_there_was_a_key(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    assert loaders.modules.qvm_remote.revoke("work", config=settings) is True
+    assert loaders.modules.qvm_remote.revoke("work", config=settings) is False
+    assert loaders.modules.qvm_remote.keys(config=settings) == {}
+
+
+def test_a_misspelt_setting_is_an_error(loaders, settings):
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="'timeout_maxx' is no setting"):
+        loaders.modules.qvm_remote.keys(config={**settings, "timeout_maxx": 5})
+
+
+@pytest.mark.parametrize(
+    "name", ["verify", "execute", "authorize", "revoke", "keys", "status", "run_once", "ping", "client_installed", "install_client"]
+)
+def test_every_function_shows_how_to_call_it(loaders, name):
+    shown = getattr(loaders.modules.qvm_remote, name).__doc__
+    assert "CLI Example:" in shown
+    assert f"qvm_remote.{name}" in shown
+
+
+def test_the_engine_is_found_by_salts_loader(loaders):
+    assert "qvm_remote.start" in salt.loader.engines(loaders.opts, loaders.modules, None, loaders.utils)
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_key_absent_removes_a_key_once(loaders, settings, key, test):
+    loaders.modules.qvm_remote.authorize("old", key_file=key[1], config=settings)
+    ret = loaders.states.qvm_remote.key_absent("old", settings=settings, test=test)
+    assert ret.result is (None if test else True)
+    assert ret.changes == {"old": {"old": fingerprint(key[0]), "new": None}}
+    assert bool(loaders.modules.qvm_remote.keys(config=settings)) is test
+    again = loaders.states.qvm_remote.key_absent("never", settings=settings)
+    assert (again.result, again.changes) == (True, {})
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_engine_configured_writes_the_minions_configuration_once(loaders, settings, tmp_path, test):
+    folder = str(tmp_path / "remote")
+    path = os.path.join(folder, "minion")
+    ret = loaders.states.qvm_remote.engine_configured(folder, settings=settings, test=test)
+    assert ret.result is (None if test else True)
+    assert os.path.exists(path) is not test
+    if test:
+        return
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    assert salt.config.minion_config(path)["engines"] == [{"qvm_remote": settings}]
+    again = loaders.states.qvm_remote.engine_configured(folder, settings=settings)
+    assert (again.result, again.changes) == (True, {})
+
+
+def test_a_wrong_setting_fails_the_state_and_writes_nothing(loaders, settings, tmp_path):
+    ret = loaders.states.qvm_remote.engine_configured(str(tmp_path / "remote"), settings={**settings, "parallel": -1})
+    assert ret.result is False
+    assert "parallel must lie between" in ret.comment
+    assert not os.path.exists(tmp_path / "remote")
+
+
+def test_pillar_example_has_every_setting_with_its_default():
+    with open(os.path.join(_ROOT, "pillar.example"), encoding="utf-8") as file:
+        example = salt.utils.yaml.safe_load(file)["qvm-remote"]
+    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "vms")}
+    assert example["engine"] == known
+    served = {vm: own.get("settings", {}) for vm, own in example["vms"].items()}
+    assert make_config({**example["engine"], "vms": served}).for_vm("builder").timeout_max == 3600

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keyring, ledger, config, audit log, pool: the parts that dom0's safety rests on, each by itself."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+from pullrpc.audit import AuditLog
+from pullrpc.config import make_config
+from pullrpc.errors import AuditError, ConfigError, EngineBusy, KeyringError, LedgerError, PullError
+from pullrpc.keyring import Keyring
+from pullrpc.ledger import Ledger
+from pullrpc.lock import EngineLock, is_held
+from pullrpc.scheduler import FairPool
+
+CID = "20261124-000000-1-0badcafe"
+
+
+@pytest.fixture
+def keyring(tmp_path):
+    return Keyring(str(tmp_path / "keys"))
+
+
+def test_a_key_can_be_stored_used_and_removed(keyring):
+    raw = os.urandom(32)
+    keyring.put("work", raw.hex())
+    assert keyring.get("work") == raw
+    assert keyring.remove("work") is True
+    with pytest.raises(KeyringError, match="no key for work"):
+        keyring.get("work")
+
+
+def test_without_a_folder_there_is_no_key(keyring):
+    with pytest.raises(KeyringError, match="does not exist"):
+        keyring.get("work")
+
+
+def test_a_shared_key_is_refused_when_stored_and_when_used(keyring, tmp_path):
+    digits = os.urandom(32).hex()
+    keyring.put("work", digits)
+    with pytest.raises(KeyringError, match="already the key of work"):
+        keyring.put("dev", digits.upper())
+    path = tmp_path / "keys" / "dev.key"
+    path.write_text(digits)
+    path.chmod(0o600)
+    for vm in ("work", "dev"):
+        with pytest.raises(KeyringError, match="are the same"):
+            keyring.get(vm)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
+def test_a_key_that_others_may_read_is_refused(keyring, tmp_path, mode):
+    keyring.put("work", os.urandom(32).hex())
+    (tmp_path / "keys" / "work.key").chmod(mode)
+    with pytest.raises(KeyringError, match="0600"):
+        keyring.get("work")
+
+
+def test_a_key_behind_a_symlink_is_refused(keyring, tmp_path):
+    keyring.put("work", os.urandom(32).hex())
+    (tmp_path / "keys" / "work.key").rename(tmp_path / "elsewhere")
+    (tmp_path / "keys" / "work.key").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(KeyringError):
+        keyring.get("work")
+
+
+def test_a_claim_is_given_once_and_survives_a_reopening(tmp_path):
+    path = str(tmp_path / "state" / "ledger.sqlite")
+    ledger = Ledger(path)
+    assert ledger.claim("work", CID, b"mac") is True
+    assert ledger.claim("work", CID, b"mac") is False
+    assert ledger.claim("dev", CID, b"mac") is True
+    ledger.close()
+    again = Ledger(path)
+    assert again.claim("work", CID, b"mac") is False
+    assert again.state("work", CID) == ("claimed", b"mac")
+
+
+def test_only_one_of_many_threads_may_start_a_command(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ledger.claim("work", CID, b"")
+    won = []
+    threads = [threading.Thread(target=lambda: won.append(ledger.start("work", CID))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 15 + [True]
+
+
+def test_a_state_never_goes_back(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ledger.claim("work", CID, b"")
+    ledger.start("work", CID)
+    ledger.finish("work", CID, 0, "done")
+    ledger.delivered("work", CID)
+    assert ledger.start("work", CID) is False
+    ledger.finish("work", CID, 1, "done")
+    assert ledger.counts() == {"delivered": 1}
+
+
+def test_a_damaged_ledger_is_an_error(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"garbage" * 1000)
+    path.chmod(0o600)
+    with pytest.raises(LedgerError):
+        Ledger(str(path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"parallell": 1}, {"parallel": "8"}, {"parallel": True}, {"parallel": 0}, {"key_dir": "keys"}, {"key_dir": "/srv/keys"}, {"accept_v1": True}, [1]]
+    + [{"vms": {"dom0": {}}}, {"vms": {"a": {"parallel": 1}}}, {"vms": {"a": 5}}, {"vms": 5}, {"audit_log": "/a\nb"}],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(settings):
+    with pytest.raises(ConfigError):
+        make_config(settings)
+
+
+def test_a_vms_own_settings_hold_for_it_alone():
+    config = make_config({"timeout_max": 100, "vms": {"work": {"timeout_max": 3600, "accept_v1": True}}})
+    assert (config.for_vm("work").timeout_max, config.for_vm("work").accept_v1) == (3600, True)
+    assert (config.for_vm("dev").timeout_max, config.for_vm("dev").accept_v1) == (100, False)
+
+
+def test_an_audit_line_is_one_line_of_ascii_whatever_a_vm_sent(tmp_path):
+    path = tmp_path / "log" / "audit.log"
+    AuditLog(str(path)).write("accepted", "work", CID, command="a\nb\x1b[2J\u202eé" * 300)
+    raw = path.read_bytes()
+    assert raw.count(b"\n") == 1
+    assert all(byte == 10 or 32 <= byte < 127 for byte in raw)
+    assert json.loads(raw)["vm"] == "work"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_audit_log_that_cant_be_written_is_an_error(tmp_path):
+    (tmp_path / "audit.log").symlink_to("/dev/full")
+    with pytest.raises(AuditError):
+        AuditLog(str(tmp_path / "audit.log")).write("x", "work")
+
+
+def test_only_one_holds_the_lock(tmp_path):
+    run_dir = str(tmp_path / "run")
+    with EngineLock(run_dir):
+        assert is_held(run_dir)
+        with pytest.raises(EngineBusy), EngineLock(run_dir):
+            raise AssertionError("two engines")
+    assert not is_held(run_dir)
+
+
+def test_a_lock_folder_that_others_may_write_to_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    with pytest.raises(PullError, match="only root can write"), EngineLock(str(tmp_path / "run")):
+        raise AssertionError("a shared folder was used")
+
+
+def test_the_pool_bounds_what_runs_and_vms_take_turns():
+    order, most, now, lock = [], [0], [0], threading.Lock()
+    go = threading.Event()
+
+    def run(vm, cid):
+        go.wait(5)
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+            order.append(vm)
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+
+    pool = FairPool(2, lambda vm: 1, run)
+    for number in range(10):
+        pool.submit("many", str(number))
+    pool.submit("one", "0")
+    go.set()
+    end = time.monotonic() + 10
+    while pool.waiting_count() or pool.busy():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(order) == 11
+    assert most[0] <= 2
+    assert order.index("one") <= 2
+
+
+def test_a_closed_pool_gives_back_what_waited_and_starts_nothing():
+    release = threading.Event()
+    pool = FairPool(1, lambda vm: 1, lambda vm, cid: release.wait(5))
+    pool.submit("a", "1")
+    pool.submit("a", "2")
+    end = time.monotonic() + 5
+    while pool.waiting("a") != 1:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert pool.close() == [("a", "2")]
+    assert pool.submit("a", "3") is False
+    release.set()
+    assert pool.wait_idle(5)
