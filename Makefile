@@ -3,11 +3,12 @@ PYTHON3 ?= python3
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare demo demo-shell test lint install-client clean
+.PHONY: help prepare demo demo-shell bench test lint install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
 	@echo "make demo-shell      the same, then a prompt inside a VM, with the engine running"
+	@echo "make bench           time a command, beside a bare qvm-run"
 	@echo "make test            lint, then all tests"
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
@@ -21,6 +22,9 @@ demo: prepare
 
 demo-shell: prepare
 	@$(BIN)/python tools/demo.py --shell
+
+bench: prepare
+	@$(BIN)/python bench/roundtrip.py
 
 test: lint
 	$(BIN)/python -m pytest tests
