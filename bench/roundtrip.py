@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Time of ``qvm-remote true`` in a VM of the simulator, beside a bare ``qvm-run true`` and beside polling each second.
+"""Time of ``qvm-remote true`` in a VM of the simulator, beside a bare ``qvm-run true`` from dom0.
 
-Medians of one run on this machine, and their ratios: make bench.
+Medians of one run on this machine, and their ratio: make bench.
 """
 
 import os
@@ -34,13 +34,10 @@ def main():
         remote = _median(stand.vm("work", *timer, "qvm-remote", "-n", "true"))
         direct = _median(stand.dom0(*timer, "qvm-run", "--pass-io", "work", "true"))
         stand.stop_engine()
-    # A command waits half a second on average for a poll each second, and each poll is a qvm-run.
-    polling = 500 + direct
     print(f"{'median of ' + str(_ROUNDS):44}{'ms':>8}{'ratio':>8}")
     for name, value in (
         ("qvm-remote true (VM to dom0 and back)", remote),
         ("qvm-run true (dom0 to VM, simulator)", direct),
-        ("polling each second, computed", polling),
     ):
         print(f"{name:44}{value:8.1f}{value / remote:8.2f}")
 

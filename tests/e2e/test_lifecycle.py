@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """VMs and engines come and go; commands end in exactly one result or a clear error, and nothing runs twice."""
 
+import json
 import subprocess
 import time
+
+import salt.utils.yaml
 
 
 def _wait(condition, seconds=30):
@@ -97,11 +100,29 @@ def test_a_command_interrupted_by_a_killed_engine_is_reported_and_never_run_agai
     assert dom0.dom0("cat", marker).stdout == b"x\n"
 
 
-def test_a_second_engine_waits_and_run_once_is_refused_while_one_is_at_work(dom0):
+def test_run_once_is_refused_while_an_engine_is_at_work(dom0):
     code, answer = dom0.call("qvm_remote.run_once")
     assert code != 0
     assert "another qvm-remote engine" in answer
     assert dom0.remote("hostname").stdout == b"dom0\n"
+
+
+def test_a_second_engine_waits_and_nothing_runs_twice(dom0):
+    folder, log = f"{dom0.folder}/second", f"{dom0.folder}/second/var/log/salt/minion"
+    config = salt.utils.yaml.safe_load(dom0.dom0("cat", dom0.factory.config["conf_file"], check=True).stdout)
+    config.update(root_dir=folder, log_file=log, log_level_logfile="warning")
+    dom0.put(f"{folder}/minion", json.dumps(config))
+    dom0.dom0("salt-call", "--local", "-c", folder, "saltutil.sync_all", check=True)
+    dom0.dom0("mkdir", "-p", f"{folder}/var/log/salt", check=True)
+    second = dom0.popen_dom0("salt-minion", "-c", folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait(lambda: b"another qvm-remote engine" in dom0.dom0("cat", log).stdout)
+        for number in range(5):
+            assert dom0.remote("-n", f"echo {number} >> /tmp/second-engine").returncode == 0
+        assert dom0.dom0("cat", "/tmp/second-engine").stdout == b"0\n1\n2\n3\n4\n"
+    finally:
+        second.terminate()
+        second.wait(20)
 
 
 def test_run_once_serves_what_waits_when_no_engine_runs(dom0):

@@ -2,6 +2,7 @@
 """Execution module, states and engine through Salt's own loader, with everything synced as qubesctl does."""
 
 import dataclasses
+import hmac
 import os
 
 import pytest
@@ -59,6 +60,17 @@ def test_verify_believes_the_token_and_nothing_else(loaders, settings, key):
     assert (changed["verified"], changed["code"]) == (False, "token")
     other = loaders.modules.qvm_remote.verify("dev", cid, "hostname", token, config=settings)
     assert (other["verified"], other["code"]) == (False, "key")
+
+
+def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    cid = new_cid()
+    token = hmac.new(key[0].hex().encode(), cid.encode(), "sha256").hexdigest()
+    refused = loaders.modules.qvm_remote.verify("work", cid, "hostname", token, config=settings)
+    assert (refused["verified"], refused["code"]) == (False, "token")
+    allowed = {**settings, "vms": {"work": {"accept_v1": True}}}
+    assert loaders.modules.qvm_remote.verify("work", cid, "hostname", token, config=allowed)["verified"] is True
+    assert loaders.modules.qvm_remote.verify("work", new_cid(), "hostname", token, config=allowed)["verified"] is False
 
 
 def test_execute_runs_nothing_that_was_not_claimed(loaders, settings, key):
