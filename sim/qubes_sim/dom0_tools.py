@@ -167,7 +167,10 @@ def _qubesctl(argv):
         sys.stderr.write("qubesctl: error: states for VMs (--targets) are not simulated; apply those of dom0\n")
         return _FAILED
     kept = [word for word in options if word not in ("--show-output", "--force-color")]
-    os.execvp("salt-call", ["salt-call", "--local", *kept, *words])
+    try:
+        os.execvp("salt-call", ["salt-call", "--local", *kept, *words])
+    except FileNotFoundError:
+        sys.stderr.write("qubesctl: error: there is no salt-call in this dom0\n")
     return _FAILED
 
 

@@ -41,6 +41,8 @@ _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _NSSWITCH = "passwd: files\ngroup: files\nshadow: files\nhosts: files\n"
 _PASSWD = "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
 _GROUP = "root:x:0:\ntty:x:5:\nuser:x:1000:\nnogroup:x:65534:\nqubes:x:98:user\n"
+#: Folders of /usr that must be the domain's own: an ordinary user's root may not write to those of the host's root.
+_WRITABLE = ("bin", "lib", "sbin", "share")
 _PRIVATE = ("home", "rw", "usrlocal")
 
 
@@ -105,6 +107,8 @@ class Store:
         for part in ("root", "usr"):
             for kind in ("upper", "work"):
                 os.makedirs(self._path(name, "volatile", part, kind), exist_ok=True)
+        for folder in _WRITABLE:
+            os.makedirs(self._path(name, "volatile", "usr", "upper", folder), exist_ok=True)
 
     def mount(self, name, target, binds=()):
         """Mount a domain's root; called in that domain's own mount namespace.
