@@ -114,12 +114,14 @@ def salt_factories_config(tmp_path_factory):
 def stand(tmp_path_factory, salt_factories):
     """dom0, a template with the client, the VMs work and dev with keys; no engine yet."""
     folder = str(tmp_path_factory.mktemp("stand"))
-    os.makedirs(os.path.join(folder, "path"))
+    # Shown in dom0, and no more than that: beside it lies the simulator itself.
+    shared = os.path.join(folder, "dom0")
+    os.makedirs(os.path.join(shared, "path"))
     one = Dom0(os.path.join(folder, "sim"))
     try:
-        one.set_up(extra_binds=[f"{folder}:{folder}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
-        one.folder = folder
-        one.attach(salt_factories, folder, ENGINE)
+        one.set_up(extra_binds=[f"{shared}:{shared}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
+        one.folder = shared
+        one.attach(salt_factories, shared, ENGINE)
         yield one
         one.stop_engine()
     finally:

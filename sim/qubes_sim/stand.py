@@ -83,7 +83,8 @@ class Stand(Sim):
         """Stop the minion as a service manager does, and wait for its end."""
         if self._minion is not None:
             self._minion.terminate()
-            self._minion.wait(20)
+            # Salt itself takes some 10 s to end; the engine in it less than one.
+            self._minion.wait(60)
             self._minion = None
 
     def wait_served(self, *vms, seconds=_READY_WAIT):

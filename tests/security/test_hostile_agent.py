@@ -94,7 +94,11 @@ def test_refusals_do_not_fill_the_audit_log(dom0):
     program = (_HEAD + _ATTACKS["refusal-flood"] + "\n").encode()
     dom0.vm("dev", "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=program)
     time.sleep(6)
-    assert 0 < lines() - before <= 125
-    dom0.shutdown("dev")
-    dom0.start("dev")
-    dom0.wait_served("dev", seconds=30)
+    try:
+        # Sixty a minute are written; the flood may lie in two of them, and in one that an earlier flood has used up.
+        assert lines() - before <= 120
+        assert lines() > 0
+    finally:
+        dom0.shutdown("dev")
+        dom0.start("dev")
+        dom0.wait_served("dev", seconds=30)
