@@ -28,6 +28,7 @@ from .validate import check_size
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
+_NOT_WAITING = "this command is not waiting to run; nothing is ever run twice"
 _INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
 
@@ -148,14 +149,18 @@ class Dom0:
 
         Raises:
             Refused: it was not claimed, or has been started before; its result isn't touched.
+            LedgerError: the ledger can't tell.
         """
         started = time.monotonic()
         config = self.config.for_vm(vm)
+        seen = self.ledger.state(vm, cid)
+        if seen is None or seen[0] != CLAIMED:
+            raise Refused("replay", _NOT_WAITING)
         try:
             command, token_line, stdin_path = self.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
             request = authenticate(config, self.keyring, vm, cid.encode("ascii"), command, token_line)
             if not self.ledger.start(vm, cid):
-                raise Refused("replay", "this command is not waiting to run; nothing is ever run twice")
+                raise Refused("replay", _NOT_WAITING)
         except Refused as err:
             if err.code == "replay":
                 raise

@@ -75,7 +75,9 @@ def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, setti
 
 def test_execute_runs_nothing_that_was_not_claimed(loaders, settings, key):
     loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
-    assert loaders.modules.qvm_remote.execute("work", new_cid(), config=settings)["status"] == "failed"
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="not waiting to run"):
+        loaders.modules.qvm_remote.execute("work", new_cid(), config=settings)
+    assert not os.path.exists(os.path.join(settings["state_dir"], "spool"))
 
 
 def test_revoke_says_whether_there_was_a_key(loaders, settings, key):

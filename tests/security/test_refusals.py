@@ -105,21 +105,21 @@ _REASONS = {
 
 
 def _ran(dom0):
-    return dom0.dom0("test", "-e", "/root/attacked").returncode == 0
+    return dom0.dom0("test", "-e", "/srv/attacked").returncode == 0
 
 
 @pytest.mark.parametrize("how", sorted(_REASONS))
 def test_a_bad_request_is_refused_with_its_reason_and_not_run(dom0, how):
-    answer = dom0.python(_CRAFT, how, "touch /root/attacked")
+    answer = dom0.python(_CRAFT, how, "touch /srv/attacked")
     assert answer["exit"] == 125
     assert _REASONS[how] in answer["err"]
     assert not _ran(dom0)
 
 
 def test_the_crafting_program_makes_requests_that_run_when_nothing_is_wrong(dom0):
-    answer = dom0.python(_CRAFT, "nothing", "touch /root/crafted")
+    answer = dom0.python(_CRAFT, "nothing", "touch /srv/crafted")
     assert answer["exit"] == 0
-    assert dom0.dom0("test", "-e", "/root/crafted").returncode == 0
+    assert dom0.dom0("test", "-e", "/srv/crafted").returncode == 0
 
 
 _REPLAY = """
@@ -144,7 +144,7 @@ with open(f"{queue}/results/{cid}.exit") as code, open(f"{queue}/results/{cid}.e
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_replay_is_refused_also_after_an_engine_restart(dom0, restart):
-    counter = f"/root/replayed-{restart}"
+    counter = f"/srv/replayed-{restart}"
     command = f"echo x >> {counter}"
     first = dom0.python(_CRAFT, "nothing", command)
     assert first["exit"] == 0
@@ -166,7 +166,7 @@ queue = os.path.expanduser("~/.qvm-remote/queue").encode()
 path = os.path.join(queue, b"pending", name)
 try:
     with open(path, "wb") as file:
-        file.write(b"touch /root/attacked")
+        file.write(b"touch /srv/attacked")
 except OSError:
     pass
 print("1")
@@ -194,15 +194,15 @@ def test_without_a_key_everything_is_refused_and_with_an_empty_folder_too(dom0):
     other = dom0.vm("dev", "qvm-remote", "key", "show", "--secret").stdout
     try:
         assert dom0.call("qvm_remote.revoke", "work") == (0, True)
-        done = dom0.remote("-n", "touch /root/attacked")
+        done = dom0.remote("-n", "touch /srv/attacked")
         assert done.returncode == 125
         assert b"dom0 has no key for work" in done.stderr
         assert dom0.call("qvm_remote.revoke", "dev") == (0, True)
         assert dom0.dom0("ls", "-A", "/etc/qubes/remote.d").stdout == b""
-        assert dom0.remote("-n", "touch /root/attacked").returncode == 125
-        assert dom0.remote("-n", "touch /root/attacked", vm="dev").returncode == 125
+        assert dom0.remote("-n", "touch /srv/attacked").returncode == 125
+        assert dom0.remote("-n", "touch /srv/attacked", vm="dev").returncode == 125
         dom0.dom0("rmdir", "/etc/qubes/remote.d", check=True)
-        assert dom0.remote("-n", "touch /root/attacked").returncode == 125
+        assert dom0.remote("-n", "touch /srv/attacked").returncode == 125
         assert not _ran(dom0)
     finally:
         assert dom0.call("qvm_remote.authorize", "work", data=key)[0] == 0
@@ -219,7 +219,7 @@ def test_a_key_that_is_no_key_is_refused_at_authorize_and_at_use(dom0, content):
     good = dom0.dom0("cat", path).stdout
     try:
         dom0.dom0("sh", "-c", f"cat > {path}", data=content, check=True)
-        done = dom0.remote("-n", "touch /root/attacked")
+        done = dom0.remote("-n", "touch /srv/attacked")
         assert done.returncode == 125
         assert b"the key file of work can't be used" in done.stderr
         assert not _ran(dom0)
@@ -232,7 +232,7 @@ def test_a_badly_protected_key_is_refused_at_use(dom0, damage):
     path = "/etc/qubes/remote.d/work.key"
     try:
         dom0.dom0("sh", "-c", damage.format(path), check=True)
-        done = dom0.remote("-n", "touch /root/attacked")
+        done = dom0.remote("-n", "touch /srv/attacked")
         assert done.returncode == 125
         assert not _ran(dom0)
     finally:
@@ -250,7 +250,7 @@ def test_the_key_of_another_vm_is_refused_at_authorize_and_at_use(dom0):
     try:
         dom0.dom0("sh", "-c", f"cat > {path}", data=key, check=True)
         for vm in ("work", "dev"):
-            assert dom0.remote("-n", "touch /root/attacked", vm=vm).returncode == 125
+            assert dom0.remote("-n", "touch /srv/attacked", vm=vm).returncode == 125
         assert not _ran(dom0)
     finally:
         dom0.dom0("sh", "-c", f"cat > {path}", data=good, check=True)
@@ -271,7 +271,7 @@ def test_an_unreadable_ledger_refuses_everything(dom0):
         code, answer = dom0.call("qvm_remote.status")
         assert code != 0
         assert "ledger" in answer
-        done = dom0.remote("-n", "touch /root/attacked", timeout=90)
+        done = dom0.remote("-n", "touch /srv/attacked", timeout=90)
         assert done.returncode == 125
         assert not _ran(dom0)
     finally:
