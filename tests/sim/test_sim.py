@@ -23,9 +23,9 @@ def _tool(sim, *words, **options):
 def test_every_domain_has_its_own_name_and_files(sim):
     assert sim.dom0("hostname").stdout == b"dom0\n"
     assert sim.vm("work", "sh", "-c", "hostname; id -un; pwd").stdout == b"work\nuser\n/home/user\n"
-    sim.dom0("touch", "/root/only-dom0", "/tmp/only-dom0", check=True)
+    sim.dom0("touch", "/srv/only-dom0", "/tmp/only-dom0", check=True)
     sim.vm("work", "touch", "/tmp/only-work", check=True)
-    assert b"only" not in sim.vm("dev", "sh", "-c", "ls -a /root /tmp /home/user 2>&1", user="root").stdout
+    assert b"only" not in sim.vm("dev", "sh", "-c", "ls -a /srv /root /tmp /home/user 2>&1", user="root").stdout
     assert sim.vm("work", "sh", "-c", "ls /root", user="root").stdout == b""
 
 
