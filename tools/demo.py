@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ def main(argv):
     Returns:
         int, 0 when everything was as it should be.
     """
+    # A closed terminal or a kill must not leave a simulator behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
     folder = tempfile.mkdtemp(prefix="qvm-remote-demo-")
     stand = Stand(os.path.join(folder, "sim"), say=lambda text: print(f"* {text}", flush=True))
     try:
@@ -46,9 +50,11 @@ def main(argv):
         print(f"demo: error: {err}", file=sys.stderr)
         return 1
     finally:
-        stand.stop_engine()
-        stand.down()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            stand.stop_engine()
+        finally:
+            stand.down()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _show(stand):
