@@ -21,6 +21,8 @@ from . import hypervisor, linux, wire
 
 _OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill")
 _DOWN_WAIT = 10
+#: All that the hypervisor, and so the first process of each domain, has of its caller's environment.
+_KEPT_ENVIRONMENT = ("PATH", "LC_CTYPE")
 _USAGE = """\
 A Qubes OS to develop against: dom0 and VMs are Linux namespaces with their own file systems, users and host names.
 In dom0, qvm-run, qvm-ls and their kin work; nothing else connects dom0 and the VMs."""
@@ -84,6 +86,10 @@ def _parser():
 
 
 def _up(root, options):
+    if set(os.environ) - set(_KEPT_ENVIRONMENT):
+        # Root in a domain can read what its first process was started with, and the caller's environment may hold secrets.
+        kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        os.execve(sys.executable, [sys.executable, *sys.argv], kept)
     with contextlib.suppress(OSError):
         wire.connect(os.path.join(root, "control.sock")).close()
         raise _Failed(f"a simulator is up in {root}")
@@ -128,6 +134,8 @@ def _daemonize(root):
     if os.fork():
         os._exit(0)
     os.chdir("/")
+    # The caller's must not make folders of the domains unreadable.
+    os.umask(0o022)
     log = os.open(os.path.join(root, "hypervisor.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -239,8 +247,8 @@ def _operate(root, options):
 def _status(root, options):
     with _ask(root, {"op": "status"}) as sock:
         rows = _answer(sock)[0]["domains"]
-    for row in [{"name": "NAME", "class": "CLASS", "template": "TEMPLATE", "state": "STATE"}, *rows]:
-        print(f"{row['name']:32}{row['class']:12}{row['template']:24}{row['state']}")
+    for row in [{"name": "NAME", "class": "CLASS", "template": "TEMPLATE", "state": "STATE", "pid": "PID"}, *rows]:
+        print(f"{row['name']:32}{row['class']:12}{row['template']:24}{row['state']:10}{row['pid'] or '-'}")
     return 0
 
 

@@ -58,8 +58,9 @@ def _states(parser, *names):
 
 def _qvm_run(argv):
     parser = _parser("VMNAME")
-    parser.add_argument("COMMAND", nargs="?")
-    parser.add_argument("ARGUMENTS", nargs="*")
+    parser.add_argument("COMMAND")
+    # What follows the command is the command's, its options and a "--" too.
+    parser.add_argument("ARGUMENTS", nargs=argparse.REMAINDER)
     parser.add_argument("--user", "-u", default="user")
     parser.add_argument("--pass-io", "-p", action="store_true")
     parser.add_argument("--autostart", "--auto", "-a", dest="autostart", action="store_true", default=True)
@@ -70,15 +71,13 @@ def _qvm_run(argv):
     parser.add_argument("--filter-escape-chars", action="store_true")
     parser.add_argument("--no-filter-escape-chars", action="store_true")
     options = parser.parse_args(argv)
-    if options.COMMAND is None:
-        parser.error("the following arguments are required: COMMAND")
     _states(parser, options.VMNAME)
     request = {"op": "exec", "name": options.VMNAME, "user": options.user, "autostart": options.autostart, "pass_io": options.pass_io}
     if options.no_shell or options.ARGUMENTS:
         request.update({"argv": [options.COMMAND, *options.ARGUMENTS], "input": ""})
     else:
         # The service qubes.VMShell: a shell that reads the command as its first line, and leaves the rest of stdin to it.
-        request.update({"argv": ["/bin/bash"], "input": options.COMMAND.rstrip(";") + "; exit\n"})
+        request.update({"argv": ["/bin/bash"], "input": options.COMMAND.rstrip("\n") + "; exit\n"})
     answer = _ask(request, (0, 1, 2) if options.pass_io else ())
     if "state" in answer and options.verbose:
         problem = "is paused" if answer["state"] == "Paused" else "not started"
@@ -88,7 +87,7 @@ def _qvm_run(argv):
 
 def _qvm_check(argv):
     parser = _parser()
-    parser.add_argument("VMNAME", nargs="*")
+    parser.add_argument("VMNAME", nargs="+")
     parser.add_argument("--running", action="store_true")
     parser.add_argument("--paused", action="store_true")
     parser.add_argument("--template", action="store_true")

@@ -20,8 +20,11 @@ _NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWUTS | linu
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 #: Capabilities that reach beyond a domain: modules, raw I/O, reboot, time, device nodes, system log.
 _DROPPED = (16, 17, 22, 25, 27, 34)
-#: A VM's root may moreover not mount or enter anything.
-_DROPPED_IN_VM = (*_DROPPED, 21)
+#: A VM's root may moreover not mount or enter anything, trace the first process, or open a file by its handle: that finds
+#: those of other VMs, which lie on the same file system.
+_DROPPED_IN_VM = (*_DROPPED, 2, 19, 21)
+#: What there is of the host's kernel to be set in a VM's /proc, if its root is the machine's.
+_KERNEL_SETTINGS = ("/proc/sys", "/proc/sysrq-trigger")
 
 
 def start(name, store, sock, binds, is_vm):
@@ -71,6 +74,9 @@ def _become_init(name, store, sock, binds, is_vm):
         linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
         store.mount(name, target, binds)
         linux.pivot_root(target)
+        if is_vm:
+            for path in filter(os.path.exists, _KERNEL_SETTINGS):
+                linux.bind(path, path, read_only=True)
         linux.set_hostname(name)
         linux.loopback_up()
         os.umask(0o022)

@@ -184,9 +184,18 @@ class Hypervisor:
         """Say what there is.
 
         Returns:
-            list of dict: name, class, template, state.
+            list of dict: name, class, template, state, pid.
         """
-        return [{"name": one.name, "class": one.klass, "template": one.template or "", "state": one.state} for one in self._domains.values()]
+        return [
+            {
+                "name": one.name,
+                "class": one.klass,
+                "template": one.template or "",
+                "state": one.state,
+                "pid": None if one.state == "Halted" else one.keeper,
+            }
+            for one in self._domains.values()
+        ]
 
     def _add(self, name, klass, template):
         one = self._domains[name] = Domain(name, klass, template)
@@ -304,6 +313,8 @@ class Hypervisor:
         one = self._find(message["name"])
         if one.state == "Halted" and message["autostart"]:
             self.start(one.name)
+        if one.state == "Paused" and message["autostart"]:
+            self.unpause(one.name)
         if one.state != "Running":
             for fd in fds:
                 os.close(fd)
@@ -313,11 +324,14 @@ class Hypervisor:
         try:
             return self._wait_for_command(one, connection, command, relay.vm_fds, relay)
         finally:
-            relay.stop()
+            relay.close()
 
     def _wait_for_command(self, one, connection, message, fds, relay=None):
         number = next(self._numbers)
         one.replies[number] = replies = queue.Queue()
+        if one.state == "Halted":
+            # It ended just now, maybe before it could tell this queue.
+            replies.put((None, []))
         try:
             self._tell(one, {**message, "id": number}, fds)
             if relay is not None:

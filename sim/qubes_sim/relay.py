@@ -23,6 +23,7 @@ class Relay:
 
     def __init__(self, dom0_fds, first_input=b""):
         self._stopped, self._stop = os.pipe2(os.O_CLOEXEC)
+        self._lock = threading.Lock()
         vm_in, to_vm = os.pipe2(os.O_CLOEXEC)
         from_vm, vm_out = os.pipe2(os.O_CLOEXEC)
         from_vm_err, vm_err = os.pipe2(os.O_CLOEXEC)
@@ -47,9 +48,18 @@ class Relay:
 
     def stop(self):
         """End all copies now; both sides see their descriptors closed."""
-        if self._stop is not None:
-            os.close(self._stop)
-            self._stop = None
+        # Whoever waits for the command and whoever watches its caller may both call this.
+        with self._lock:
+            if self._stop is not None:
+                os.close(self._stop)
+                self._stop = None
+
+    def close(self):
+        """End all copies and let go of the last descriptor."""
+        self.stop()
+        for thread in (self._input, *self._outputs):
+            thread.join()
+        os.close(self._stopped)
 
     def _copier(self, source, target, first=b""):
         return threading.Thread(target=self._copy, args=(source, target, first), daemon=True)

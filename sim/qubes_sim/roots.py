@@ -6,6 +6,7 @@ All that domains write lies in a memory file system that only the hypervisor's m
 
 import os
 import shutil
+import stat
 import subprocess
 
 from . import linux
@@ -128,7 +129,7 @@ class Store:
         _fill_dev(os.path.join(target, "dev"))
         linux.mount("proc", os.path.join(target, "proc"), "proc", linux.MS_NOSUID | linux.MS_NODEV)
         for source, place, read_only in binds:
-            _bind_in(source, target + place, read_only)
+            _bind_in(source, target, place, read_only)
 
     def write(self, name, path, text, mode=0o644):
         """Put a file into a domain's root while it doesn't run.
@@ -204,11 +205,25 @@ def _fill_dev(dev):
         linux.mount(kind, os.path.join(dev, name), kind, linux.MS_NOSUID, options)
 
 
-def _bind_in(source, target, read_only):
+def _bind_in(source, root, place, read_only):
+    target = root + place
+    _make_parents(root, place)
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         if not os.path.exists(target):
             open(target, "w").close()
     linux.bind(source, target, read_only)
+
+
+def _make_parents(root, place):
+    """Make the folders above a place, passable for every user of the domain."""
+    own = os.stat(root).st_dev
+    path = root
+    for name in place.strip("/").split("/")[:-1]:
+        path = os.path.join(path, name)
+        os.makedirs(path, exist_ok=True)
+        found = os.stat(path)
+        # What is on another file system may be a folder of the host that was bound before: never to be changed.
+        if found.st_dev == own and found.st_mode & 0o055 != 0o055:
+            os.chmod(path, stat.S_IMODE(found.st_mode) | 0o055)
