@@ -10,6 +10,23 @@
             work: {}
 
 It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped.
+SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
+
+Events on the minion's bus, and on its master's if it has one, all with ``vm`` and ``id`` in their data (``-`` when none is meant):
+
+========================================== ===========================================================================
+``qvm-remote/<vm>/-/connected``            a session began; ``kind``: agent or agentless
+``qvm-remote/<vm>/-/broken``               the VM broke the protocol; ``reason``
+``qvm-remote/<vm>/-/key-handed``           a pending or new key reached the VM
+``qvm-remote/<vm>/-/key-mended``           the VM had lost or altered its key; it has it again
+``qvm-remote/<vm>/-/key-lost``             the VM has no key any more; also ``key-altered``, ``key-not-handed``
+``qvm-remote/<vm>/<id>/accepted``          verified and claimed; it will run once
+``qvm-remote/<vm>/<id>/refused``           it will not run; ``code``: id, size, key, token, stale, replay, ...
+``qvm-remote/<vm>/<id>/running``           it begins
+``qvm-remote/<vm>/<id>/done``              it ended; ``exit``, ``status``, ``seconds``
+``qvm-remote/<vm>/<id>/delivered``         its result is in the VM
+``qvm-remote/<vm>/<id>/cancelled``         its client gave up
+========================================== ===========================================================================
 """
 
 import logging
@@ -23,6 +40,7 @@ import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.frames
 import pullrpc.service
+import salt.config
 import salt.utils.event
 from salt.exceptions import CommandExecutionError
 
@@ -47,54 +65,69 @@ def start(**config):
     Args:
         config: settings, see :class:`pullrpc.config.Config` and pillar.example.
     """
-    stopping = _StopSignals()
+    signals = _Signals()
     events = _Events(__opts__)
     try:
-        _serve_until_stopped(config, stopping, events)
+        _serve_until_stopped(config, signals, events)
     finally:
         events.close()
 
 
-def _serve_until_stopped(config, stopping, events):
+def _serve_until_stopped(config, signals, events):
     waiting_logged = False
-    while not stopping.is_set:
+    while not signals.is_set:
         try:
-            _make_service(config, stopping, events).run()
+            _make_service(config, signals, events).run()
         except pullrpc.errors.EngineBusy as err:
             if not waiting_logged:
                 log.warning("%s; waiting for it to end", err)
             waiting_logged = True
-            stopping.wait(_BUSY_RETRY)
+            signals.wait(_BUSY_RETRY)
         except pullrpc.errors.PullError as err:
             # Ending would only make the minion start us again, and again.
             log.critical("qvm-remote serves nobody: %s. Mend that, then restart this minion", err)
-            stopping.wait(None)
+            signals.wait(None)
 
 
-def _make_service(config, stopping, events):
+def _make_service(config, signals, events):
+    current = {"settings": config}
     # Taken out of the loader once: these keep Salt's context with them, whatever thread calls them.
     verify = __salt__["qvm_remote.verify"]
     execute = __salt__["qvm_remote.execute"]
 
+    def take_over():
+        new = _settings_in_file()
+        pullrpc.dom0.reconfigure(current["settings"], new)
+        current["settings"] = new
+        log.warning("qvm-remote goes on under new settings")
+
     def run_verify(vm, cid, command, token):
         try:
-            return verify(vm, cid, command, token, config=config)
+            return verify(vm, cid, command, token, config=current["settings"])
         except CommandExecutionError as err:
             raise pullrpc.errors.Refused("storage", str(err)) from None
 
     def run_execute(vm, cid):
         try:
-            return execute(vm, cid, config=config)
+            return execute(vm, cid, config=current["settings"])
         except CommandExecutionError as err:
             raise pullrpc.errors.PullError(str(err)) from None
 
-    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning)
-    stopping.set_service(service)
+    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning, take_over)
+    signals.set_service(service)
     return service
 
 
-class _StopSignals:
-    """SIGTERM and SIGINT, and the death of the minion that started us, end the service in an orderly way."""
+def _settings_in_file():
+    options = salt.config.minion_config(__opts__["conf_file"])
+    for engine in options.get("engines") or []:
+        if isinstance(engine, dict) and "qvm_remote" in engine:
+            return engine["qvm_remote"] or {}
+    raise pullrpc.errors.ConfigError("the minion's configuration does not have this engine any more; stop the service instead")
+
+
+class _Signals:
+    """SIGHUP makes the service read its settings again; SIGTERM and SIGINT, and the death of the minion that started us, end the service in an orderly way."""
 
     def __init__(self):
         self.is_set = False
@@ -102,6 +135,7 @@ class _StopSignals:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_reload)
         threading.Thread(target=self._watch_parent, args=(os.getppid(),), name="qvm-remote-parent", daemon=True).start()
 
     def set_service(self, service):
@@ -124,6 +158,10 @@ class _StopSignals:
         if self._service is not None:
             self._service.stop()
 
+    def _on_reload(self, number, frame):
+        if self._service is not None:
+            self._service.reload()
+
     def _watch_parent(self, parent):
         while os.getppid() == parent:
             time.sleep(_PARENT_CHECK)
@@ -135,6 +173,8 @@ class _Events:
 
     def __init__(self, opts):
         self._opts = opts
+        # A masterless minion has nobody to send them on to.
+        self._has_master = opts.get("master_type") != "disable"
         self._queue = queue.Queue(_EVENTS_MAX)
         self._thread = threading.Thread(target=self._work, name="qvm-remote-events", daemon=True)
         self._thread.start()
@@ -162,3 +202,6 @@ class _Events:
                     return
                 tag, data = item
                 bus.fire_event(data, tag)
+                if self._has_master:
+                    # The minion passes what it finds under this tag on to its master.
+                    bus.fire_master(data, tag)

@@ -8,20 +8,26 @@ The settings are those of the engine ``qvm_remote`` in the minion's configuratio
 without one, the defaults of :mod:`pullrpc.config`. ``config`` overrides them, for tests and for the engine itself.
 """
 
+import dataclasses
 import json
 import logging
 import os
+import secrets
 import time
 
 import pullrpc
+import pullrpc.config
 import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.files
 import pullrpc.ids
 import pullrpc.lock
 import pullrpc.package
+import pullrpc.pillar
+import pullrpc.provision
 import pullrpc.service
 import pullrpc.session
+import pullrpc.tokens
 import pullrpc.transport
 from salt.exceptions import CommandExecutionError
 
@@ -32,8 +38,11 @@ __virtualname__ = "qvm_remote"
 _KEY_READ_MAX = 66
 #: How long a VM may take to show its key, seconds.
 _KEY_WAIT = 20
-#: How long a template may take to unpack the client, seconds.
-_INSTALL_WAIT = 120
+#: How long the engine may take to work under new settings, seconds.
+_RELOAD_WAIT = 10
+_PILLAR = "qvm-remote"
+#: How long a list of running VMs holds, so that a fleet's states do not start qvm-ls for each VM, seconds.
+_LIST_HOLDS = 5
 
 
 def __virtual__():
@@ -116,7 +125,7 @@ def execute(vm, cid, config=None):
         raise CommandExecutionError(str(err)) from None
 
 
-def authorize(vm, key_file=None, from_vm=False, config=None):
+def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
     """Store a VM's key, so that dom0 runs what this VM asks for. It replaces the key the VM had.
 
     The key is read from stdin unless said otherwise; it is never an argument, since arguments end up in process
@@ -126,6 +135,7 @@ def authorize(vm, key_file=None, from_vm=False, config=None):
         vm: name of the VM.
         key_file: path of a file that holds the key (64 hex digits).
         from_vm: ask the VM itself, which must be running and have made a key (``qvm-remote key gen``).
+        from_pillar: take the key that stands in pillar, under ``qvm-remote:vms:VM:key``.
         config: settings (dict), default: the engine's.
 
     Returns:
@@ -147,11 +157,15 @@ def authorize(vm, key_file=None, from_vm=False, config=None):
         if key_file:
             untrusted_key = pullrpc.files.read_bounded(key_file, _KEY_READ_MAX)
         elif from_vm:
-            untrusted_key = _key_of(dom0.config, vm)
+            untrusted_key = _key_of(dom0.config.for_vm(vm), vm)
+        elif from_pillar:
+            untrusted_key = _pillar_key(vm)
         else:
             untrusted_key = _read_stdin()
         shown = dom0.keyring.put(vm, untrusted_key)
         dom0.audit.write("authorized", vm, fingerprint=shown)
+        if from_vm:
+            dom0.handover.has_own(vm)
     except OSError as err:
         raise CommandExecutionError(f"can't read the key: {err.strerror}") from None
     except pullrpc.errors.PullError as err:
@@ -178,6 +192,254 @@ def _read_stdin():
     return data
 
 
+def _pillar_key(vm):
+    key = pullrpc.pillar.given_key(__pillar__.get(_PILLAR) or {}, vm)
+    if key is None:
+        raise pullrpc.errors.PillarError(f"pillar {_PILLAR}:vms:{vm}:key holds no key")
+    return key
+
+
+def given_fingerprint(vm):
+    """Show which key pillar gives a VM.
+
+    Args:
+        vm: name of the VM.
+
+    Returns:
+        str, its fingerprint.
+
+    Raises:
+        CommandExecutionError: pillar holds none, or none that can be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.given_fingerprint dev
+    """
+    try:
+        return pullrpc.tokens.fingerprint(pullrpc.tokens.parse_key(_pillar_key(vm)))
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def plan(defaults=None):
+    """Read pillar: check every line of it, and say what it wants in plain data. No key is part of it.
+
+    Args:
+        defaults: dict that pillar's entries replace, one by one.
+
+    Returns:
+        dict: ``problem`` (str) when something in pillar is wrong, else ``settings``, ``service``, ``minion``, ``templates``,
+        ``vms``, ``unlisted``, ``clean_logs``, as :class:`pullrpc.pillar.Plan` has them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.plan
+    """
+    pillar = __pillar__.get(_PILLAR)
+    if isinstance(pillar, dict) or pillar is None:
+        pillar = {**(defaults or {}), **(pillar or {})}
+    try:
+        return dataclasses.asdict(pullrpc.pillar.read_pillar(pillar, pullrpc.transport.list_vms))
+    except pullrpc.errors.PullError as err:
+        # Not an exception: a template that fails to render shows twenty lines of itself around this one.
+        return {"problem": str(err)}
+
+
+def generate(vm, config=None):
+    """Make a key for a VM that has none, here in dom0; the VM gets it when it is next looked at.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``vm`` and ``fingerprint``.
+
+    Raises:
+        CommandExecutionError: it has a key (rotate it instead), or the key can't be stored.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.generate work
+    """
+    try:
+        pullrpc.ids.check_vm_name(vm)
+        dom0 = _dom0(config)
+        if dom0.keyring.exists(vm):
+            raise pullrpc.errors.KeyringError(f"{vm} has a key; qvm_remote.rotate {vm} changes it")
+        shown = dom0.keyring.put(vm, secrets.token_hex(32))
+        dom0.audit.write("authorized", vm, fingerprint=shown)
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    return {"vm": vm, "fingerprint": shown}
+
+
+def rotate(vm, from_pillar=False, config=None):
+    """Change a VM's key without losing a command: the old one works until the VM has used the new one.
+
+    The new key is handed over at once if the VM runs, else when it next does. From then on the old one works for requests
+    that were signed just before, for ``max_age`` seconds at most.
+
+    Args:
+        vm: name of a VM that has a key.
+        from_pillar: take the key that stands in pillar, instead of making one.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``vm``, ``old`` and ``new`` (fingerprints), ``handed`` (bool, False while it waits for the VM).
+
+    Raises:
+        CommandExecutionError: the VM has no key, or runs and does not take the new one (which then stays pending).
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.rotate work
+    """
+    try:
+        pullrpc.ids.check_vm_name(vm)
+        dom0 = _dom0(config)
+        old = pullrpc.tokens.fingerprint(dom0.keyring.get(vm))
+        key = pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else secrets.token_bytes(32)
+        new = dom0.keyring.stage(vm, key)
+        dom0.audit.write("rotation", vm, old=old, new=new)
+        handed = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    return {"vm": vm, "old": old, "new": new, "handed": handed}
+
+
+def _runs(settings, vm):
+    at, running = __context__.get("qvm_remote.running", (float("-inf"), ()))
+    if time.monotonic() - at > _LIST_HOLDS:
+        running = pullrpc.transport.running_vms(settings)
+        __context__["qvm_remote.running"] = (time.monotonic(), running)
+    return vm in running
+
+
+def _hand(dom0, vm):
+    with pullrpc.provision.look_into(dom0.config.for_vm(vm), vm) as (session, _):
+        dom0.handover.hand(session, vm)
+
+
+def _hand_if_there(dom0, vm):
+    try:
+        _hand(dom0, vm)
+    except (pullrpc.errors.SessionBroken, pullrpc.errors.TransportError):
+        if _still_runs(dom0.config, vm):
+            raise
+        return False
+    return True
+
+
+def _still_runs(settings, vm):
+    """Whether a VM that did not answer runs: it may have been shut down a moment ago."""
+    __context__.pop("qvm_remote.running", None)
+    return _runs(settings, vm)
+
+
+def inspect(vm, config=None):
+    """Look at the key and the queue in a VM. Nothing is changed, and a VM that is shut down stays so.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``running`` (bool); ``key``: fits, pending (not handed over yet), lost, altered, or none (dom0 has none);
+        ``problems``: what is wrong with folders and key file there (list of words).
+
+    Raises:
+        CommandExecutionError: it runs and doesn't answer.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.inspect work
+    """
+    try:
+        pullrpc.ids.check_vm_name(vm)
+        dom0 = _dom0(config)
+        if not _runs(dom0.config, vm):
+            return {"running": False, "key": dom0.handover.known(vm) or "none", "problems": []}
+        with pullrpc.provision.look_into(dom0.config.for_vm(vm), vm) as (_, found):
+            seen = dom0.handover.judge(vm, found) if dom0.keyring.exists(vm) else "none"
+            return {"running": True, "key": seen, "problems": list(found.problems)}
+    except (pullrpc.errors.SessionBroken, pullrpc.errors.TransportError) as err:
+        if _still_runs(dom0.config, vm):
+            raise CommandExecutionError(f"{vm}: {err}") from None
+        return {"running": False, "key": dom0.handover.known(vm) or "none", "problems": []}
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(f"{vm}: {err}") from None
+
+
+def hand_over(vm, config=None):
+    """Put the queue of a running VM in order, and its key into it.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``vm``, ``fingerprint``, and ``handed`` (bool, False when the VM doesn't run: it gets its key when it does).
+
+    Raises:
+        CommandExecutionError: dom0 has no key for it, or it can't take it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.hand_over work
+    """
+    try:
+        pullrpc.ids.check_vm_name(vm)
+        dom0 = _dom0(config)
+        handed = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
+        return {"vm": vm, "fingerprint": pullrpc.tokens.fingerprint(dom0.keyring.newest(vm)), "handed": handed}
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(f"{vm}: {err}") from None
+
+
+def remove_queue(vm, history=False, config=None):
+    """Remove key and queue from a VM, if it runs.
+
+    Args:
+        vm: name of the VM.
+        history: remove its history and its own audit log, too.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        bool, False when the VM doesn't run and nothing was done.
+
+    Raises:
+        CommandExecutionError: they can't be removed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.remove_queue old
+    """
+    try:
+        pullrpc.ids.check_vm_name(vm)
+        settings = _dom0(config).config
+        if not _runs(settings, vm):
+            return False
+        pullrpc.provision.remove_queue(settings.for_vm(vm), vm, history)
+        return True
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+
+
 def client_installed(template, config=None):
     """Say whether this version of the client was installed in a template (or standalone) from here.
 
@@ -199,9 +461,31 @@ def client_installed(template, config=None):
     """
     try:
         pullrpc.ids.check_vm_name(template)
-        return pullrpc.files.read_bounded(_client_note(_dom0(config).config, template), 64).decode("ascii") == _client_archive()[1]
-    except FileNotFoundError:
-        return False
+        return pullrpc.provision.client_digest(_dom0(config).config, template) == _client_archive()[1]
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def clients(config=None):
+    """List the templates that got a client from here, of whatever version.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of str
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.clients
+    """
+    try:
+        return pullrpc.provision.clients(_dom0(config).config)
     except (OSError, pullrpc.errors.PullError) as err:
         raise CommandExecutionError(str(err)) from None
 
@@ -229,24 +513,38 @@ def install_client(template, config=None):
     """
     try:
         pullrpc.ids.check_vm_name(template)
-        settings = _dom0(config).config
         data, digest = _client_archive()
-        was_running = template in pullrpc.transport.running_vms(settings)
-        if not was_running:
-            pullrpc.transport.set_running(template, True)
-        try:
-            command = "tar --extract --no-same-owner --directory=/"
-            code, _ = pullrpc.transport.run_bounded(settings, template, command, [data], 4096, _INSTALL_WAIT, user="root")
-        finally:
-            if not was_running:
-                pullrpc.transport.set_running(template, False)
-        if code:
-            raise pullrpc.errors.TransportError(f"{template} could not take the client (exit code {code}): is its disk full?")
-        os.makedirs(os.path.dirname(_client_note(settings, template)), mode=0o700, exist_ok=True)
-        pullrpc.files.write_whole(_client_note(settings, template), digest.encode("ascii"))
+        pullrpc.provision.install_client(_dom0(config).config, template, data, digest)
     except (OSError, pullrpc.errors.PullError) as err:
         raise CommandExecutionError(str(err)) from None
     return {"template": template, "sha256": digest}
+
+
+def remove_client(template, config=None):
+    """Remove the client from a template (or standalone). A template that is shut down is started for it, and shut down again.
+
+    Args:
+        template: its name.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``template``.
+
+    Raises:
+        CommandExecutionError: the template can't be started or written to.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.remove_client fedora-41
+    """
+    try:
+        pullrpc.ids.check_vm_name(template)
+        pullrpc.provision.remove_client(_dom0(config).config, template, pullrpc.package.CLIENT_PATHS)
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+    return {"template": template}
 
 
 def _client_archive():
@@ -255,10 +553,6 @@ def _client_archive():
     if not launcher:
         raise pullrpc.errors.PullError("the client's files are not in Salt's file roots (salt://client)")
     return pullrpc.package.client_archive(os.path.dirname(launcher[0]))
-
-
-def _client_note(settings, template):
-    return os.path.join(settings.state_dir, "clients", template)
 
 
 def revoke(vm, config=None):
@@ -290,6 +584,140 @@ def revoke(vm, config=None):
     return had_one
 
 
+def forget(vm, config=None):
+    """Revoke a VM's key, and remove all that dom0 keeps of it (finished commands, results not yet fetched) but the audit log.
+
+    No id that the VM made up to now is ever taken again, so that nothing forgotten can be replayed.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        bool, whether there was anything.
+
+    Raises:
+        CommandExecutionError: something can't be removed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.forget old
+    """
+    try:
+        return _dom0(config).forget(pullrpc.ids.check_vm_name(vm))
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def remembered(vm, config=None):
+    """Say how many finished commands of a VM dom0 remembers.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        int
+
+    Raises:
+        CommandExecutionError: the ledger can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.remembered old
+    """
+    try:
+        return _dom0(config).remembered(pullrpc.ids.check_vm_name(vm))
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def key_age(vm, config=None):
+    """Say how old a VM's key is.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        float, days.
+
+    Raises:
+        CommandExecutionError: it has none.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.key_age work
+    """
+    try:
+        return (time.time() - _dom0(config).keyring.made_at(pullrpc.ids.check_vm_name(vm))) / 86400
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def in_use(settings):
+    """Say whether the engine at work has these settings.
+
+    Args:
+        settings: dict.
+
+    Returns:
+        bool; False, too, when none is at work.
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.in_use '{max_age: 300}'
+    """
+    try:
+        config = pullrpc.config.make_config(settings)
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    return pullrpc.lock.is_held(config.run_dir) and _published(config).get("settings") == pullrpc.config.digest(config)
+
+
+def reload(config=None):
+    """Have the engine at work read its settings again; what runs goes on.
+
+    Args:
+        config: settings (dict) that say where it is at work, default: the engine's.
+
+    Returns:
+        bool, whether it works under the minion's present settings now.
+
+    Raises:
+        CommandExecutionError: none is at work, or it takes no new settings.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.reload
+    """
+    settings = _settings(config)
+    try:
+        if not pullrpc.lock.reload_engine(pullrpc.config.make_config(settings).run_dir):
+            raise pullrpc.errors.PullError("no engine is at work")
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    deadline = time.monotonic() + _RELOAD_WAIT
+    while not in_use(settings):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def keys(config=None):
     """List the VMs that have a key.
 
@@ -297,7 +725,8 @@ def keys(config=None):
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict of VM name to a dict: ``fingerprint``, or ``problem`` when the key is there and refused. Never a key.
+        dict of VM name to a dict: ``fingerprint``, or ``problem`` when the key is there and refused; ``next``: that of a new
+        key which waits to be handed over. Never a key.
 
     Raises:
         CommandExecutionError: the key folder can't be read.
@@ -322,7 +751,8 @@ def status(config=None):
 
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting),
-        ``commands`` (state to count), ``keys`` as :func:`keys` gives them.
+        ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there
+        (fits, pending, lost, altered).
 
     Raises:
         CommandExecutionError: the settings or the ledger can't be used.
@@ -336,18 +766,21 @@ def status(config=None):
     try:
         dom0 = _dom0(config)
         running = pullrpc.lock.is_held(dom0.config.run_dir)
+        known = dom0.keyring.fingerprints()
+        for vm, shown in known.items():
+            shown["in_vm"] = dom0.handover.known(vm)
         return {
             "version": pullrpc.__version__,
             "engine": "running" if running else "stopped",
-            "sessions": _sessions(dom0.config) if running else {},
+            "sessions": _published(dom0.config).get("sessions", {}) if running else {},
             "commands": dom0.ledger.counts(),
-            "keys": dom0.keyring.fingerprints(),
+            "keys": known,
         }
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
 
 
-def _sessions(settings):
+def _published(settings):
     try:
         return json.loads(pullrpc.files.read_bounded(pullrpc.service.sessions_path(settings), 1 << 20))
     except (OSError, ValueError):

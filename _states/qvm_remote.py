@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""States of qvm-remote, for dom0: the engine's configuration, the client in templates, the keys of VMs.
+"""States of qvm-remote, for dom0: the service and its configuration, the client in templates, keys and queues of VMs.
 
-They report fingerprints, never keys, and change nothing that is already as it should be.
+They report fingerprints, never keys, and change nothing that is already as it should be. No VM that is served is ever
+started: what one that is shut down needs is kept ready for it, and the comment says so.
 """
 
 import os
+import shutil
+import time
 
 import salt.utils.atomicfile
 import salt.utils.files
@@ -12,22 +15,65 @@ import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "qvm_remote"
+_UNIT = "qvm-remote.service"
+#: Where a unit lies that is gone after a reboot, and one that isn't (systemd.unit(5)).
+_TRANSIENT, _PERSISTENT = "/run/systemd/system", "/etc/systemd/system"
+_UNIT_SOURCE = f"salt://qvm-remote/files/{_UNIT}"
+#: Folders of the service in dom0, besides those that its settings name.
+_CACHE, _PKI, _LOG, _MINION_RUN = "/var/cache/qvm-remote", "/var/lib/qvm-remote/pki", "/var/log/qvm-remote/minion.log", "/run/qvm-remote/minion"
+
+
+#: How long the service may take from its start to its work, seconds.
+_START_WAIT = 90
 
 
 def __virtual__():
     return __virtualname__
 
 
-def _ret(name):
-    return {"name": name, "changes": {}, "result": True, "comment": ""}
+class _Failed(Exception):
+    """The state can't be reached; the text is its comment."""
 
 
-def engine_configured(name, settings=None):
-    """Keep the configuration of the minion that runs the engine: masterless, with its own cache, sockets and log.
+def _state(name, work):
+    """Run a state: ``work`` fills the return it is given; what goes wrong becomes its comment."""
+    ret = {"name": name, "changes": {}, "result": True, "comment": ""}
+    try:
+        work(ret)
+    except (CommandExecutionError, _Failed, OSError) as err:
+        # What was changed before it failed stays in the report.
+        ret.update(result=False, comment=" ".join(part for part in (ret["comment"], str(err)) if part))
+    return ret
+
+
+def _change(ret, key, old, new, would, do, done):
+    """Note a change, and make it unless this is a test run.
+
+    Returns:
+        what ``do`` gave; None in a test run.
+    """
+    ret["comment"] = _and(ret["comment"], would if __opts__["test"] else "")
+    if __opts__["test"]:
+        ret["changes"][key] = {"old": old, "new": new}
+        ret["result"] = None
+        return None
+    result = do()
+    ret["changes"][key] = {"old": old, "new": new}
+    ret["comment"] = _and(ret["comment"], done)
+    return result
+
+
+def _and(comment, more):
+    return f"{comment}; {more}" if comment and more else comment or more
+
+
+def engine_configured(name, settings=None, minion=None):
+    """Keep the configuration of the minion that runs the engine, with its own cache, sockets and log.
 
     Args:
         name: its configuration folder, for example ``/etc/qubes/remote``.
         settings: the engine's settings (dict), as pillar.example describes them.
+        minion: dict: ``id`` of that minion (default: this one's), ``master`` if it is to have one (default: masterless).
 
     .. code-block:: yaml
 
@@ -37,45 +83,59 @@ def engine_configured(name, settings=None):
             - settings:
                 timeout_max: 300
     """
-    ret = _ret(name)
-    settings = dict(settings or {})
+
+    def work(ret):
+        wanted = _minion_config(dict(settings or {}), minion or {})
+        # A setting that can't be used fails here, before anything is written.
+        __salt__["qvm_remote.keys"](config=wanted["engines"][0]["qvm_remote"])
+        path = os.path.join(name, "minion")
+        text = salt.utils.yaml.safe_dump(wanted, default_flow_style=False)
+        before = _read(path)
+        if before == text:
+            ret["comment"] = "The engine is configured as it should be"
+            return
+        old = None if before is None else _differences(before, wanted)
+        new = "written" if before is None else {part: wanted.get(part) for part in old}
+        _change(ret, path, old, new, "The engine would be configured", lambda: _write(name, path, text), "The engine was configured")
+
+    return _state(name, work)
+
+
+def _differences(text, wanted):
+    """The parts of the configuration that change, as they were. It never holds a key."""
     try:
-        __salt__["qvm_remote.keys"](config=settings)
-    except CommandExecutionError as err:
-        ret.update(result=False, comment=str(err))
-        return ret
-    path = os.path.join(name, "minion")
-    wanted = salt.utils.yaml.safe_dump(_minion_config(settings), default_flow_style=False)
-    if _read(path) == wanted:
-        ret["comment"] = "The engine is configured as it should be"
-        return ret
-    ret["changes"] = {path: "written"}
-    if __opts__["test"]:
-        ret.update(result=None, comment="The engine would be configured")
-        return ret
-    os.makedirs(name, mode=0o700, exist_ok=True)
-    # By rename: a minion that starts at this moment sees the old configuration or the new one.
-    with salt.utils.atomicfile.atomic_open(path, "w") as file:
-        file.write(wanted)
-    os.chmod(path, 0o600)
-    ret["comment"] = "The engine was configured; restart its minion"
-    return ret
+        was = salt.utils.yaml.safe_load(text)
+    except salt.utils.yaml.YAMLError:
+        was = None
+    if not isinstance(was, dict):
+        return {"all": "not readable"}
+    return {part: was.get(part) for part in {**was, **wanted} if was.get(part) != wanted.get(part)}
 
 
-def _minion_config(settings):
-    return {
-        "id": "dom0",
-        "master_type": "disable",
+def _minion_config(settings, minion):
+    config = {
+        "id": minion.get("id") or __opts__["id"],
         "file_client": "local",
         "file_roots": __opts__["file_roots"],
         "user": "root",
-        "cachedir": "/var/cache/qvm-remote",
-        "pki_dir": "/var/lib/qvm-remote/pki",
-        "sock_dir": "/run/qvm-remote/minion",
-        "pidfile": "/run/qvm-remote/minion.pid",
-        "log_file": "/var/log/qvm-remote/minion.log",
+        "cachedir": _CACHE,
+        "pki_dir": _PKI,
+        "sock_dir": _MINION_RUN,
+        "pidfile": f"{_MINION_RUN}.pid",
+        "log_file": _LOG,
         "engines": [{"qvm_remote": settings}],
     }
+    if minion.get("master"):
+        return {**config, "master": minion["master"]}
+    return {**config, "master_type": "disable"}
+
+
+def _write(folder, path, text):
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    # By rename: a minion that starts at this moment sees the old configuration or the new one.
+    with salt.utils.atomicfile.atomic_open(path, "w") as file:
+        file.write(text)
+    os.chmod(path, 0o600)
 
 
 def _read(path):
@@ -84,6 +144,117 @@ def _read(path):
             return file.read()
     except FileNotFoundError:
         return None
+
+
+def service(name="qvm-remote", running=True, enable=False, accept_risk=False, config_dir="/etc/qubes/remote", settings=None, minion=None):
+    """Have the service running, now. After a reboot it is gone, unless ``enable`` and ``accept_risk`` say that it shall come back.
+
+    A service that runs under other settings takes the present ones over without losing a command; it is restarted only where
+    that can't be.
+
+    Args:
+        name: not used but as the state's name: there is one service.
+        running: whether it is to run.
+        enable: whether it is to start at each boot.
+        accept_risk: with ``enable``: yes, every authorized qube may command dom0 from boot on, before anybody looks.
+        config_dir: the folder that ``engine_configured`` keeps.
+        settings: the engine's settings (dict).
+        minion: as for ``engine_configured``: one with a master needs the network.
+
+    .. code-block:: yaml
+
+        qvm-remote-dom0-service:
+          qvm_remote.service:
+            - running: true
+            - require:
+              - qvm_remote: qvm-remote-dom0-config
+    """
+
+    def work(ret):
+        if enable and not accept_risk:
+            raise _Failed("enable: true lets every authorized qube command dom0 from each boot on; say accept_risk: true with it")
+        text = _unit_text(config_dir, settings or {}, bool((minion or {}).get("master")))
+        folder = _PERSISTENT if enable else _TRANSIENT
+        active = _systemctl("is-active", _UNIT)
+        _have_unit(ret, folder, text)
+        if enable and not _systemctl("is-enabled", _UNIT):
+            _change(ret, "enabled", False, True, "it would be enabled", lambda: _must("systemctl", "enable", _UNIT), "it was enabled")
+        if running and not active:
+            _change(ret, "running", False, True, "it would be started", lambda: _start(settings or {}), "it was started")
+        elif active and not running:
+            _change(ret, "running", True, False, "it would be stopped", lambda: _must("systemctl", "stop", _UNIT), "it was stopped")
+        elif running and not __salt__["qvm_remote.in_use"](settings or {}):
+            _change(ret, "settings", "others", "the present ones", "it would be reloaded", lambda: _reload(settings or {}), "it was reloaded")
+        ret["comment"] = ret["comment"] or "The service is as it should be"
+
+    return _state(name, work)
+
+
+def _unit_text(config_dir, settings, has_master):
+    text = __salt__["cp.get_file_str"](_UNIT_SOURCE)
+    if not text:
+        raise _Failed(f"{_UNIT_SOURCE} is not in Salt's file roots")
+    folders = [os.path.dirname(settings["audit_log"])] if "audit_log" in settings else []
+    folders += [settings[part] for part in ("key_dir", "state_dir", "run_dir") if part in settings]
+    writable = "".join(f"ReadWritePaths=-{folder}\n" for folder in folders)
+    if has_master:
+        text = text.replace("IPAddressDeny=any\n", "")
+    text = text.replace("=/etc/qubes/remote ", f"={config_dir} ").replace("=/etc/qubes/remote\n", f"={config_dir}\n")
+    return text.replace("[Install]\n", f"{writable}\n[Install]\n") if writable else text
+
+
+def _have_unit(ret, folder, text):
+    path = os.path.join(folder, _UNIT)
+    if _read(path) != text:
+        old = None if _read(path) is None else "another"
+        _change(ret, path, old, "written", "the unit would be written", lambda: _write_unit(folder, text), "the unit was written")
+    other = os.path.join(_TRANSIENT if folder == _PERSISTENT else _PERSISTENT, _UNIT)
+    if _read(other) is not None:
+        _change(ret, other, "there", None, "the other unit would be removed", lambda: _remove_unit(other), "the other unit was removed")
+
+
+def _write_unit(folder, text):
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    with salt.utils.atomicfile.atomic_open(os.path.join(folder, _UNIT), "w") as file:
+        file.write(text)
+    os.chmod(os.path.join(folder, _UNIT), 0o644)
+    _must("systemctl", "daemon-reload")
+
+
+def _remove_unit(path):
+    if path.startswith(_PERSISTENT) and _systemctl("is-enabled", _UNIT):
+        _must("systemctl", "disable", _UNIT)
+    os.unlink(path)
+    _must("systemctl", "daemon-reload")
+
+
+def _start(settings):
+    # After too many failures systemd refuses to start it; whoever applies the state has mended what was wrong.
+    _systemctl("reset-failed", _UNIT)
+    _must("systemctl", "start", _UNIT)
+    deadline = time.monotonic() + _START_WAIT
+    while not __salt__["qvm_remote.in_use"](settings):
+        if time.monotonic() > deadline:
+            raise _Failed(f"the service was started, but serves nobody after {_START_WAIT} s; see {_LOG}")
+        time.sleep(0.2)
+
+
+def _reload(settings):
+    _must("systemctl", "reload", _UNIT)
+    if not __salt__["qvm_remote.in_use"](settings):
+        # Other folders, or a minion under another master: these hold from its start on.
+        _must("systemctl", "restart", _UNIT)
+
+
+def _systemctl(*words):
+    return __salt__["cmd.retcode"](["systemctl", *words], python_shell=False, ignore_retcode=True) == 0
+
+
+def _must(*words):
+    done = __salt__["cmd.run_all"](list(words), python_shell=False)
+    if done["retcode"]:
+        said = (done["stderr"] or done["stdout"]).strip().splitlines()
+        raise _Failed(f"{' '.join(words)} failed: {said[-1] if said else 'it said nothing'}")
 
 
 def client_installed(name, settings=None):
@@ -99,29 +270,61 @@ def client_installed(name, settings=None):
           qvm_remote.client_installed:
             - name: fedora-41
     """
-    ret = _ret(name)
-    settings = dict(settings or {})
-    try:
-        if __salt__["qvm_remote.client_installed"](name, config=settings):
+
+    def work(ret):
+        if __salt__["qvm_remote.client_installed"](name, config=settings or {}):
             ret["comment"] = f"The client is installed in {name}"
-            return ret
-        ret["changes"] = {name: "client installed"}
-        if __opts__["test"]:
-            ret.update(result=None, comment=f"The client would be installed in {name}")
-            return ret
-        __salt__["qvm_remote.install_client"](name, config=settings)
-    except CommandExecutionError as err:
-        ret.update(result=False, changes={}, comment=str(err))
-        return ret
-    ret["comment"] = f"The client was installed in {name}; restart the VMs that are based on it"
-    return ret
+            return
+        _change(
+            ret,
+            name,
+            None,
+            "client installed",
+            f"The client would be installed in {name}",
+            lambda: __salt__["qvm_remote.install_client"](name, config=settings or {}),
+            f"The client was installed in {name}; restart the VMs that are based on it",
+        )
+
+    return _state(name, work)
 
 
-def key_present(name, settings=None):
-    """Have a key for a VM: the one that the VM made itself, fetched from there if dom0 has none yet.
+def clients_absent(name, settings=None):
+    """Have the client in no template that got it from here.
 
     Args:
-        name: the VM, which must be running if dom0 has no key for it.
+        name: any text.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-clean-clients:
+          qvm_remote.clients_absent: []
+    """
+
+    def work(ret):
+        for template in __salt__["qvm_remote.clients"](config=settings or {}):
+            _change(
+                ret,
+                template,
+                "client installed",
+                None,
+                f"it would be removed from {template}",
+                lambda template=template: __salt__["qvm_remote.remove_client"](template, config=settings or {}),
+                f"it was removed from {template}",
+            )
+        ret["comment"] = ret["comment"] or "No template has the client"
+
+    return _state(name, work)
+
+
+def key_present(name, key="own", settings=None):
+    """Have a key for a VM in dom0.
+
+    Args:
+        name: the VM.
+        key: ``own``: the one that the VM made itself, fetched from there if dom0 has none (the VM must run then);
+            ``generate``: one that dom0 makes if it has none; ``given``: the one in pillar under ``qvm-remote:vms:NAME:key``, which
+            replaces another as a rotation does. The key itself is never an argument.
         settings: the engine's settings (dict).
 
     .. code-block:: yaml
@@ -129,32 +332,157 @@ def key_present(name, settings=None):
         qvm-remote-key-work:
           qvm_remote.key_present:
             - name: work
+            - key: generate
     """
-    ret = _ret(name)
-    settings = dict(settings or {})
-    try:
-        known = __salt__["qvm_remote.keys"](config=settings).get(name, {})
-        if "problem" in known:
-            ret.update(result=False, comment=known["problem"])
-            return ret
-        if known:
-            ret["comment"] = f"{name} is authorized with key {known['fingerprint']}"
-            return ret
-        ret["changes"] = {name: {"old": None, "new": "its own key"}}
-        if __opts__["test"]:
-            ret.update(result=None, comment=f"{name} would be authorized")
-            return ret
-        stored = __salt__["qvm_remote.authorize"](name, from_vm=True, config=settings)
-    except CommandExecutionError as err:
-        ret.update(result=False, changes={}, comment=str(err))
-        return ret
-    ret["changes"] = {name: {"old": None, "new": stored["fingerprint"]}}
-    ret["comment"] = f"{name} was authorized"
-    return ret
+    return _state(name, lambda ret: _have_key(ret, name, key, settings or {}))
+
+
+def _have_key(ret, vm, key, settings):
+    known = __salt__["qvm_remote.keys"](config=settings).get(vm, {})
+    if "problem" in known:
+        raise _Failed(known["problem"])
+    shown = known.get("next") or known.get("fingerprint")
+    wanted = __salt__["qvm_remote.given_fingerprint"](vm) if key == "given" else shown
+    if shown and shown == wanted:
+        ret["comment"] = f"{vm} is authorized with key {shown}"
+        return
+    do = {
+        "own": lambda: __salt__["qvm_remote.authorize"](vm, from_vm=True, config=settings),
+        "generate": lambda: __salt__["qvm_remote.generate"](vm, config=settings),
+        "given": lambda: _give_key(vm, shown, settings),
+    }[key]
+    stored = _change(ret, "key", shown, wanted or "a new key", f"{vm} would be authorized", do, f"{vm} was authorized")
+    if stored:
+        ret["changes"]["key"]["new"] = stored.get("fingerprint") or stored["new"]
+
+
+def _give_key(vm, shown, settings):
+    if shown:
+        return __salt__["qvm_remote.rotate"](vm, from_pillar=True, config=settings)
+    return __salt__["qvm_remote.authorize"](vm, from_pillar=True, config=settings)
+
+
+def key_rotated(name, days, settings=None):
+    """Have a key for a VM that is not older than some days. The one before works until the VM has used the new one.
+
+    Args:
+        name: the VM, which must have a key.
+        days: int, how old the key may be.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-key-work-rotated:
+          qvm_remote.key_rotated:
+            - name: work
+            - days: 90
+    """
+    return _state(name, lambda ret: _have_fresh_key(ret, name, days, settings or {}))
+
+
+def _have_fresh_key(ret, vm, days, settings):
+    age = __salt__["qvm_remote.key_age"](vm, config=settings)
+    if age <= days:
+        ret["comment"] = _and(ret["comment"], f"the key of {vm} is {age:.0f} days old")
+        return
+    shown = __salt__["qvm_remote.keys"](config=settings)[vm].get("fingerprint")
+    rotated = _change(
+        ret,
+        "key",
+        shown,
+        "a new key",
+        f"the key of {vm} would be rotated",
+        lambda: __salt__["qvm_remote.rotate"](vm, config=settings),
+        f"the key of {vm} was rotated",
+    )
+    if rotated:
+        ret["changes"]["key"]["new"] = rotated["new"]
+        if not rotated["handed"]:
+            ret["comment"] = _and(ret["comment"], _WAITS)
+
+
+_WAITS = "it is shut down and gets its key when it runs next"
+
+
+def queue_present(name, settings=None):
+    """Have the queue in a VM in order, and its key there: folders 0700, key 0600, all of them the user's, no symbolic link.
+
+    A VM that is shut down is left so; its key waits for it in dom0, and the engine hands it over when it runs.
+
+    Args:
+        name: the VM, which must have a key in dom0.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-queue-work:
+          qvm_remote.queue_present:
+            - name: work
+    """
+    return _state(name, lambda ret: _have_queue(ret, name, settings or {}))
+
+
+def _have_queue(ret, vm, settings, policy=None):
+    seen = __salt__["qvm_remote.inspect"](vm, config=settings)
+    if seen["key"] == "none" and policy == "own":
+        # A test run: the key that would be fetched is the one that is there.
+        seen["key"] = "fits"
+    if seen["key"] == "none" and not ret["changes"].get("key"):
+        raise _Failed(f"dom0 has no key for {vm}")
+    if not seen["running"]:
+        ret["comment"] = _and(ret["comment"], _WAITS if seen["key"] != "fits" else "")
+        return
+    if seen["key"] == "fits" and not seen["problems"]:
+        ret["comment"] = _and(ret["comment"], f"{vm} has its key and its queue")
+        return
+    was = {"key": seen["key"] if seen["key"] != "none" else "pending", "problems": seen["problems"]}
+    given = _change(
+        ret,
+        "queue",
+        was,
+        {"key": "fits", "problems": []},
+        f"{vm} would get its key",
+        lambda: __salt__["qvm_remote.hand_over"](vm, config=settings),
+        f"{vm} got its key",
+    )
+    if given and not given["handed"]:
+        # It was shut down in this moment.
+        del ret["changes"]["queue"]
+        ret["comment"] = _WAITS
+    elif given:
+        left = __salt__["qvm_remote.inspect"](vm, config=settings)
+        if left["key"] != "fits" or left["problems"]:
+            raise _Failed(f"and still: {', '.join([left['key'], *left['problems']])}")
+
+
+def authorized(name, key="generate", rotate_days=None, settings=None):
+    """Have a VM that may ask dom0: a key in dom0, not too old, and the queue and the same key in the VM.
+
+    Args:
+        name: the VM.
+        key: as for ``key_present``.
+        rotate_days: as ``days`` for ``key_rotated``; not rotated by default.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-vm-work:
+          qvm_remote.authorized:
+            - name: work
+            - key: generate
+    """
+
+    def work(ret):
+        _have_key(ret, name, key, settings or {})
+        if rotate_days and not ret["changes"]:
+            _have_fresh_key(ret, name, rotate_days, settings or {})
+        _have_queue(ret, name, settings or {}, key)
+
+    return _state(name, work)
 
 
 def key_absent(name, settings=None):
-    """Have no key for a VM: everything it asks for is refused.
+    """Have no key for a VM, and nothing kept of it but the audit log: everything it asks for is refused.
 
     Args:
         name: the VM.
@@ -166,20 +494,122 @@ def key_absent(name, settings=None):
           qvm_remote.key_absent:
             - name: old
     """
-    ret = _ret(name)
-    settings = dict(settings or {})
-    try:
-        known = __salt__["qvm_remote.keys"](config=settings).get(name)
-        if known is None:
+
+    def work(ret):
+        known = __salt__["qvm_remote.keys"](config=settings or {}).get(name)
+        count = __salt__["qvm_remote.remembered"](name, config=settings or {})
+        if known is None and not count:
             ret["comment"] = f"{name} is not authorized"
-            return ret
-        ret["changes"] = {name: {"old": known.get("fingerprint", "a key that was refused"), "new": None}}
-        if __opts__["test"]:
-            ret.update(result=None, comment=f"{name} would lose its key")
-            return ret
-        __salt__["qvm_remote.revoke"](name, config=settings)
-    except CommandExecutionError as err:
-        ret.update(result=False, changes={}, comment=str(err))
-        return ret
-    ret["comment"] = f"{name} lost its key"
-    return ret
+            return
+        _change(
+            ret,
+            name,
+            (known or {}).get("fingerprint", "no key that could be used"),
+            None,
+            f"{name} would lose its key, and dom0 forget its {count} commands",
+            lambda: __salt__["qvm_remote.forget"](name, config=settings or {}),
+            f"{name} lost its key, and dom0 forgot its {count} commands",
+        )
+
+    return _state(name, work)
+
+
+def unlisted(name, listed, remove=False, settings=None):
+    """Say which VMs have a key though the pillar does not name them, or take it from them.
+
+    Args:
+        name: any text.
+        listed: list of the VMs that may have one.
+        remove: whether the others lose theirs.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-unlisted:
+          qvm_remote.unlisted:
+            - listed: [work, dev]
+    """
+
+    def work(ret):
+        others = sorted(set(__salt__["qvm_remote.keys"](config=settings or {})) - set(listed))
+        if not others:
+            ret["comment"] = "No VM but those in pillar has a key"
+            return
+        if not remove:
+            ret["comment"] = f"These have a key too, and keep it: {', '.join(others)} (pillar qvm-remote:unlisted: absent takes it from them)"
+            return
+        for vm in others:
+            _change(
+                ret,
+                vm,
+                "a key",
+                None,
+                f"{vm} would lose its key",
+                lambda vm=vm: __salt__["qvm_remote.forget"](vm, config=settings or {}),
+                f"{vm} lost its key",
+            )
+
+    return _state(name, work)
+
+
+def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
+    """Have nothing of qvm-remote in dom0: no service, no configuration, no key, no ledger; and no queue in VMs that run.
+
+    The audit log stays unless ``logs`` says otherwise, and so do the VMs' own histories.
+
+    Args:
+        name: any text.
+        config_dir: the folder that ``engine_configured`` keeps.
+        logs: whether the logs go, too; the VMs' histories with them.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-clean-dom0:
+          qvm_remote.absent: []
+    """
+
+    def work(ret):
+        known = {"key_dir": "/etc/qubes/remote.d", "state_dir": "/var/lib/qvm-remote", "run_dir": "/run/qvm-remote", **(settings or {})}
+        audit = known.get("audit_log", "/var/log/qvm-remote/audit.log")
+        _stop_service(ret)
+        _clear_vms(ret, settings or {}, logs)
+        folders = [config_dir, *(known[part] for part in ("key_dir", "state_dir", "run_dir")), _CACHE, os.path.dirname(_PKI), os.path.dirname(_MINION_RUN)]
+        for path in [*folders, _LOG, *([audit, os.path.dirname(_LOG)] if logs else [])]:
+            if os.path.lexists(path):
+                _change(ret, path, "there", None, f"{path} would be removed", lambda path=path: _remove(path), f"{path} was removed")
+        ret["comment"] = ret["comment"] or "Nothing of qvm-remote is in dom0"
+
+    return _state(name, work)
+
+
+def _stop_service(ret):
+    if _systemctl("is-active", _UNIT):
+        _change(ret, "running", True, False, "the service would be stopped", lambda: _must("systemctl", "stop", _UNIT), "the service was stopped")
+    for folder in (_TRANSIENT, _PERSISTENT):
+        path = os.path.join(folder, _UNIT)
+        if _read(path) is not None:
+            _change(ret, path, "there", None, "the unit would be removed", lambda path=path: _remove_unit(path), "the unit was removed")
+
+
+def _clear_vms(ret, settings, history):
+    for vm in __salt__["qvm_remote.keys"](config=settings):
+        if not __salt__["qvm_remote.inspect"](vm, config=settings)["running"]:
+            ret["comment"] = _and(ret["comment"], f"{vm} is shut down and keeps its queue")
+            continue
+        _change(
+            ret,
+            f"queue of {vm}",
+            "there",
+            None,
+            f"the queue in {vm} would be removed",
+            lambda vm=vm: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
+            f"the queue in {vm} was removed",
+        )
+
+
+def _remove(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)

@@ -29,7 +29,6 @@ def main():
     """Print the table."""
     with tempfile.TemporaryDirectory(prefix="qvm-remote-bench-") as folder, Stand(os.path.join(folder, "sim"), vms=["work"]) as stand:
         stand.set_up()
-        stand.start_engine()
         timer = ["/usr/bin/python3", "-c", _TIMER, str(_ROUNDS)]
         remote = _median(stand.vm("work", *timer, "qvm-remote", "-n", "true"))
         direct = _median(stand.dom0(*timer, "qvm-run", "--pass-io", "work", "true"))

@@ -20,6 +20,8 @@ from qubes_sim.stand import FILE_ROOTS, Stand  # noqa: E402
 FUNCTIONAL_ROOTS = [ROOT, os.path.join(ROOT, "qvm-remote-formula")]
 #: Settings of the engine under test: waits are short, so that tests of time limits are.
 ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60}
+#: The same in pillar's words; the engine runs in a minion of the tests' own, not in the service.
+PILLAR = {"service": {"running": False}, "max_age": 60, "engine": {name: ENGINE[name] for name in ("discover_interval", "poll_wait", "answer_wait")}}
 
 
 def pytest_unconfigure():
@@ -119,7 +121,7 @@ def stand(tmp_path_factory, salt_factories):
     os.makedirs(os.path.join(shared, "path"))
     one = Dom0(os.path.join(folder, "sim"))
     try:
-        one.set_up(extra_binds=[f"{shared}:{shared}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
+        one.set_up(PILLAR, extra_binds=[f"{shared}:{shared}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
         one.folder = shared
         one.attach(salt_factories, shared, ENGINE)
         yield one

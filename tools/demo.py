@@ -41,7 +41,7 @@ def main(argv):
     stand = Stand(os.path.join(folder, "sim"), say=lambda text: print(f"* {text}", flush=True))
     try:
         stand.set_up()
-        stand.start_engine()
+        stand.wait_served("work", "dev")
         if argv == ["--shell"]:
             print(_SHELL_HINT, flush=True)
             return subprocess.run(stand.command("vm", "work", "--", "/bin/bash", "-i"), check=False).returncode

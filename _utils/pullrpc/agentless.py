@@ -12,9 +12,11 @@ import base64
 import binascii
 import time
 
-from .errors import FrameError, SessionBroken
+from .errors import AgentUnable, FrameError, KeyringError, SessionBroken
 from .frames import wait_readable
-from .session import CANCELS_MAX, INLINE_MAX, ITEMS_MAX, Item
+from .layout import PROBLEMS
+from .session import CANCELS_MAX, INLINE_MAX, ITEMS_MAX, Found, Item
+from .tokens import fingerprint, parse_key
 from .transport import run_bounded
 
 _SHELL = "exec /bin/sh -s"
@@ -26,12 +28,52 @@ _PIECE = 3 << 16
 _RATE_MIN = 1 << 19
 #: After this long, see whether an agent has been installed, seconds.
 _LIFETIME = 300
+#: A key file: 64 digits and a newline; one byte more shows that it is too long.
+_KEY_MAX = 66
 #: Ended without a queue.
 _NO_QUEUE = 3
 
 _D8 = "[0-9]" * 8
 _D6 = "[0-9]" * 6
 _H8 = "[0-9a-f]" * 8
+
+# The same as the agent's ops "key" and "set-key"; the words are those of layout.PROBLEMS. A key that is set stands in
+# the script, which comes on stdin; printf is the shell's own, so that it is on no command line.
+_INSPECT = f"""\
+cd || exit 1
+for name in .qvm-remote .qvm-remote/queue .qvm-remote/queue/pending .qvm-remote/queue/running .qvm-remote/queue/results .qvm-remote/history; do
+    if [ -L "$name" ]; then echo P folder-symlink
+    elif [ ! -e "$name" ]; then echo P folder-missing
+    elif [ ! -d "$name" ]; then echo P folder-symlink
+    elif [ ! -O "$name" ]; then echo P folder-owner
+    elif [ "$(stat -c %a "$name")" != 700 ]; then echo P folder-mode
+    fi
+done
+key=.qvm-remote/auth.key
+if [ -L "$key" ]; then echo P key-symlink
+elif [ ! -e "$key" ]; then echo P key-missing
+elif [ ! -f "$key" ]; then echo P key-symlink
+else
+    [ -O "$key" ] || echo P key-owner
+    case $(stat -c %a "$key") in 600|400) ;; *) echo P key-mode ;; esac
+    printf 'K ' && head -c {_KEY_MAX} "$key"
+fi
+echo
+echo END
+"""
+_SET_KEY = """\
+set -eu
+umask 077
+cd
+for name in .qvm-remote .qvm-remote/queue .qvm-remote/queue/pending .qvm-remote/queue/running .qvm-remote/queue/results .qvm-remote/history; do
+    [ ! -L "$name" ]
+    mkdir -p "$name"
+    chmod 0700 "$name"
+done
+[ ! -d .qvm-remote/auth.key ]
+printf '%s\\n' {digits} > .qvm-remote/.auth.key.$$
+mv -f .qvm-remote/.auth.key.$$ .qvm-remote/auth.key
+"""
 
 _BEGIN = f"""\
 set -u
@@ -112,6 +154,19 @@ class Agentless:
         names = ("timeout_max", "command_max", "stdin_max", "max_age")
         lines = "".join(f"{name} {getattr(self._config, name)}\\n" for name in names)
         self._told.append(f"printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
+
+    def inspect(self):
+        """See :meth:`pullrpc.session.Session.inspect`."""
+        code, untrusted_output = self._run([_INSPECT.encode("ascii")], 1024, self._config.answer_wait)
+        if code:
+            raise SessionBroken("the qube can't be asked (is it running?)")
+        return _read_found(untrusted_output)
+
+    def set_key(self, key):
+        """See :meth:`pullrpc.session.Session.set_key`."""
+        code, _ = self._run([_SET_KEY.format(digits=key.hex()).encode("ascii")], 64, self._config.answer_wait)
+        if code:
+            raise AgentUnable("the qube could not store its key (is its disk full, or ~/.qvm-remote a symbolic link?)")
 
     def poll(self, wait, room, wake_fd):
         """See :meth:`pullrpc.session.Session.poll`; here the waiting is done in dom0, at a fixed pace."""
@@ -209,6 +264,23 @@ def _read_listing(untrusted_output):
     if len(items) > ITEMS_MAX or len(cancels) > CANCELS_MAX:
         raise FrameError("the qube's list is too long")
     return items, cancels
+
+
+def _read_found(untrusted_output):
+    if not untrusted_output.endswith(b"\nEND\n"):
+        raise FrameError("the qube's view of its queue is cut")
+    # The key comes last, and may hold anything.
+    listing, has_key, untrusted_key = untrusted_output[: -len(b"\nEND\n")].partition(b"K ")
+    problems = {_word(line[2:]) for line in listing.splitlines()}
+    if not problems.issubset(PROBLEMS):
+        raise FrameError("the qube's view of its queue is malformed")
+    shown = None
+    if has_key:
+        try:
+            shown = fingerprint(parse_key(untrusted_key))
+        except KeyringError:
+            problems.add("key-malformed")
+    return Found(shown, tuple(sorted(problems)))
 
 
 def _word(untrusted_word):

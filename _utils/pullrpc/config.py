@@ -6,6 +6,9 @@ a misspelt limit must not become no limit.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import re
 
 from .errors import ConfigError, PullError
 from .ids import check_vm_name
@@ -34,8 +37,13 @@ _BOUNDS = {
     "cpu_weight": (1, 10000),
     "nofile": (64, 1 << 20),
 }
-#: Settings that a VM may have of its own, under ``vms``.
-_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "accept_v1")
+#: Words that a setting may have.
+_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate")}
+#: A Linux user's name (useradd's rule, without the trailing dollar sign).
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
+#: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
+_ONLY_PER_VM = ("accept_v1", "key", "user")
+_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", *_ONLY_PER_VM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Config:
         state_dir: ledger and spool; must survive a reboot.
         run_dir: lock and sandboxes; must not survive one.
         audit_log: the audit log.
+        transport: ``qvm-run``, or ``qubesadmin`` (the library, which starts no Python program for each session).
         qvm_run, qvm_ls: programs, found through PATH.
         timeout_max: longest a command may run.
         max_age: furthest a command id's time may be from dom0's clock, either way.
@@ -65,6 +74,9 @@ class Config:
         memory_max, tasks_max, cpu_weight, nofile: limits of one command.
         path: PATH of commands.
         accept_v1: take the tokens of qvm-remote 1.x, which do not bind the command; per VM only.
+        key: where the VM's key comes from: ``own`` (the VM made it), ``given`` (from pillar), ``generate`` (dom0 makes it, and
+            the engine hands it over again when the VM lost it); per VM only.
+        user: who runs the agent in the VM, and whose home has the queue; per VM only.
         vms: settings per VM; a VM named here is served (and refused, while it has no key).
     """
 
@@ -72,6 +84,7 @@ class Config:
     state_dir: str = "/var/lib/qvm-remote"
     run_dir: str = "/run/qvm-remote"
     audit_log: str = "/var/log/qvm-remote/audit.log"
+    transport: str = "qvm-run"
     qvm_run: str = "qvm-run"
     qvm_ls: str = "qvm-ls"
     timeout_max: int = 300
@@ -90,12 +103,14 @@ class Config:
     discover_interval: int = 5
     agentless_interval: int = 2
     stop_grace: int = 3
-    memory_max: int = 2048 * _MIB
+    memory_max: int = 1024 * _MIB
     tasks_max: int = 512
     cpu_weight: int = 100
     nofile: int = 4096
     path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     accept_v1: bool = False
+    key: str = "own"
+    user: str = "user"
     vms: dict = dataclasses.field(default_factory=dict)
 
     def for_vm(self, vm):
@@ -105,9 +120,9 @@ class Config:
             vm: str.
 
         Returns:
-            Config
+            Config, without the other VMs' settings: it changes when this VM's do, and only then.
         """
-        return dataclasses.replace(self, **self.vms.get(vm, {}))
+        return dataclasses.replace(self, **{**self.vms.get(vm, {}), "vms": {}})
 
 
 def make_config(settings=None):
@@ -125,12 +140,25 @@ def make_config(settings=None):
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError("the settings of qvm-remote must be a mapping")
-    if "accept_v1" in settings:
-        raise ConfigError("accept_v1 is set for single VMs only, under vms: NAME")
+    for name in _ONLY_PER_VM:
+        if name in settings:
+            raise ConfigError(f"{name} is set for single VMs only, under vms: NAME")
     _check_settings(settings, "")
     clean = dict(settings)
     clean["vms"] = _check_vms(settings.get("vms"))
     return Config(**clean)
+
+
+def digest(config):
+    """Name a whole configuration, to tell it from another.
+
+    Args:
+        config: Config.
+
+    Returns:
+        str, hex.
+    """
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode("ascii")).hexdigest()
 
 
 def _check_vms(vms):
@@ -154,22 +182,44 @@ def _check_vms(vms):
     return {vm: dict(own or {}) for vm, own in vms.items()}
 
 
+def check_setting(name, value):
+    """Check one setting.
+
+    Args:
+        name: str.
+        value: whatever it was set to.
+
+    Raises:
+        ConfigError: it is none, or its value can't be; the text does not name it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config) if field.name != "vms"}
+    if name not in defaults:
+        raise ConfigError("is no setting of qvm-remote")
+    wanted = type(defaults[name])
+    # bool is an int in Python; 'parallel: true' is a mistake all the same.
+    if type(value) is not wanted:
+        raise ConfigError(f"must be of type {wanted.__name__}, not {type(value).__name__}")
+    if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+        raise ConfigError(f"must lie between {_BOUNDS[name][0]} and {_BOUNDS[name][1]}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ConfigError(f"must be one of {', '.join(_CHOICES[name])}")
+    if name == "user" and not _USER.match(value):
+        raise ConfigError("must be the name of a user in the qube (small letters, digits, - and _)")
+    if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
+        raise ConfigError("must be one line of text")
+    if name in ("key_dir", "state_dir", "run_dir", "audit_log") and not value.startswith("/"):
+        raise ConfigError("must be an absolute path")
+    if name == "key_dir" and (value == "/srv" or value.startswith("/srv/")):
+        raise ConfigError("must not lie under /srv: management VMs get a copy of it")
+
+
 def _check_settings(settings, where):
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for name, value in settings.items():
-        if name not in defaults:
-            raise ConfigError(f"{where}{name!r} is no setting of qvm-remote")
         if name == "vms":
             continue
-        default = defaults[name]
-        # bool is an int in Python; 'parallel: true' is a mistake all the same.
-        if type(value) is not type(default):
-            raise ConfigError(f"{where}{name} must be of type {type(default).__name__}, not {type(value).__name__}")
-        if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
-            raise ConfigError(f"{where}{name} must lie between {_BOUNDS[name][0]} and {_BOUNDS[name][1]}")
-        if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
-            raise ConfigError(f"{where}{name} must be one line of text")
-        if name in ("key_dir", "state_dir", "run_dir", "audit_log") and not value.startswith("/"):
-            raise ConfigError(f"{where}{name} must be an absolute path")
-        if name == "key_dir" and (value == "/srv" or value.startswith("/srv/")):
-            raise ConfigError("key_dir must not lie under /srv: management VMs get a copy of it")
+        try:
+            check_setting(name, value)
+        except ConfigError as err:
+            # repr: a name that is no setting's may hold anything.
+            shown = name if name in {field.name for field in dataclasses.fields(Config)} else repr(name)
+            raise ConfigError(f"{where}{shown} {err}") from None

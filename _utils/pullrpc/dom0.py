@@ -17,8 +17,9 @@ import time
 from . import sandbox
 from .audit import AuditLog, describe_command
 from .config import make_config
-from .errors import AuditError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
+from .errors import AuditError, ConfigError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_new
+from .handover import Handover
 from .keyring import Keyring
 from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .spool import ERR, META, OUT, Spool
@@ -46,14 +47,41 @@ def shared(settings):
         Dom0
 
     Raises:
-        ConfigError: a setting is wrong; LedgerError: the ledger can't be opened.
+        ConfigError: a setting is wrong.
     """
-    # With the pid: a forked process must not use its parent's database connection.
-    name = (os.getpid(), json.dumps(settings, sort_keys=True, default=str))
+    name = _shared_name(settings)
     with _shared_lock:
         if name not in _shared:
             _shared[name] = Dom0(make_config(settings))
         return _shared[name]
+
+
+def reconfigure(settings, new_settings):
+    """Have this process's :class:`Dom0` go on under other settings; what runs is not disturbed.
+
+    Args:
+        settings, new_settings: dict, as for :func:`shared`.
+
+    Returns:
+        Dom0
+
+    Raises:
+        ConfigError: a setting is wrong, or can't be changed while the service runs.
+    """
+    config = make_config(new_settings)
+    dom0 = shared(settings)
+    for name in ("key_dir", "state_dir", "run_dir", "audit_log"):
+        if getattr(config, name) != getattr(dom0.config, name):
+            raise ConfigError(f"{name} can't be changed while the service runs; restart it")
+    with _shared_lock:
+        dom0.config = config
+        _shared[_shared_name(new_settings)] = dom0
+    return dom0
+
+
+def _shared_name(settings):
+    # With the pid: a forked process must not use its parent's database connection.
+    return os.getpid(), json.dumps(settings, sort_keys=True, default=str)
 
 
 class Dom0:
@@ -61,20 +89,48 @@ class Dom0:
 
     Args:
         config: Config.
-
-    Raises:
-        LedgerError: the ledger can't be opened.
     """
 
     def __init__(self, config):
         self.config = config
         self.keyring = Keyring(config.key_dir)
-        self.ledger = Ledger(os.path.join(config.state_dir, "ledger.sqlite"))
+        self._ledger = None
         self.spool = Spool(os.path.join(config.state_dir, "spool"))
         self.audit = AuditLog(config.audit_log)
+        self.handover = Handover(os.path.join(config.state_dir, "handover"), self.keyring, self.audit)
         self._running = {}
         self._cancelled_early = set()
         self._lock = threading.Lock()
+        self._ledger_lock = threading.Lock()
+
+    @property
+    def ledger(self):
+        """The ledger, opened when it is first needed: whoever only looks at keys leaves no file behind.
+
+        Raises:
+            LedgerError: it can't be opened.
+        """
+        with self._ledger_lock:
+            if self._ledger is None:
+                self._ledger = Ledger(self._ledger_path())
+            return self._ledger
+
+    def remembered(self, vm):
+        """Count the finished commands of a VM that dom0 knows.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            int
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        return self.ledger.count_of(vm) if os.path.lexists(self._ledger_path()) else 0
+
+    def _ledger_path(self):
+        return os.path.join(self.config.state_dir, "ledger.sqlite")
 
     def verify(self, vm, untrusted_cid, untrusted_command, untrusted_token):
         """Decide whether a request may run; changes nothing.
@@ -118,8 +174,9 @@ class Dom0:
         if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
+            self.keyring.used(vm, request.key, config.max_age)
             self._store_and_claim(request, untrusted_command, untrusted_token, max(0, untrusted_stdin_size), fetch_stdin)
-        except (SpoolError, AuditError, LedgerError) as err:
+        except (SpoolError, AuditError, LedgerError, KeyringError) as err:
             self.spool.remove(vm, request.cid)
             raise Refused("storage", str(err)) from err
         except PullError:
@@ -153,12 +210,14 @@ class Dom0:
         """
         started = time.monotonic()
         config = self.config.for_vm(vm)
+        key = None
         seen = self.ledger.state(vm, cid)
         if seen is None or seen[0] != CLAIMED:
             raise Refused("replay", _NOT_WAITING)
         try:
             command, token_line, stdin_path = self.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
             request = authenticate(config, self.keyring, vm, cid.encode("ascii"), command, token_line)
+            key = request.key
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -166,14 +225,14 @@ class Dom0:
                 raise
             return self._finish_without_run(vm, cid, str(err), "refused")
         except (SpoolError, LedgerError) as err:
-            return self._finish_without_run(vm, cid, str(err), "failed")
+            return self._finish_without_run(vm, cid, str(err), "failed", key)
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
             self.audit.write("run", vm, cid)
             outcome = self._run(config, request, stdin_path)
         except (SandboxError, AuditError, SpoolError) as err:
-            return self._finish_without_run(vm, cid, str(err), "failed")
+            return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
 
     def cancel(self, vm, cid):
@@ -246,7 +305,7 @@ class Dom0:
             (bytes, bytes): ``.err`` and ``.meta``.
         """
         err = _reason_line(reason)
-        return err, self._meta(vm, cid, b"", err, EXIT_FAILED, "refused", {})
+        return err, _meta(self._key_or_none(vm), cid, b"", err, EXIT_FAILED, "refused")
 
     def expire(self, vm):
         """Give up results of a VM that waited too long.
@@ -305,6 +364,29 @@ class Dom0:
         self.spool.remove(vm, cid)
         self.audit.write(what, vm, cid)
 
+    def forget(self, vm):
+        """Take a VM's access away, and all that is kept of it but the audit log. What runs is not stopped.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            bool, whether there was anything.
+
+        Raises:
+            KeyringError, LedgerError, AuditError: something can't be removed.
+        """
+        # The key first: from here on nothing new is taken in.
+        had_key = self.keyring.remove(vm)
+        waiting = [cid for cid, _ in self.ledger.undelivered(vm)] if self.remembered(vm) else []
+        count = self.remembered(vm) and self.ledger.forget(vm)
+        for cid in waiting:
+            self.spool.remove(vm, cid)
+        self.handover.forget(vm)
+        if had_key or count:
+            self.audit.write("revoked", vm, forgotten=count)
+        return bool(had_key or count)
+
     def _run(self, config, request, stdin_path):
         vm, cid = request.vm, request.cid
         script = request.command.encode("utf-8") if request.form == "script" else None
@@ -362,28 +444,29 @@ class Dom0:
             if outcome.cancelled:
                 self.spool.append(vm, cid, ERR, _reason_line(_INTERRUPTED))
             digests = self.spool.digest(vm, cid, OUT), self.spool.digest(vm, cid, ERR)
-            self.spool.store_text(vm, cid, META, self._meta_of(vm, cid, digests, exit_code, status, extra))
+            self.spool.store_text(vm, cid, META, _meta_of(request.key, cid, digests, exit_code, status, extra))
         except SpoolError as err:
-            return self._finish_without_run(vm, cid, f"the command ended with exit code {exit_code}, but {err}", "failed")
+            return self._finish_without_run(vm, cid, f"the command ended with exit code {exit_code}, but {err}", "failed", request.key)
         return self._record(vm, cid, exit_code, status, outcome.seconds)
 
     def _finish_ping(self, request, started):
         vm, cid = request.vm, request.cid
         try:
             self.spool.store_text(vm, cid, OUT, b"pong\n")
-            self.spool.store_text(vm, cid, META, self._meta(vm, cid, b"pong\n", b"", 0, "done", {}))
+            self.spool.store_text(vm, cid, META, _meta(request.key, cid, b"pong\n", b"", 0, "done"))
         except SpoolError as err:
-            return self._finish_without_run(vm, cid, str(err), "failed")
+            return self._finish_without_run(vm, cid, str(err), "failed", request.key)
         return self._record(vm, cid, 0, "done", time.monotonic() - started)
 
-    def _finish_without_run(self, vm, cid, reason, status):
+    def _finish_without_run(self, vm, cid, reason, status, key=None):
         """Keep a result that says why there is none, in place of whatever output there was."""
         err = _reason_line(reason)
+        key = key or self._key_or_none(vm)
         for part in (OUT, META):
             self.spool.remove_part(vm, cid, part)
         try:
             self.spool.store_text(vm, cid, ERR, err)
-            self.spool.store_text(vm, cid, META, self._meta(vm, cid, b"", err, EXIT_FAILED, status, {}))
+            self.spool.store_text(vm, cid, META, _meta(key, cid, b"", err, EXIT_FAILED, status))
         except SpoolError:
             # A full disk: without .meta the pull loop makes the same answer in memory when it delivers.
             self.spool.remove_part(vm, cid, ERR)
@@ -400,16 +483,20 @@ class Dom0:
         self.audit.write("ended", vm, cid, exit=exit_code, status=status, seconds=round(seconds, 3))
         return {"exit": exit_code, "status": status, "seconds": round(seconds, 3)}
 
-    def _meta(self, vm, cid, out, err, exit_code, status, extra):
-        return self._meta_of(vm, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, extra)
-
-    def _meta_of(self, vm, cid, digests, exit_code, status, extra):
+    def _key_or_none(self, vm):
         try:
-            key = self.keyring.get(vm)
+            return self.keyring.get(vm)
         except KeyringError:
             # Revoked meanwhile, or never there: the client can't be given a proof, and treats the answer as a refusal only.
-            key = None
-        return make_meta(key, cid, *digests, {"id": cid, "exit": exit_code, "status": status, **extra})
+            return None
+
+
+def _meta(key, cid, out, err, exit_code, status):
+    return _meta_of(key, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, {})
+
+
+def _meta_of(key, cid, digests, exit_code, status, extra):
+    return make_meta(key, cid, *digests, {"id": cid, "exit": exit_code, "status": status, **extra})
 
 
 class _Running:

@@ -26,6 +26,10 @@ class ConfigError(PullError):
     """A setting is unknown, of the wrong type or out of range. Nothing is started with it."""
 
 
+class PillarError(PullError):
+    """Pillar says something that can't be. Nothing of it is applied; the text names the place."""
+
+
 class KeyringError(PullError):
     """A key is missing, malformed, shared or badly protected. The VM it belongs to is refused."""
 
@@ -52,6 +56,10 @@ class TransportError(PullError):
 
 class SessionBroken(PullError):
     """A session ended or its peer broke the protocol. Only this VM is affected."""
+
+
+class AgentUnable(SessionBroken):
+    """The VM's agent says that it can't do what it was asked; the session is sound, and may go on."""
 
 
 class FrameError(SessionBroken):

@@ -29,6 +29,7 @@ class Request:
         timeout: int, seconds.
         stdin_digest: bytes, SHA-256 of its stdin; empty when it has none.
         token_mac: bytes, which tells this request from any other.
+        key: bytes, the one it was signed with; its result is signed with the same. Not part of its text.
     """
 
     vm: str
@@ -39,6 +40,7 @@ class Request:
     timeout: int
     stdin_digest: bytes
     token_mac: bytes
+    key: bytes = dataclasses.field(repr=False)
 
 
 def authenticate(config, keyring, vm, untrusted_cid, untrusted_command, untrusted_token):
@@ -60,19 +62,20 @@ def authenticate(config, keyring, vm, untrusted_cid, untrusted_command, untruste
     cid_time(cid)
     command = check_command(untrusted_command, config.command_max)
     try:
-        key = keyring.get(vm)
+        keys = keyring.accepted(vm, config.max_age)
     except KeyringError as err:
         raise Refused("key", f"{err}; in dom0: qvm_remote.authorize {vm}") from None
     token = parse_token(untrusted_token)
     if token.version == 1 and not config.accept_v1:
         raise Refused("token", "this is a token of qvm-remote 1.x, which dom0 does not accept from this VM; update the client")
-    if not token_matches(key, vm, cid, token, untrusted_command):
+    fitting = [key for key in keys if token_matches(key, vm, cid, token, untrusted_command)]
+    if not fitting:
         raise Refused("token", "the token does not fit: wrong key, another id, or the command was changed after it was signed")
     timeout = config.timeout_max if token.timeout is None else token.timeout
     if timeout > config.timeout_max:
         raise Refused("timeout", f"a timeout of {timeout} s is over the limit of {config.timeout_max} s that dom0 sets for this VM; use -t")
     argv = parse_argv(command) if token.form == "argv" else None
-    return Request(vm, cid, command, argv, token.form, timeout, token.stdin_digest, token.mac)
+    return Request(vm, cid, command, argv, token.form, timeout, token.stdin_digest, token.mac, fitting[0])
 
 
 def check_new(config, ledger, request, now=None):
@@ -92,6 +95,7 @@ def check_new(config, ledger, request, now=None):
     """
     try:
         seen = ledger.state(request.vm, request.cid)
+        forgotten_before = ledger.forgotten_before(request.vm)
     except LedgerError as err:
         raise Refused("ledger", str(err)) from err
     if seen is not None:
@@ -99,6 +103,8 @@ def check_new(config, ledger, request, now=None):
         if state == DELIVERED or token_mac != request.token_mac:
             raise Refused("replay", "this id was used before; nothing is ever run twice")
         return state
+    if cid_time(request.cid) <= forgotten_before:
+        raise Refused("replay", "this id was made before this qube's access was removed; send it again")
     age = (time.time() if now is None else now) - cid_time(request.cid)
     if abs(age) > config.max_age:
         side = "old" if age > 0 else "ahead of dom0's clock"

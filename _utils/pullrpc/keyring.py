@@ -3,12 +3,19 @@
 
 A key that is malformed, readable by others, or the same as another VM's is refused both when it is stored and each
 time it is used. Keys are never logged, returned to a caller outside this package's checks, or put into an error.
+
+A rotation has two steps. *Staged*: ``<vm>.key.new`` waits to be handed to its VM; both keys work, since the VM may have
+either. *Handed*: the new key is ``<vm>.key``, and the one before is ``<vm>.key.old``, whose time says when it was
+replaced; it works for what was signed just before, for ``overlap`` seconds at most.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
+import time
 
 from .errors import KeyringError, PullError
 from .files import forget, write_whole
@@ -16,6 +23,9 @@ from .ids import check_vm_name
 from .tokens import fingerprint, parse_key
 
 _SUFFIX = ".key"
+_STAGED, _OLD = ".key.new", ".key.old"
+#: Once the VM has used its new key, the old one works for so long: for clients that had read it just before, seconds.
+_AFTER_FIRST_USE = 30
 #: A key file is 64 digits and a newline; one byte more shows that it is too long.
 _READ_MAX = 66
 
@@ -36,21 +46,7 @@ class Keyring:
         Returns:
             list of str; empty when there is no folder.
         """
-        found = []
-        try:
-            entries = os.listdir(self._folder)
-        except FileNotFoundError:
-            return []
-        except OSError as err:
-            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
-        for entry in sorted(entries):
-            if not entry.endswith(_SUFFIX):
-                continue
-            try:
-                found.append(check_vm_name(entry[: -len(_SUFFIX)]))
-            except PullError:
-                continue
-        return found
+        return sorted(vm for vm, suffix in self._files() if suffix == _SUFFIX)
 
     def get(self, vm):
         """Fetch a VM's key.
@@ -67,21 +63,169 @@ class Keyring:
         self._check_folder()
         key = self._read(vm)
         # Every other key is read each time: a fleet has dozens of small files, and a shared key must not work until the next restart.
-        for other in self.names():
-            if other != vm and self._same(other, key):
-                raise KeyringError(f"the keys of {vm} and {other} are the same; give each VM its own")
+        other = self._other_with(vm, key)
+        if other:
+            raise KeyringError(f"the keys of {vm} and {other} are the same; give each VM its own")
         return key
+
+    def newest(self, vm):
+        """Fetch the key that a VM should have: the staged one while it is being rotated.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            bytes
+
+        Raises:
+            KeyringError: as for :meth:`get`.
+        """
+        key = self.get(vm)
+        return self._read(vm, _STAGED) if self.is_staged(vm) else key
+
+    def accepted(self, vm, overlap):
+        """Fetch the keys under which a VM's requests are believed now.
+
+        Args:
+            vm: str, a checked name.
+            overlap: int, seconds that a replaced key still works.
+
+        Returns:
+            list of bytes: the key first, then the staged or the replaced one.
+
+        Raises:
+            KeyringError: as for :meth:`get`.
+        """
+        keys = [self.get(vm)]
+        if self.is_staged(vm):
+            keys.append(self._read(vm, _STAGED))
+        elif self._old_works(vm, overlap):
+            keys.append(self._read(vm, _OLD))
+        return keys
+
+    def exists(self, vm):
+        """Say whether a VM has a key file, good or not."""
+        return os.path.lexists(self._path(vm))
+
+    def is_staged(self, vm):
+        """Say whether a new key waits to be handed to a VM."""
+        return os.path.lexists(self._path(vm, _STAGED))
+
+    def stage(self, vm, key):
+        """Begin a rotation.
+
+        Args:
+            vm: str, a checked name that has a key.
+            key: bytes, 32.
+
+        Returns:
+            str, the new key's fingerprint.
+
+        Raises:
+            KeyringError: the VM has no key, or the new one can't be stored.
+        """
+        with self._locked():
+            self.get(vm)
+            self._store(vm, key, _STAGED)
+        return fingerprint(key)
+
+    def handed(self, vm, key):
+        """Note that a VM has a key now: a staged one becomes its key, the one before works a little longer.
+
+        Args:
+            vm: str, a checked name.
+            key: bytes, the one that the VM has.
+
+        Returns:
+            bool, whether this ended a rotation's first step.
+
+        Raises:
+            KeyringError: the files can't be renamed.
+        """
+        if not self.is_staged(vm):
+            return False
+        with self._locked():
+            return self._hand(vm, key)
+
+    def _hand(self, vm, key):
+        # Looked at again under the lock: a state and the engine may see at the same time that the VM has it.
+        if not self.is_staged(vm) or self._read(vm, _STAGED) != key:
+            return False
+        try:
+            forget(self._path(vm, _OLD))
+            os.link(self._path(vm), self._path(vm, _OLD), follow_symlinks=False)
+            os.utime(self._path(vm, _OLD), follow_symlinks=False)
+            # The one step that counts; before it both keys work as staged, after it as handed.
+            os.rename(self._path(vm, _STAGED), self._path(vm))
+        except OSError as err:
+            raise KeyringError(f"can't store the new key of {vm}: {err.strerror}") from err
+        return True
+
+    def used(self, vm, key, overlap):
+        """Note that a VM used a key: if it is the new one, the old one's days are numbered.
+
+        Args:
+            vm: str, a checked name.
+            key: bytes.
+            overlap: int, seconds, as for :meth:`accepted`.
+
+        Raises:
+            KeyringError: it can't be noted.
+        """
+        try:
+            # A key that the VM signs with was handed to it, whether or not we saw it arrive.
+            self.handed(vm, key)
+            if not self._old_works(vm, overlap) or self._read(vm) != key:
+                return
+            path = self._path(vm, _OLD)
+            replaced_at = min(os.stat(path, follow_symlinks=False).st_mtime, time.time() - overlap + _AFTER_FIRST_USE)
+            os.utime(path, (replaced_at, replaced_at), follow_symlinks=False)
+        except OSError as err:
+            raise KeyringError(f"can't note the use of the new key of {vm}: {err.strerror}") from err
+
+    def made_at(self, vm):
+        """Say when a VM's newest key was stored.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            float, seconds since the epoch.
+
+        Raises:
+            KeyringError: there is none.
+        """
+        try:
+            return os.stat(self._path(vm, _STAGED if self.is_staged(vm) else _SUFFIX), follow_symlinks=False).st_mtime
+        except OSError as err:
+            raise KeyringError(f"dom0 has no key for {vm}: {err.strerror}") from None
+
+    def drop_old(self, overlap):
+        """Remove replaced keys that don't work any more.
+
+        Args:
+            overlap: int, seconds, as for :meth:`accepted`.
+
+        Raises:
+            KeyringError: one can't be removed.
+        """
+        for vm in self.names():
+            if not self._old_works(vm, overlap):
+                self._forget(vm, _OLD)
 
     def fingerprints(self):
         """Show which keys there are.
 
         Returns:
-            dict of VM name to a dict: ``fingerprint`` (str), or ``problem`` (str) when the key is refused.
+            dict of VM name to a dict: ``fingerprint`` (str), or ``problem`` (str) when the key is refused; ``next`` (str) when
+            a new key waits to be handed over.
         """
         shown = {}
         for vm in self.names():
             try:
                 shown[vm] = {"fingerprint": fingerprint(self.get(vm))}
+                if self.is_staged(vm):
+                    shown[vm]["next"] = fingerprint(self.newest(vm))
             except KeyringError as err:
                 shown[vm] = {"problem": str(err)}
         return shown
@@ -102,22 +246,14 @@ class Keyring:
         check_vm_name(vm)
         raw = untrusted_key.encode("utf-8", "surrogatepass") if isinstance(untrusted_key, str) else untrusted_key
         key = parse_key(raw.strip(b"\r\n"))
-        try:
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        except OSError as err:
-            raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
-        self._check_folder()
-        for other in self.names():
-            if other != vm and self._same(other, key):
-                raise KeyringError(f"this is already the key of {other}; give each VM its own")
-        try:
-            write_whole(self._path(vm), key.hex().encode("ascii") + b"\n", 0o600)
-        except OSError as err:
-            raise KeyringError(f"can't store the key of {vm}: {err.strerror}") from err
+        self._make_folder()
+        with self._locked():
+            self._store(vm, key, _SUFFIX)
+            self._forget(vm, _STAGED, _OLD)
         return fingerprint(key)
 
     def remove(self, vm):
-        """Remove a VM's key; from now on everything it asks for is refused.
+        """Remove a VM's keys; from now on everything it asks for is refused.
 
         Args:
             vm: str.
@@ -128,17 +264,55 @@ class Keyring:
         Raises:
             PullError: the name is no VM's; KeyringError: it can't be removed.
         """
-        path = self._path(check_vm_name(vm))
-        if not os.path.lexists(path):
-            return False
+        check_vm_name(vm)
+        had_one = any(os.path.lexists(self._path(vm, suffix)) for suffix in (_SUFFIX, _STAGED, _OLD))
+        # The key itself goes first: without it the others are never looked at.
+        self._forget(vm, _SUFFIX, _STAGED, _OLD)
+        return had_one
+
+    def _make_folder(self):
         try:
-            forget(path)
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        except OSError as err:
+            raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
+
+    @contextlib.contextmanager
+    def _locked(self):
+        """One change at a time, whichever process makes it: the engine, or a state."""
+        self._check_folder()
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _store(self, vm, key, suffix):
+        other = self._other_with(vm, key)
+        if other:
+            raise KeyringError(f"this is already the key of {other}; give each VM its own")
+        try:
+            write_whole(self._path(vm, suffix), key.hex().encode("ascii") + b"\n", 0o600)
+        except OSError as err:
+            raise KeyringError(f"can't store the key of {vm}: {err.strerror}") from err
+
+    def _forget(self, vm, *suffixes):
+        try:
+            for suffix in suffixes:
+                forget(self._path(vm, suffix))
         except OSError as err:
             raise KeyringError(f"can't remove the key of {vm}: {err.strerror}") from err
-        return True
 
-    def _path(self, vm):
-        return os.path.join(self._folder, vm + _SUFFIX)
+    def _old_works(self, vm, overlap):
+        try:
+            age = time.time() - os.stat(self._path(vm, _OLD), follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            return False
+        # A clock that was set back must not give it a second life.
+        return 0 <= age <= overlap
+
+    def _path(self, vm, suffix=_SUFFIX):
+        return os.path.join(self._folder, vm + suffix)
 
     def _check_folder(self):
         try:
@@ -150,8 +324,8 @@ class Keyring:
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             raise KeyringError(f"{self._folder} must be a folder of mode 0700 owned by root; run: chown root DIR; chmod 0700 DIR")
 
-    def _read(self, vm):
-        path = self._path(vm)
+    def _read(self, vm, suffix=_SUFFIX):
+        path = self._path(vm, suffix)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -168,10 +342,35 @@ class Keyring:
         except KeyringError as err:
             raise KeyringError(f"the key file of {vm} can't be used: {err}") from None
 
-    def _same(self, other, key):
-        """Whether another VM's file holds this key, however badly that file is protected."""
+    def _other_with(self, vm, key):
+        """Find another VM that has this key (or had, or is to have it), however badly its file is protected."""
+        for other, suffix in self._files():
+            if other == vm:
+                continue
+            try:
+                with open(self._path(other, suffix), "rb") as file:
+                    if parse_key(file.read(_READ_MAX)) == key:
+                        return other
+            except (OSError, KeyringError):
+                continue
+        return None
+
+    def _files(self):
+        """List (VM, suffix) of all key files."""
         try:
-            with open(self._path(other), "rb") as file:
-                return parse_key(file.read(_READ_MAX)) == key
-        except (OSError, KeyringError):
-            return False
+            entries = os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+        except OSError as err:
+            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
+        found = []
+        for entry in entries:
+            for suffix in (_SUFFIX, _STAGED, _OLD):
+                if not entry.endswith(suffix):
+                    continue
+                try:
+                    found.append((check_vm_name(entry[: -len(suffix)]), suffix))
+                except PullError:
+                    # Not ours; it names no VM, so nobody is let in by it.
+                    continue
+        return found

@@ -2,6 +2,7 @@
 """Where things lie in a VM, under ``~/.qvm-remote``. Used in the VM only, by client and agent."""
 
 import os
+import stat
 
 from .errors import PullError
 
@@ -11,6 +12,8 @@ _FOLDERS = ("queue", "queue/pending", "queue/running", "queue/results", "history
 REQUEST_PARTS = ("", ".auth", ".in")
 #: What follows a command id in ``results/``; ``.exit`` is written last.
 RESULT_PARTS = (".out", ".err", ".meta", ".exit")
+#: What :meth:`Queue.problems` may find; dom0 takes no other word from an agent.
+PROBLEMS = ("folder-missing", "folder-symlink", "folder-owner", "folder-mode", "key-missing", "key-symlink", "key-owner", "key-mode", "key-malformed")
 
 
 class Queue:
@@ -31,24 +34,35 @@ class Queue:
         self.history = os.path.join(self.base, "history")
 
     def make_folders(self):
-        """Create what is missing, 0700, and refuse a base that others may enter.
+        """Create what is missing, 0700; take others' rights away. A symbolic link is followed nowhere.
 
         Raises:
-            PullError: the base isn't ours or can't be made.
+            PullError: a folder isn't ours, is a link, or can't be made.
         """
         try:
-            os.makedirs(self.base, mode=0o700, exist_ok=True)
-            info = os.stat(self.base)
-            if info.st_uid != os.geteuid():
-                raise PullError(f"{self.base} belongs to another user; run qvm-remote as its owner")
-            if info.st_mode & 0o077:
-                os.chmod(self.base, 0o700)
-            for folder in _FOLDERS:
-                path = os.path.join(self.base, folder)
-                if not os.path.isdir(path):
+            for folder in ("", *_FOLDERS):
+                path = os.path.join(self.base, folder).rstrip("/")
+                problem = _folder_problem(path)
+                if problem == "folder-missing":
                     os.makedirs(path, mode=0o700, exist_ok=True)
+                elif problem == "folder-mode":
+                    os.chmod(path, 0o700)
+                elif problem == "folder-owner":
+                    raise PullError(f"{path} belongs to another user; run qvm-remote as its owner")
+                elif problem:
+                    raise PullError(f"{path} must be a folder, and no symbolic link; move it away")
         except OSError as err:
             raise PullError(f"can't create the queue under {self.base}: {err.strerror}") from err
+
+    def problems(self):
+        """Say what is wrong with folders and key; changes nothing.
+
+        Returns:
+            list of str, words of :data:`PROBLEMS`.
+        """
+        found = {_folder_problem(os.path.join(self.base, folder).rstrip("/")) for folder in ("", *_FOLDERS)}
+        found.add(_problem(self.key, "key", stat.S_ISREG, 0o177))
+        return sorted(found - {None})
 
     def pending(self, name=""):
         """Path of a name in ``queue/pending``."""
@@ -65,3 +79,19 @@ class Queue:
     def rejected(self, name=""):
         """Path of a name in ``queue/rejected``: what lay in ``pending`` under a name that is no command id."""
         return os.path.join(self.base, "queue", "rejected", name)
+
+
+def _folder_problem(path):
+    return _problem(path, "folder", stat.S_ISDIR, 0o077)
+
+
+def _problem(path, kind, is_kind, forbidden):
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return f"{kind}-missing"
+    if not is_kind(info.st_mode):
+        return f"{kind}-symlink"
+    if info.st_uid != os.geteuid():
+        return f"{kind}-owner"
+    return f"{kind}-mode" if info.st_mode & forbidden else None

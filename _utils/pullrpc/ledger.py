@@ -15,6 +15,7 @@ import threading
 import time
 
 from .errors import LedgerError
+from .ids import cid_time
 
 CLAIMED, RUNNING, DONE, DELIVERED = "claimed", "running", "done", "delivered"
 
@@ -30,6 +31,7 @@ CREATE TABLE IF NOT EXISTS command (
     done_at REAL,
     PRIMARY KEY (vm, cid)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS forgotten (vm TEXT PRIMARY KEY, before INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
 """
 #: How long to wait for another process's write, seconds.
@@ -205,6 +207,61 @@ class Ledger:
             return self._db.execute(
                 "DELETE FROM command WHERE state = ? AND claimed_at < ?", (DELIVERED, time.time() - keep_days * 86400)
             ).rowcount
+
+    def forget(self, vm):
+        """Forget all that a VM had done, since it lost its access.
+
+        What stays is one time: no id made up to then is ever taken from that name again, so that nothing forgotten can be
+        replayed, even if the same key is stored once more. What is claimed or runs right now stays, too.
+
+        Args:
+            vm: str.
+
+        Returns:
+            int, how many commands were forgotten.
+
+        Raises:
+            LedgerError: it can't be written.
+        """
+        with self._guarded():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                newest = self._db.execute("SELECT max(substr(cid, 1, 15)) FROM command WHERE vm = ?", (vm,)).fetchone()[0]
+                # A VM's clock may be ahead of ours.
+                before = max(int(time.time()), cid_time(newest) if newest else 0)
+                known = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
+                self._db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (vm, max(before, known[0] if known else 0)))
+                count = self._db.execute("DELETE FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).rowcount
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            return count
+
+    def count_of(self, vm):
+        """Count the finished commands of a VM that are known.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return self._db.execute("SELECT count(*) FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).fetchone()[0]
+
+    def forgotten_before(self, vm):
+        """Say up to when a VM's ids are not taken because it was forgotten.
+
+        Args:
+            vm: str.
+
+        Returns:
+            int, seconds since the epoch; 0 when it never was.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            row = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
+        return row[0] if row else 0
 
     def _move(self, vm, cid, state, new_state):
         with self._guarded():

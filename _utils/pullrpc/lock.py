@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import stat
 
 from .errors import EngineBusy, SpoolError
@@ -15,13 +16,15 @@ class EngineLock:
 
     Args:
         run_dir: str, absolute; created 0700.
+        takes_signals: bool, whether SIGHUP makes this process take new settings over; it then leaves its pid.
 
     Raises:
         EngineBusy: another process holds it; SpoolError: the folder can't be used.
     """
 
-    def __init__(self, run_dir):
+    def __init__(self, run_dir, takes_signals=False):
         self._run_dir = run_dir
+        self._takes_signals = takes_signals
         self._fd = None
 
     def __enter__(self):
@@ -32,6 +35,9 @@ class EngineLock:
                 raise SpoolError(f"{self._run_dir} must be a folder that only root can write to")
             self._fd = os.open(os.path.join(self._run_dir, "engine.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._fd, 0)
+            if self._takes_signals:
+                os.write(self._fd, str(os.getpid()).encode("ascii"))
         except BlockingIOError:
             self.__exit__()
             raise EngineBusy("another qvm-remote engine (or run_once) is at work in dom0; there is only ever one") from None
@@ -66,3 +72,25 @@ def is_held(run_dir):
         return True
     finally:
         os.close(fd)
+
+
+def reload_engine(run_dir):
+    """Have the engine at work take new settings over.
+
+    Args:
+        run_dir: str.
+
+    Returns:
+        bool, False when none is at work.
+
+    Raises:
+        EngineBusy: what is at work does not listen (``run_once``).
+    """
+    if not is_held(run_dir):
+        return False
+    try:
+        with open(os.path.join(run_dir, "engine.lock"), encoding="ascii") as file:
+            os.kill(int(file.read(16)), signal.SIGHUP)
+    except (OSError, ValueError):
+        raise EngineBusy("what is at work in dom0 takes no new settings; try again once it has ended") from None
+    return True

@@ -11,6 +11,8 @@ import tarfile
 #: The modules of this package that client and agent import.
 _SHARED = ("__init__", "errors", "files", "frames", "ids", "layout", "tokens")
 _LIBRARY = "usr/lib/qvm-remote"
+#: All that these files and folders are is the client's.
+CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}")
 
 
 def client_files(client_dir):

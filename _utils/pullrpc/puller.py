@@ -12,7 +12,18 @@ import time
 
 from .agentless import Agentless
 from .dom0 import EXIT_FAILED, in_memory
-from .errors import AuditError, FrameError, LedgerError, PullError, Refused, SessionBroken, SpoolError, TransportError
+from .errors import (
+    AgentUnable,
+    AuditError,
+    FrameError,
+    KeyringError,
+    LedgerError,
+    PullError,
+    Refused,
+    SessionBroken,
+    SpoolError,
+    TransportError,
+)
 from .frames import wait_readable
 from .ids import check_cid
 from .session import NoAgent, Session
@@ -28,6 +39,8 @@ _GOOD_SESSION = 60.0
 _NO_AGENT_FOR = 300.0
 #: What a VM may have done for nothing (refusals, cancels, empty answers): so many at once, then so many a second.
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
+#: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds.
+_KEY_LOOK_EVERY, _KEY_LOOK_MIN = 60.0, 5.0
 
 
 class Puller:
@@ -42,14 +55,15 @@ class Puller:
     def __init__(self, hub, vm):
         self.vm = vm
         self._hub = hub
-        self._config = hub.dom0.config.for_vm(vm)
+        self._base = self._own = None
+        self._key_looked = self._key_doubted = float("-inf")
         self._session = None
         self._outbox = {}
         self._outbox_lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._retry = _RETRY_FIRST
         self._allowance = _Allowance()
-        self._no_agent_until = float("inf") if self._config.accept_v1 else 0.0
+        self._no_agent_until = 0.0
         #: Set once nothing more may be taken in; results are still delivered.
         self.stopping = threading.Event()
         #: Set once the session may end.
@@ -58,6 +72,14 @@ class Puller:
         self.running = threading.Event()
         self.running.set()
         self.state = "connecting"
+
+    @property
+    def _config(self):
+        """The settings that hold for this VM; the service may have got others meanwhile."""
+        base = self._hub.dom0.config
+        if base is not self._base:
+            self._base, self._own = base, base.for_vm(self.vm)
+        return self._own
 
     def run(self):
         """Serve, one session after the other. Ends when told to, or when the VM doesn't run any more."""
@@ -141,7 +163,8 @@ class Puller:
             self._hub.emit(self.vm, "-", "broken", {"reason": str(err)})
             return True
         except (SessionBroken, TransportError):
-            # The everyday end: the VM was shut down, paused, killed.
+            # The everyday end: the VM was shut down, paused, killed. When it comes back it may have an agent.
+            self._no_agent_until = 0.0
             return False
         except (LedgerError, SpoolError, AuditError) as err:
             self._hub.log(f"{self.vm}: not served: {err}")
@@ -151,9 +174,11 @@ class Puller:
         return False
 
     def _open(self):
-        kind = Agentless if time.monotonic() < self._no_agent_until else Session
-        self._session = kind(self._config, self.vm)
+        config = self._config
+        kind = Agentless if config.accept_v1 or time.monotonic() < self._no_agent_until else Session
+        self._session = kind(config, self.vm)
         self._session.hello()
+        self._look_at_key()
         with self._outbox_lock:
             lost = {cid: reason for cid, reason in self._outbox.items() if reason}
             self._outbox = {**dict.fromkeys(self._hub.dom0.expire(self.vm)), **lost}
@@ -164,15 +189,39 @@ class Puller:
             session.close()
 
     def _serve(self):
+        config = self._config
         while not self.ending.is_set():
             if self._deliver():
                 continue
+            if self._config != config:
+                # The VM was told the old limits. What runs goes on, and is delivered in the next session.
+                self._retry = 0.0
+                break
             if self.stopping.is_set():
                 self._pause(1.0)
                 continue
             self._turn(self._config.poll_wait)
+            wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else _KEY_LOOK_EVERY
+            if time.monotonic() > self._key_looked + wait:
+                self._look_at_key()
         self._deliver()
         self._session.bye()
+
+    def _look_at_key(self):
+        """See whether the VM has its key; hand it over if it hasn't and should."""
+        self._key_looked = time.monotonic()
+        try:
+            self._hub.dom0.keyring.drop_old(self._config.max_age)
+            news = self._hub.dom0.handover.look(self._session, self.vm, self._config.key)
+        except AgentUnable as err:
+            news = "key-not-handed"
+            self._hub.log(f"{self.vm}: its key could not be handed over: {err}")
+        except KeyringError as err:
+            # It is refused all the same, and told why, when it asks for something.
+            self._hub.log(f"{self.vm}: {err}")
+            return
+        if news:
+            self._hub.emit(self.vm, "-", news, {})
 
     def _turn(self, wait):
         room = self._config.vm_queue - self._hub.pool.waiting(self.vm)
@@ -231,6 +280,8 @@ class Puller:
 
     def _refuse(self, cid, refused):
         self._spend()
+        if refused.code == "token":
+            self._key_doubted = time.monotonic()
         try:
             self._hub.dom0.audit.refusal(self.vm, cid, refused.code)
         except AuditError as err:

@@ -34,7 +34,9 @@ _BACKSTOP = 10.0
 #: How long the removal of the command's folder may hold up its result, seconds.
 _CLEAN_WAIT = 5.0
 _REPORT_MAX = 1 << 16
-_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
+#: The supervisor's source, read once: Salt's cache, where this package lies, may be wiped at any time.
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py"), "rb") as _file:
+    _SUPERVISOR = _file.read()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def start(job, limits):
         # Not removed here: a folder that is there already belongs to a command that runs.
         raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
     try:
-        argv = _make_folder(jobs, name, job)
+        argv, program = _make_folder(jobs, name, job)
         backend = choose_backend()
         spec = {
             "jobs": jobs,
@@ -151,7 +153,7 @@ def start(job, limits):
             "data_max": backend.data_max(limits),
             "watch_parent": backend.IS_CHILD,
         }
-        command = backend.wrap([_python(), "-I", "-S", _PROGRAM], name, job.timeout, limits)
+        command = backend.wrap([_python(), "-I", "-S", program], name, job.timeout, limits)
         # A session of its own: a signal to the minion's process group is the engine's to handle.
         process = subprocess.Popen(
             command,
@@ -176,7 +178,8 @@ def choose_backend():
     Returns:
         module: sandbox_systemd where systemd is PID 1, else sandbox_subreaper.
     """
-    return sandbox_systemd if os.path.isdir("/run/systemd/system") and shutil.which("systemd-run") else sandbox_subreaper
+    # The manager's own socket, by which root's systemd-run asks it: the folder of transient units may be there without a manager.
+    return sandbox_systemd if os.path.exists("/run/systemd/private") and shutil.which("systemd-run") else sandbox_subreaper
 
 
 def sweep(run_dir):
@@ -353,16 +356,26 @@ def _jobs_folder(run_dir):
 
 
 def _make_folder(jobs, name, job):
-    """Fill the command's folder: its working directory, and its script beside (not in) that; give the argument vector."""
+    """Fill the command's folder: its working directory, and beside (not in) that its script, and the supervisor.
+
+    Returns:
+        (list of str, str): the command's argument vector, the supervisor's path.
+    """
     folder = os.path.join(jobs, name)
     os.mkdir(os.path.join(folder, supervisor.WORK), 0o700)
+    program = os.path.join(folder, "supervisor.py")
+    _write_new(program, _SUPERVISOR)
     if job.script is None:
-        return list(job.argv)
+        return list(job.argv), program
     path = os.path.join(folder, supervisor.SCRIPT)
+    _write_new(path, job.script)
+    return [*job.argv, path], program
+
+
+def _write_new(path, data):
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(job.script)
-    return [*job.argv, path]
+        file.write(data)
 
 
 def _remove_folder(jobs, name):

@@ -15,7 +15,7 @@ class FairPool:
     """Worker threads and one waiting line for each VM.
 
     Args:
-        parallel: int, most commands running at once.
+        parallel: callable that gives how many commands may run at once.
         vm_parallel: callable of a VM's name, most of its commands running at once.
         run: callable of (vm, cid), which runs a command and must not raise.
     """
@@ -44,7 +44,7 @@ class FairPool:
             if self._closed:
                 return False
             self._lines.setdefault(vm, collections.deque()).append(cid)
-            if len(self._threads) < min(self._parallel, self.busy() + self.waiting_count()):
+            if len(self._threads) < min(self._parallel(), self.busy() + self.waiting_count()):
                 # Salt's loader finds its own context through context variables; a bare thread would have none.
                 context = contextvars.copy_context()
                 thread = threading.Thread(target=context.run, args=(self._work,), name="qvm-remote-run", daemon=True)
@@ -133,7 +133,7 @@ class FairPool:
                     self._changed.notify_all()
 
     def _next_vm(self):
-        if sum(self._running.values()) >= self._parallel:
+        if sum(self._running.values()) >= self._parallel():
             return None
         for vm, line in self._lines.items():
             if line and self._running.get(vm, 0) < self._vm_parallel(vm):

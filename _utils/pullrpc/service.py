@@ -13,8 +13,9 @@ import threading
 import time
 
 from . import sandbox
+from .config import digest
 from .errors import PullError
-from .files import write_whole
+from .files import forget, write_whole
 from .frames import wait_readable
 from .lock import EngineLock
 from .puller import Puller
@@ -36,20 +37,22 @@ class Service:
         execute: callable of (vm, cid) that runs a claimed command and gives a dict with ``status`` and ``exit``.
         emit: callable of (vm, cid, what, data dict); must not block or raise.
         log: callable of str.
+        on_reload: callable that puts new settings into ``dom0``; may raise PullError.
     """
 
-    def __init__(self, dom0, verify, execute, emit, log):
+    def __init__(self, dom0, verify, execute, emit, log, on_reload=lambda: None):
         self.dom0 = dom0
         self.verify = verify
         self.emit = emit
         self.log = log
         self._execute = execute
         # A pipe, not an Event: stop() must be safe in a signal handler that interrupted whatever.
-        self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pullers = {}
         self._threads = {}
         self._published = None
-        self.pool = FairPool(dom0.config.parallel, lambda vm: dom0.config.for_vm(vm).vm_parallel, self._run_one)
+        self._on_reload = on_reload
+        self.pool = FairPool(lambda: dom0.config.parallel, lambda vm: dom0.config.for_vm(vm).vm_parallel, self._run_one)
 
     def run(self):
         """Serve until :meth:`stop` is called.
@@ -57,11 +60,17 @@ class Service:
         Raises:
             EngineBusy: another service holds the lock; PullError: the ledger or a folder can't be used.
         """
-        with EngineLock(self.dom0.config.run_dir):
+        with EngineLock(self.dom0.config.run_dir, takes_signals=True):
             self._begin()
             try:
                 deadline = time.monotonic()
-                while not wait_readable([self._stop_read], deadline):
+                while True:
+                    wait_readable([self._wake_read], deadline)
+                    wakes = self._drain_wakes()
+                    if b"!" in wakes:
+                        break
+                    if wakes:
+                        self._reload()
                     self._discover()
                     deadline = time.monotonic() + self.dom0.config.discover_interval
             finally:
@@ -93,13 +102,37 @@ class Service:
 
     def stop(self):
         """Ask :meth:`run` to end; may be called from a signal handler."""
+        self._wake(b"!")
+
+    def reload(self):
+        """Ask :meth:`run` to take new settings over; may be called from a signal handler."""
+        self._wake(b"r")
+
+    def _wake(self, word):
         try:
-            os.write(self._stop_write, b"!")
+            os.write(self._wake_write, word)
         except BlockingIOError:
             # Full of earlier calls: it knows.
             return
 
+    def _drain_wakes(self):
+        try:
+            return os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            return b""
+
+    def _reload(self):
+        try:
+            self._on_reload()
+        except PullError as err:
+            self.log(f"the new settings are not used: {err}")
+            return
+        for puller in self._pullers.values():
+            puller.wake()
+
     def _begin(self):
+        # What a dead service left says nothing of this one.
+        forget(sessions_path(self.dom0.config))
         swept = sandbox.sweep(self.dom0.config.run_dir)
         left = self.dom0.recover()
         if swept or left:
@@ -137,13 +170,14 @@ class Service:
         thread.start()
 
     def _publish(self):
-        """Leave a note of how each VM is served for whoever asks for the status."""
-        states = {vm: puller.state for vm, puller in sorted(self._pullers.items())}
-        if states == self._published:
+        """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
+        sessions = {vm: puller.state for vm, puller in sorted(self._pullers.items())}
+        note = {"settings": digest(self.dom0.config), "sessions": sessions}
+        if note == self._published:
             return
         try:
-            write_whole(sessions_path(self.dom0.config), json.dumps(states).encode("ascii"))
-            self._published = states
+            write_whole(sessions_path(self.dom0.config), json.dumps(note).encode("ascii"))
+            self._published = note
         except OSError as err:
             self.log(f"the status can't be written: {err.strerror}")
 

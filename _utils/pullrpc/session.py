@@ -8,10 +8,12 @@ nobody asked for ends the session. Memory per session is bounded by one frame.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 
-from .errors import FrameError, SessionBroken
+from .errors import AgentUnable, FrameError, SessionBroken
 from .frames import PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
+from .layout import PROBLEMS
 from .transport import Channel
 
 _AGENT_COMMAND = "qvm-remote agent"
@@ -20,6 +22,7 @@ _NOT_FOUND = 127
 #: Commands up to this size come with the poll's answer, bytes in all.
 INLINE_MAX = 1 << 16
 ITEMS_MAX = 24
+_FINGERPRINT = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){3}\Z")
 CANCELS_MAX = 16
 
 
@@ -39,6 +42,19 @@ class Item:
     stdin_size: int
     command: bytes | None = None
     token: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a VM says of its key and its queue.
+
+    Attributes:
+        fingerprint: str, the key's; None when there is none that can be used.
+        problems: tuple of str, words of :data:`pullrpc.layout.PROBLEMS`.
+    """
+
+    fingerprint: str | None
+    problems: tuple
 
 
 class NoAgent(SessionBroken):
@@ -76,12 +92,45 @@ class Session:
         """
         config = self._config
         limits = {name: getattr(config, name) for name in ("timeout_max", "command_max", "stdin_max", "max_age")}
+        answer = self._begin({"op": "hello", "v": 2, "limits": limits})
+        if answer.get("v") != 2:
+            raise FrameError("the agent speaks another version of the protocol")
+
+    def inspect(self):
+        """Ask what key the VM has, and whether its queue is in order; nothing is changed there.
+
+        Returns:
+            Found
+
+        Raises:
+            NoAgent: the program is not installed there; SessionBroken
+        """
+        answer = self._begin({"op": "key"})
+        untrusted_print, untrusted_problems = answer.get("fingerprint"), answer.get("problems")
+        if not isinstance(untrusted_problems, list) or any(word not in PROBLEMS for word in untrusted_problems):
+            raise FrameError("the agent's view of the queue is malformed")
+        if untrusted_print is not None and not (isinstance(untrusted_print, str) and _FINGERPRINT.match(untrusted_print)):
+            raise FrameError("the agent's view of the key is malformed")
+        return Found(untrusted_print, tuple(sorted(set(untrusted_problems))))
+
+    def set_key(self, key):
+        """Give the VM its key; folders that are missing are made, rights that others have are taken away.
+
+        Args:
+            key: bytes, 32.
+
+        Raises:
+            AgentUnable: it can't store it; SessionBroken
+        """
+        self._ask({"op": "set-key"}, key.hex().encode("ascii"))
+
+    def _begin(self, request):
         try:
-            answer, _ = self._ask({"op": "hello", "v": 2, "limits": limits})
-            if answer.get("v") != 2:
-                raise FrameError("the agent speaks another version of the protocol")
+            return self._ask(request)[0]
+        except AgentUnable:
+            raise
         except SessionBroken:
-            if self.close() == _NOT_FOUND:
+            if self._number == 1 and self.close() == _NOT_FOUND:
                 raise NoAgent("qvm-remote is not installed there") from None
             raise
 
@@ -221,7 +270,7 @@ class Session:
             raise FrameError("the agent answered out of turn")
         if "error" in untrusted_answer:
             # Its words stay there: nothing a VM wrote belongs into dom0's log.
-            raise SessionBroken("the agent could not do what it was asked (is the disk of the VM full?)")
+            raise AgentUnable("the agent could not do what it was asked (is the disk of the VM full?)")
         return untrusted_answer
 
 

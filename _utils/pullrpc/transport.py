@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How dom0 reaches a VM: by starting ``qvm-run`` and ``qvm-ls``, found through PATH, and in no other way.
+"""How dom0 reaches a VM: by starting ``qvm-run`` and ``qvm-ls``, found through PATH, or by the library ``qubesadmin``
+that these are made of, and in no other way.
 
-Nothing here ever starts a VM (``--no-autostart``, always), and no VM can make dom0 call any of it.
+Nothing here ever starts a VM that is served (``--no-autostart``, always), and no VM can make dom0 call any of it.
 """
 
 from __future__ import annotations
@@ -36,22 +37,71 @@ def running_vms(config):
     Raises:
         TransportError: they can't be listed.
     """
-    try:
-        answer = subprocess.run(
-            [config.qvm_ls, "--running", "--raw-list"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIST_WAIT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise TransportError(f"can't list the running VMs: {config.qvm_ls}: {err}") from err
-    if answer.returncode or len(answer.stdout) > _LIST_MAX:
-        raise TransportError(f"can't list the running VMs: {config.qvm_ls} ended with exit code {answer.returncode}")
+    return _running_by_library() if config.transport == "qubesadmin" else _running_by_program(config.qvm_ls)
+
+
+def list_vms(tags=()):
+    """List all VMs of the machine.
+
+    Args:
+        tags: iterable of str, the tags that are asked for; one more program start for each.
+
+    Returns:
+        list of dict: ``name``, ``class``, ``template`` (str; empty without one), ``tags`` (list of str, those asked for).
+
+    Raises:
+        TransportError: they can't be listed.
+    """
+    rows = [line.split("|") for line in _list("qvm-ls", "--raw-data", "--fields", "name,class,template")]
+    if any(len(row) != 3 for row in rows):
+        raise TransportError("can't list the qubes: qvm-ls answered in a form that is not known here")
+    tagged = {tag: set(_list("qvm-ls", "--raw-list", "--tags", tag)) for tag in tags}
+    return [
+        {"name": name, "class": klass, "template": template.strip("-"), "tags": [tag for tag in tagged if name in tagged[tag]]}
+        for name, klass, template in rows
+    ]
+
+
+def _running_by_program(program):
     names = set()
-    for line in answer.stdout.decode("ascii", "replace").splitlines():
+    for line in _list(program, "--running", "--raw-list"):
         try:
             names.add(check_vm_name(line.strip()))
         except PullError:
             # dom0 itself is in the list.
             continue
     return names
+
+
+def _running_by_library():
+    qubesadmin = _qubesadmin()
+    try:
+        app = qubesadmin.Qubes()
+        # Only with this does the one call that lists all of them keep their states.
+        app.cache_enabled = True
+        return {vm.name for vm in app.domains if vm.name != "dom0" and vm.get_power_state() == "Running"}
+    except (qubesadmin.exc.QubesException, OSError) as err:
+        raise TransportError(f"can't list the running VMs: {err}") from err
+
+
+def _qubesadmin():
+    try:
+        import qubesadmin
+        import qubesadmin.exc
+    except ImportError:
+        raise TransportError("transport: qubesadmin needs that library, which is not here; use transport: qvm-run") from None
+    return qubesadmin
+
+
+def _list(program, *words):
+    """The lines that a program prints, at most so many and in bounded time."""
+    try:
+        answer = subprocess.run([program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIST_WAIT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise TransportError(f"can't list the VMs: {program}: {err}") from err
+    if answer.returncode or len(answer.stdout) > _LIST_MAX:
+        raise TransportError(f"can't list the VMs: {program} ended with exit code {answer.returncode}")
+    return answer.stdout.decode("ascii", "replace").splitlines()
 
 
 def set_running(vm, run):
@@ -80,21 +130,17 @@ class Channel:
         config: Config.
         vm: str, a checked name.
         command: str, a constant of ours: nothing from a VM ever becomes part of it but checked ids.
-        user: str, who runs it there: ``user`` or ``root``.
+        user: str, who runs it there; the VM's own user by default.
 
     Raises:
-        TransportError: qvm-run can't be started.
+        TransportError: it can't be started.
     """
 
-    def __init__(self, config, vm, command, user="user"):
-        argv = [config.qvm_run, "--pass-io", "--no-gui", "--no-autostart", f"--user={user}", "--", vm, command]
-        try:
-            # stderr is the VM's to write: not read, so nothing of it can get anywhere.
-            self._process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0
-            )
-        except OSError as err:
-            raise TransportError(f"can't start {config.qvm_run}: {err.strerror}") from err
+    def __init__(self, config, vm, command, user=None):
+        start = _start_by_library if config.transport == "qubesadmin" else _start_by_program
+        # stderr is the VM's to write: not read, so nothing of it can get anywhere.
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True, "bufsize": 0}
+        self._process = start(config, vm, command, user or config.user, streams)
         self.in_fd = self._process.stdin.fileno()
         self.out_fd = self._process.stdout.fileno()
         os.set_blocking(self.in_fd, False)
@@ -126,7 +172,27 @@ class Channel:
         return self._process.wait()
 
 
-def run_bounded(config, vm, command, data, output_max, wait, user="user"):
+def _start_by_program(config, vm, command, user, streams):
+    argv = [config.qvm_run, "--pass-io", "--no-gui", "--no-autostart", f"--user={user}", "--", vm, command]
+    try:
+        return subprocess.Popen(argv, **streams)
+    except OSError as err:
+        raise TransportError(f"can't start {config.qvm_run}: {err.strerror}") from err
+
+
+def _start_by_library(config, vm, command, user, streams):
+    """What ``qvm-run`` does, without a Python program of its own that stays for as long as the session lasts."""
+    qubesadmin = _qubesadmin()
+    try:
+        process = qubesadmin.Qubes().run_service(vm, "qubes.VMShell", user=user, autostart=False, **streams)
+    except (qubesadmin.exc.QubesException, OSError) as err:
+        raise TransportError(f"can't reach {vm}: {err}") from err
+    # As qvm-run does: the shell reads this line first, and the command what follows.
+    os.write(process.stdin.fileno(), f"{command}; exit\n".encode("ascii"))
+    return process
+
+
+def run_bounded(config, vm, command, data, output_max, wait, user=None):
     """Run a program in a VM once, with bounded output and time.
 
     Args:
@@ -136,7 +202,7 @@ def run_bounded(config, vm, command, data, output_max, wait, user="user"):
         data: iterable of bytes, its stdin.
         output_max: int, bytes; more ends it.
         wait: float, seconds.
-        user: str, who runs it there.
+        user: str, who runs it there; the VM's own user by default.
 
     Returns:
         (int, bytes): exit code and stdout.

@@ -16,6 +16,7 @@ from pullrpc.files import forget, knock, read_bounded, write_whole
 from pullrpc.frames import HEADER_MAX, PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
 from pullrpc.ids import is_cid
 from pullrpc.layout import REQUEST_PARTS
+from pullrpc.tokens import fingerprint, parse_key
 
 #: How often the queue is looked through without a knock at the doorbell, seconds.
 _SCAN_EVERY = 2.0
@@ -48,9 +49,10 @@ class Agent:
         Returns:
             int, the exit code.
         """
-        self._queue.make_folders()
         handlers = {
             "hello": self._hello,
+            "key": self._key,
+            "set-key": self._set_key,
             "poll": self._poll,
             "wake": self._nothing,
             "fetch": self._fetch,
@@ -85,7 +87,25 @@ class Agent:
     def _nothing(self, request, payload):
         return {}, b""
 
+    def _key(self, request, payload):
+        """Say what key there is, and whether queue and key are in order. Nothing is changed: dom0 may only want to know."""
+        try:
+            found = fingerprint(parse_key(read_bounded(self._queue.key, 66)))
+        except (OSError, PullError):
+            found = None
+        problems = self._queue.problems()
+        if found is None and not any(problem.startswith("key-") for problem in problems):
+            problems.append("key-malformed")
+        return {"fingerprint": found, "problems": problems}, b""
+
+    def _set_key(self, request, payload):
+        key = parse_key(payload)
+        self._queue.make_folders()
+        write_whole(self._queue.key, key.hex().encode("ascii") + b"\n")
+        return {}, b""
+
     def _hello(self, request, payload):
+        self._queue.make_folders()
         limits = request.get("limits")
         if not isinstance(limits, dict):
             raise PullError("hello without limits")

@@ -22,7 +22,7 @@ _TIMEOUT_DEFAULT = 300
 _HISTORY_DAYS = 30
 #: Begin to show that we are alive after this many seconds.
 _SHOW_AFTER = 1.5
-_SUBCOMMANDS = ("agent", "help", "key", "log", "ping", "status")
+_SUBCOMMANDS = ("agent", "help", "key", "log", "ping", "queue", "status")
 
 _HELP = """\
 usage: qvm-remote [OPTIONS] COMMAND [ARG...]     run a command line in dom0, as with ssh
@@ -46,6 +46,7 @@ other commands (-- in front makes any of these words a command for dom0):
   qvm-remote key gen|show|import    this qube's key
   qvm-remote ping                   measure the way to dom0 and back, key included
   qvm-remote status                 is there a key, a session, something waiting
+  qvm-remote queue make|check       put this user's queue in order, or say what is wrong with it
   qvm-remote log [N]                the last N (20) requests
   qvm-remote agent                  answers dom0; started by dom0 alone
 
@@ -315,11 +316,13 @@ def _subcommand(name, words, options):
         sys.stdout.write(_HELP)
         return 0
     queue = Queue()
-    queue.make_folders()
     if name == "agent":
         from .agent import Agent
 
         return Agent(queue).serve()
+    if name == "queue":
+        return _queue(queue, words)
+    queue.make_folders()
     if name == "key":
         from . import keys
 
@@ -333,6 +336,19 @@ def _subcommand(name, words, options):
         journal.show(queue, words, sys.stdout)
         return 0
     return journal.status(queue, words, sys.stdout)
+
+
+def _queue(queue, words):
+    if words not in (["make"], ["check"]):
+        raise PullError("use 'queue make' or 'queue check'; to run a program named queue in dom0: qvm-remote -- queue ...")
+    if words == ["make"]:
+        queue.make_folders()
+        return 0
+    # That there is no key yet is the key's matter, not the queue's.
+    problems = [problem for problem in queue.problems() if problem != "key-missing"]
+    for problem in problems:
+        sys.stdout.write(f"{problem}\n")
+    return 1 if problems else 0
 
 
 def _ping(queue, words, options):

@@ -204,6 +204,8 @@ class Request:
         Raises:
             PullError: the disk is full, or the queue can't be written; nothing was submitted.
         """
+        # Read once more: dom0 may have handed over a new one while stdin was read.
+        self._key = load_key(self._queue)
         token = make_token(self._key, vm_name(), self.cid, self._timeout, self._form, self._command, self._stdin_digest)
         bell = self._queue.results(f"{self.cid}.bell")
         try:

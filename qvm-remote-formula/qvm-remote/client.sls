@@ -1,7 +1,47 @@
-{%- from "qvm-remote/map.jinja" import qvm_remote, settings with context %}
-{%- for template in qvm_remote["client"]["templates"] %}
+# The VM's side. In dom0: into each template of pillar. In a template or standalone (qubesctl --targets=...): into that one.
+{%- if salt["pillar.get"]("qubes:type", "admin") == "admin" %}
+{%-   from "qvm-remote/map.jinja" import plan with context %}
+include:
+  - qvm-remote.pillar
+{%-   if plan.problem is not defined %}
+{%-     for template in plan.templates %}
+
 qvm-remote-client-{{ template }}:
   qvm_remote.client_installed:
     - name: {{ template }}
-    - settings: {{ settings | json }}
-{%- endfor %}
+    - settings: {{ plan.settings | json }}
+{%-     endfor %}
+{%-   endif %}
+{%- else %}
+{%-   import_yaml "qvm-remote/client.yaml" as client %}
+
+qvm-remote-client-command:
+  file.managed:
+    - name: /usr/bin/qvm-remote
+    - source: salt://client/qvm-remote
+    - user: root
+    - group: root
+    - mode: '0755'
+
+qvm-remote-client-library:
+  file.recurse:
+    - name: /usr/lib/qvm-remote/qvm_remote_client
+    - source: salt://client/qvm_remote_client
+    - include_pat: '*.py'
+    - clean: true
+    - user: root
+    - group: root
+    - dir_mode: '0755'
+    - file_mode: '0644'
+{%-   for module in client["protocol"] %}
+
+qvm-remote-client-protocol-{{ module }}:
+  file.managed:
+    - name: /usr/lib/qvm-remote/pullrpc/{{ module }}.py
+    - source: salt://_utils/pullrpc/{{ module }}.py
+    - makedirs: true
+    - user: root
+    - group: root
+    - mode: '0644'
+{%-   endfor %}
+{%- endif %}

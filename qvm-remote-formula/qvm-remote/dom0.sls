@@ -1,5 +1,22 @@
-{%- from "qvm-remote/map.jinja" import settings with context %}
+# The engine's configuration and its service.
+{%- from "qvm-remote/map.jinja" import plan with context %}
+include:
+  - qvm-remote.pillar
+{%- if plan.problem is not defined %}
+
 qvm-remote-dom0-config:
   qvm_remote.engine_configured:
     - name: /etc/qubes/remote
-    - settings: {{ settings | json }}
+    - settings: {{ plan.settings | json }}
+    - minion: {{ plan.minion | json }}
+
+qvm-remote-dom0-service:
+  qvm_remote.service:
+    - running: {{ plan.service.running | json }}
+    - enable: {{ plan.service.enable | json }}
+    - accept_risk: {{ plan.service.accept_risk | json }}
+    - settings: {{ plan.settings | json }}
+    - minion: {{ plan.minion | json }}
+    - require:
+      - qvm_remote: qvm-remote-dom0-config
+{%- endif %}

@@ -1,5 +1,6 @@
-# Everything that dom0 needs: qubesctl state.apply qvm-remote
+# Everything: qubesctl state.apply qvm-remote
 include:
-  - qvm-remote.dom0
+  - qvm-remote.pillar
   - qvm-remote.client
   - qvm-remote.vm
+  - qvm-remote.dom0

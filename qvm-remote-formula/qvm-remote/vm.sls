@@ -1,11 +1,37 @@
-{%- from "qvm-remote/map.jinja" import qvm_remote, settings with context %}
-{%- for vm, own in qvm_remote["vms"].items() %}
-qvm-remote-key-{{ vm }}:
-  {%- if (own or {}).get("state", "present") == "absent" %}
+# In dom0: the VMs of pillar, their keys and queues. In a VM (qubesctl --targets=...): its user's queue.
+{%- if salt["pillar.get"]("qubes:type", "admin") == "admin" %}
+{%-   from "qvm-remote/map.jinja" import plan with context %}
+include:
+  - qvm-remote.pillar
+{%-   if plan.problem is not defined %}
+{%-     for vm, wanted in plan.vms.items() %}
+
+qvm-remote-vm-{{ vm }}:
+{%-       if wanted.state == "absent" %}
   qvm_remote.key_absent:
-  {%- else %}
-  qvm_remote.key_present:
-  {%- endif %}
     - name: {{ vm }}
-    - settings: {{ settings | json }}
-{%- endfor %}
+    - settings: {{ plan.settings | json }}
+{%-       else %}
+  qvm_remote.authorized:
+    - name: {{ vm }}
+    - key: {{ wanted.key }}
+    - rotate_days: {{ wanted.rotate_days | json }}
+    - settings: {{ plan.settings | json }}
+{%-       endif %}
+{%-     endfor %}
+
+qvm-remote-vm-unlisted:
+  qvm_remote.unlisted:
+    - listed: {{ plan.vms | list | json }}
+    - remove: {{ (plan.unlisted == "absent") | json }}
+    - settings: {{ plan.settings | json }}
+{%-   endif %}
+{%- else %}
+
+# By the client, as the user whose queue it is: what root would follow a symbolic link to, a user can't.
+qvm-remote-vm-queue:
+  cmd.run:
+    - name: /usr/bin/qvm-remote queue make
+    - unless: /usr/bin/qvm-remote queue check
+    - runas: {{ salt["pillar.get"]("qvm-remote:user", "user") }}
+{%- endif %}

@@ -81,6 +81,7 @@ def _parser():
     create.add_argument("name", metavar="NAME[:TEMPLATE]")
     for name in _OPERATIONS:
         add(name, _operate, f"{name} a VM").add_argument("name", metavar="NAME")
+    add("reboot", _reboot, "end all domains and start dom0 anew, with the services that are enabled there")
     add("status", _status, "list the domains")
     return parser
 
@@ -242,6 +243,14 @@ def _operate(root, options):
     with _ask(root, {"op": options.operation, "name": name, "template": template or None}) as sock:
         _answer(sock)
     return 0
+
+
+def _reboot(root, options):
+    with _ask(root, {"op": "reboot"}) as sock:
+        _answer(sock)
+    boot = {"op": "run", "name": "dom0", "user": "root", "argv": ["/usr/bin/systemctl", "boot-simulated-dom0"], "tty": False}
+    with _ask(root, boot, (0, 1, 2)) as sock:
+        return _answer(sock)[0]["exit"]
 
 
 def _status(root, options):

@@ -10,12 +10,18 @@ import argparse
 import array
 import json
 import os
+import shlex
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 
 _SOCKET = "/run/qubesd.sock"
 #: As in the real tools: 1 for what failed, 2 for wrong usage.
 _FAILED = 1
+#: Where a managed VM keeps what it was sent, and where this dom0's Salt lies.
+_MANAGED, _SALT = "/var/lib/simulated-management", "/usr/lib/qubes/simulated/salt"
 
 
 def _ask(message, fds=()):
@@ -108,6 +114,7 @@ def _qvm_ls(argv):
     parser.add_argument("--running", action="store_true")
     parser.add_argument("--paused", action="store_true")
     parser.add_argument("--halted", action="store_true")
+    parser.add_argument("--tags", nargs="+", metavar="TAG")
     parser.add_argument("--raw-list", action="store_true")
     parser.add_argument("--raw-data", action="store_true")
     parser.add_argument("--fields", "-O", default="name,state,class,template")
@@ -115,6 +122,8 @@ def _qvm_ls(argv):
     rows = list(_states(parser, *options.VMNAME).values())
     if options.VMNAME:
         rows = [row for row in rows if row["name"] in options.VMNAME]
+    if options.tags:
+        rows = [row for row in rows if set(row["tags"]) & set(options.tags)]
     wanted = [state for state, flag in (("Running", options.running), ("Paused", options.paused), ("Halted", options.halted)) if flag]
     rows = sorted((row for row in rows if not wanted or row["state"] in wanted), key=lambda row: (row["name"] != "dom0", row["name"]))
     fields = ["name"] if options.raw_list else options.fields.lower().split(",")
@@ -158,19 +167,116 @@ def _qvm_prefs(argv):
     return 0
 
 
+def _qvm_tags(argv):
+    parser = _parser("VMNAME")
+    parser.add_argument("command", nargs="?", default="list", choices=("list", "add", "del"))
+    parser.add_argument("tag", nargs="*")
+    options = parser.parse_args(argv)
+    row = _states(parser, options.VMNAME)[options.VMNAME]
+    if options.command == "list":
+        shown = [tag for tag in row["tags"] if not options.tag or tag in options.tag]
+        sys.stdout.write("".join(f"{tag}\n" for tag in shown))
+        return 1 if options.tag and not shown else 0
+    for tag in options.tag:
+        _ask({"op": "tag", "name": options.VMNAME, "tag": tag, "add": options.command == "add"})
+    return 0
+
+
+def _qrexec_client(argv):
+    """What the library qubesadmin starts: ``qrexec-client -d VM USER:QUBESRPC SERVICE dom0``. Of services there is the shell."""
+    parser = _parser()
+    parser.add_argument("-d", dest="vm", required=True)
+    parser.add_argument("what")
+    options = parser.parse_args(argv)
+    user, _, service = options.what.partition(":")
+    if service.split()[:2] != ["QUBESRPC", "qubes.VMShell"]:
+        parser.error(f"no such service in the simulator: {service}")
+    request = {"op": "exec", "name": options.vm, "user": "user" if user == "DEFAULT" else user, "autostart": False, "pass_io": True}
+    return _ask({**request, "argv": ["/bin/bash"], "input": ""}, (0, 1, 2))["exit"]
+
+
 def _qubesctl(argv):
-    options = [word for word in argv if word.startswith("--")]
-    words = [word for word in argv if not word.startswith("--")]
-    targets = [word for word in options if word.startswith("--targets=") or word in ("--templates", "--app", "--all", "--standalones")]
-    if targets or "--skip-dom0" in options:
-        sys.stderr.write("qubesctl: error: states for VMs (--targets) are not simulated; apply those of dom0\n")
-        return _FAILED
-    kept = [word for word in options if word not in ("--show-output", "--force-color")]
+    known = ("--skip-dom0", "--show-output", "--force-color", "--max-concurrency")
+    own = [word for word in argv if word.partition("=")[0] in (*known, "--targets")]
+    words = [word for word in argv if word not in own]
+    if words[:1] == ["top.enable"]:
+        return _enable_top(words[1])
+    targets = [name for word in own if word.startswith("--targets=") for name in word.partition("=")[2].split(",")]
+    code = 0
+    if "--skip-dom0" not in own:
+        code = _run(["salt-call", "--local", *words]).returncode
+    for name in targets:
+        shown, target_code = _manage(name, words)
+        result = shown if "--show-output" in own else ["OK" if target_code == 0 else f"ERROR (exit code {target_code})"]
+        sys.stdout.write(f"{name}:\n" + "".join(f"  {line}\n" for line in result))
+        code = max(code, target_code)
+    return code
+
+
+def _run(argv, **options):
     try:
-        os.execvp("salt-call", ["salt-call", "--local", *kept, *words])
+        return subprocess.run(argv, check=False, **options)
     except FileNotFoundError:
-        sys.stderr.write("qubesctl: error: there is no salt-call in this dom0\n")
-    return _FAILED
+        sys.stderr.write(f"qubesctl: error: there is no {argv[0]} in this dom0\n")
+        sys.exit(_FAILED)
+
+
+def _manage(name, words):
+    """Apply states in a VM as the management VM does: with a copy of /srv less the pillar roots, the pillar of this VM alone,
+    and no custom modules. Here the states are run in the VM by a Salt that is there; the real one brings its own (salt-ssh).
+    """
+    row = _states(_parser(), name)[name]
+    with open("/etc/salt/minion", encoding="utf-8") as file:
+        config = json.load(file)
+    answer = _run(["salt-call", "--local", f"--id={name}", "--out=json", "--log-level=quiet", "pillar.items"], capture_output=True)
+    kind = {"TemplateVM": "template", "StandaloneVM": "standalone"}.get(row["class"], "app")
+    pillar = {**json.loads(answer.stdout)["local"], "qubes": {"type": kind}}
+    kept = {
+        "id": name,
+        "file_client": "local",
+        "root_dir": _MANAGED,
+        "file_roots": {env: [_MANAGED + root for root in roots] for env, roots in config["file_roots"].items()},
+        "pillar_roots": {"base": [f"{_MANAGED}/pillar"]},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in (("minion", kept), ("pillar/combined.sls", pillar), ("pillar/top.sls", {"base": {name: ["combined"]}})):
+            os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
+            with open(f"{folder}/{path}", "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        roots = [root for roots in config["pillar_roots"].values() for root in roots]
+        # The formula may be a checkout, with more in it than a package has.
+        skipped = [f"--exclude={path}" for path in (*roots, ".git", ".venv", "__pycache__")]
+        tar = _run(["tar", "-c", *skipped, "-C", folder, "minion", "pillar", "/srv", "-P"], capture_output=True)
+    if row["state"] == "Halted":
+        _ask({"op": "start", "name": name})
+    try:
+        _in_vm(name, f"mkdir -p {_MANAGED} && tar -x -C {_MANAGED} --transform=s,^/,,", tar.stdout)
+        with open(_SALT, encoding="utf-8") as file:
+            salt = file.read().strip()
+        done = _in_vm(name, " ".join([f"{salt}/bin/salt-call", "--local", f"--config-dir={_MANAGED}", "--retcode-passthrough", *map(shlex.quote, words)]))
+        _in_vm(name, f"rm -rf {_MANAGED}")
+    finally:
+        if row["state"] == "Halted":
+            _ask({"op": "shutdown", "name": name})
+    untrusted_text = (done.stdout + done.stderr).decode("ascii", "ignore")
+    return ["".join(char for char in line if " " <= char <= "~") for line in untrusted_text.splitlines()], done.returncode
+
+
+def _in_vm(name, command, data=b""):
+    return _run(["qvm-run", "--user=root", "--pass-io", "--no-gui", "--", name, command], input=data, capture_output=True)
+
+
+def _enable_top(name):
+    """``top.enable``, for one top file: the real one merges all that are enabled."""
+    with open("/etc/salt/minion", encoding="utf-8") as file:
+        roots = json.load(file)["file_roots"]["base"]
+    candidates = [f"{root}/{name.replace('.', '/')}{end}" for root in ("/srv/salt", *roots) for end in (".top", "/init.top")]
+    found = [path for path in candidates if os.path.exists(path)]
+    if not found:
+        sys.stderr.write(f"qubesctl: error: there is no top file {name}\n")
+        return _FAILED
+    shutil.copy(found[0], "/srv/salt/top.sls")
+    return 0
 
 
 def main():
@@ -181,6 +287,7 @@ def main():
     """
     name = os.path.basename(sys.argv[0])
     operations = {"qvm-run": _qvm_run, "qvm-check": _qvm_check, "qvm-ls": _qvm_ls, "qvm-prefs": _qvm_prefs, "qubesctl": _qubesctl}
+    operations.update({"qvm-tags": _qvm_tags, "qrexec-client": _qrexec_client})
     try:
         if name in operations:
             return operations[name](sys.argv[1:])

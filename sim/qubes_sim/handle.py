@@ -72,6 +72,10 @@ class Sim:
         """Let a paused VM go on."""
         self._do("unpause", name)
 
+    def reboot(self):
+        """End all domains and start dom0 anew."""
+        self._do("reboot")
+
     def dom0(self, *argv, user="root", data=None, timeout=60, check=False):
         """Run a command in dom0.
 

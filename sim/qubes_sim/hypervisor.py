@@ -26,9 +26,14 @@ _PREFS = {"label": "red", "autostart": "False", "memory": "400", "netvm": "", "p
 _READ_ONLY = ("name", "klass", "template")
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z")
 _RESERVED = ("dom0", "domain-0", "none", "default")
+#: Where dom0's Python library lies; the real one is among Python's own packages, where a virtual environment does not look.
+LIBRARY = "/usr/lib/qubes/simulated"
 #: How long a VM's processes have to end by themselves when it is shut down, seconds.
 _SHUTDOWN_GRACE = 0.5
-_TOOLS = ("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause", "qvm-prefs", "qubesctl")
+_TOOLS = (
+    *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause", "qvm-prefs", "qvm-tags"),
+    *("qubesctl", "qrexec-client"),
+)
 _QUBESDB = "#!/bin/sh\n# qubesdb of the simulator: a VM's name is all it knows.\n[ \"$1\" = /name ] && echo {name}\n"
 
 
@@ -45,6 +50,7 @@ class Domain:
         self.template = template
         self.state = "Halted"
         self.prefs = dict(_PREFS)
+        self.tags = set()
         self.keeper = None
         self.sock = None
         self.send_lock = threading.Lock()
@@ -80,11 +86,12 @@ class Hypervisor:
         self._control = wire.listen(os.path.join(self._root, "control.sock"))
         self._qubesd = wire.listen(os.path.join(self._root, "qubesd.sock"))
         self._add("dom0", "AdminVM", None)
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "dom0_tools.py"), encoding="utf-8") as file:
-            tools = file.read()
         for name in _TOOLS:
-            self._store.write("dom0", f"/usr/bin/{name}", tools, 0o755)
-        for folder in ("/etc/qubes", "/etc/salt/minion.d", "/srv/salt", "/srv/formulas/base", "/var/lib/qubes"):
+            self._store.write("dom0", f"/usr/bin/{name}", _source("dom0_tools.py"), 0o755)
+        self._store.write("dom0", "/usr/bin/systemctl", _source("systemctl.py"), 0o755)
+        for part in ("__init__.py", "exc.py"):
+            self._store.write("dom0", f"{LIBRARY}/qubesadmin/{part}", _source(f"qubesadmin/{part}"))
+        for folder in ("/etc/qubes", "/etc/salt/minion.d", "/etc/systemd/system/multi-user.target.wants", "/srv/salt", "/srv/formulas/base", "/var/lib/qubes"):
             self._store.write("dom0", folder + "/.simulated", "")
         for name in templates or ["template"]:
             self.create(name, None, "TemplateVM")
@@ -180,11 +187,17 @@ class Hypervisor:
         for pid in _pids(one.keeper):
             _signal(pid, signal.SIGCONT)
 
+    def reboot(self):
+        """End all domains, and start dom0 anew: what lay on its /run and /tmp is gone."""
+        for one in list(self._domains.values()):
+            self.kill(one.name)
+        self.start("dom0")
+
     def status(self):
         """Say what there is.
 
         Returns:
-            list of dict: name, class, template, state, pid.
+            list of dict: name, class, template, state, pid, tags.
         """
         return [
             {
@@ -192,6 +205,7 @@ class Hypervisor:
                 "class": one.klass,
                 "template": one.template or "",
                 "state": one.state,
+                "tags": sorted(one.tags),
                 "pid": None if one.state == "Halted" else one.keeper,
             }
             for one in self._domains.values()
@@ -269,6 +283,8 @@ class Hypervisor:
         if operation == "down":
             self._forks.put(None)
             return {}
+        if operation == "reboot":
+            return self.reboot()
         if operation == "run":
             return self._run(connection, message, fds)
         if operation == "create":
@@ -280,6 +296,9 @@ class Hypervisor:
             return self._exec(connection, message, fds)
         if message["op"] == "prefs":
             return self._prefs(message)
+        if message["op"] == "tag":
+            getattr(self._find(message["name"]).tags, "add" if message["add"] else "discard")(message["tag"])
+            return {}
         return self._answer_common(message)
 
     def _answer_common(self, message):
@@ -399,6 +418,11 @@ def run(root, options, ready_fd):
     os.close(ready_fd)
     hypervisor.serve()
     os._exit(0)
+
+
+def _source(name):
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
+        return file.read()
 
 
 def _pids(keeper):

@@ -126,6 +126,9 @@ class Store:
             linux.bind(os.path.join(private, source), os.path.join(target, place))
         for place, mode in (("run", "0755"), ("tmp", "1777"), ("dev", "0755")):
             linux.mount("tmpfs", os.path.join(target, place), "tmpfs", linux.MS_NOSUID, f"mode={mode}")
+        if name == "dom0":
+            # The sign by which programs know that systemd is here.
+            os.makedirs(os.path.join(target, "run", "systemd", "system"))
         _fill_dev(os.path.join(target, "dev"))
         linux.mount("proc", os.path.join(target, "proc"), "proc", linux.MS_NOSUID | linux.MS_NODEV)
         for source, place, read_only in binds:

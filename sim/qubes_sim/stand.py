@@ -3,16 +3,16 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 
 from .handle import Sim
+from .hypervisor import LIBRARY
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 #: Where the source tree is seen in dom0: as an installed formula.
 FORMULA = "/srv/formulas/base/qvm-remote-formula"
-FILE_ROOTS = [FORMULA, f"{FORMULA}/qvm-remote-formula"]
+FILE_ROOTS = ["/srv/salt", FORMULA, f"{FORMULA}/qvm-remote-formula"]
 _MINION = {"file_client": "local", "id": "dom0", "file_roots": {"base": FILE_ROOTS}, "pillar_roots": {"base": ["/srv/pillar"]}, "log_level": "warning"}
 _READY_WAIT = 60
 
@@ -32,60 +32,56 @@ class Stand(Sim):
         self._template = template
         self._vms = list(vms)
         self._say = say
-        self._minion = None
 
-    def set_up(self, engine=None, extra_binds=()):
-        """Bring everything up but the engine.
+    def set_up(self, pillar=None, extra_binds=()):
+        """Bring everything up, by pillar and two states, as a user does.
 
         Args:
-            engine: dict, settings of the engine.
+            pillar: dict, what stands under ``qvm-remote`` beside the template and the VMs.
             extra_binds: more paths to show in dom0.
 
         Raises:
             subprocess.CalledProcessError, RuntimeError: a step failed.
         """
         self._say("starting dom0 and the template")
-        venv = os.path.dirname(os.path.dirname(sys.executable))
-        binds = {venv, sys.base_prefix, *extra_binds} - {"/usr"}
-        self.up(templates=[self._template], dom0_binds=[*sorted(binds), f"{ROOT}:{FORMULA}"])
-        for name in ("salt-call", "salt-minion"):
-            self.dom0("ln", "-s", os.path.join(venv, "bin", name), f"/usr/bin/{name}", check=True)
-        pillar = {"qvm-remote": {"engine": engine or {}, "client": {"templates": [self._template]}, "vms": {vm: {} for vm in self._vms}}}
-        self.put("/etc/salt/minion", json.dumps(_MINION))
-        self.put("/srv/pillar/top.sls", json.dumps({"base": {"*": ["qvm-remote"]}}))
-        self.put("/srv/pillar/qvm-remote.sls", json.dumps(pillar))
+        self.prepare([self._template], extra_binds)
+        self.set_pillar({"client": {"templates": [self._template]}, "vms": {vm: {} for vm in self._vms}, **(pillar or {})})
         self._say("dom0: qubesctl saltutil.sync_all")
         self.salt("saltutil.sync_all")
         self._say(f"dom0: qubesctl state.apply qvm-remote.client (installs the client in {self._template})")
         self.salt("state.apply", "qvm-remote.client")
         for vm in self._vms:
-            self._say(f"{vm}: qvm-remote key gen")
+            self._say(f"{vm}: started")
             self.create(f"{vm}:{self._template}")
             self.start(vm)
-            self.vm(vm, "qvm-remote", "key", "gen", check=True)
-        self._say("dom0: qubesctl state.apply qvm-remote (configures the engine, authorizes the VMs)")
+        self._say("dom0: qubesctl state.apply qvm-remote (gives the VMs their keys, configures and starts the service)")
         self.salt("state.apply", "qvm-remote")
-        self.dom0("salt-call", "--local", "-c", "/etc/qubes/remote", "saltutil.sync_all", timeout=120, check=True)
 
-    def start_engine(self, environment=()):
-        """Start the minion with the engine in dom0, and wait until it serves all VMs.
+    def prepare(self, templates, extra_binds=()):
+        """Bring up a dom0 that has Salt and the formula's files, and nothing of it applied.
 
         Args:
-            environment: ``NAME=VALUE`` words for the minion.
+            templates: list of str.
+            extra_binds: more paths to show in dom0.
         """
-        self._say("dom0: salt-minion -c /etc/qubes/remote (the engine)")
-        self._minion = self.popen_dom0(
-            "env", *environment, "salt-minion", "-c", "/etc/qubes/remote", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.wait_served(*self._vms)
+        venv = os.path.dirname(os.path.dirname(sys.executable))
+        salt = sorted({venv, sys.base_prefix} - {"/usr"})
+        self.up(templates=templates, dom0_binds=[*salt, *extra_binds, f"{ROOT}:{FORMULA}"], vm_binds=salt)
+        for name in ("salt-call", "salt-minion"):
+            # A virtual environment does not see dom0's Python library by itself.
+            self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {venv}/bin/{name} \"$@\"\n")
+            self.dom0("chmod", "0755", f"/usr/bin/{name}", check=True)
+        self.put(f"{LIBRARY}/salt", venv)
+        self.put("/etc/salt/minion", json.dumps(_MINION))
+        self.put("/srv/pillar/top.sls", json.dumps({"base": {"*": ["qvm-remote"]}}))
+
+    def set_pillar(self, pillar):
+        """Write what stands under ``qvm-remote`` in pillar."""
+        self.put("/srv/pillar/qvm-remote.sls", json.dumps({"qvm-remote": pillar}))
 
     def stop_engine(self):
-        """Stop the minion as a service manager does, and wait for its end."""
-        if self._minion is not None:
-            self._minion.terminate()
-            # Salt itself takes some 10 s to end; the engine in it less than one.
-            self._minion.wait(60)
-            self._minion = None
+        """Stop the service."""
+        self.dom0("systemctl", "stop", "qvm-remote.service", timeout=120)
 
     def wait_served(self, *vms, seconds=_READY_WAIT):
         """Wait until the engine has a session to each of some VMs.

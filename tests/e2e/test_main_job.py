@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import subprocess
+import sys
 import time
 
 import pytest
@@ -174,17 +175,13 @@ while time.monotonic() < end and not any(tag.endswith("/delivered") for tag, _ i
 print(json.dumps(seen))
 """
     dom0.put(f"{dom0.folder}/listen.py", listener)
-    watcher = dom0.popen_dom0("/usr/bin/env", _venv_python(dom0), f"{dom0.folder}/listen.py", dom0.factory.config["conf_file"], stdout=subprocess.PIPE)
+    watcher = dom0.popen_dom0(sys.executable, f"{dom0.folder}/listen.py", dom0.factory.config["conf_file"], stdout=subprocess.PIPE)
     assert watcher.stdout.readline() == b"listening\n"
     assert dom0.remote("-n", "echo very-$((1))-secret").returncode == 0
     seen = json.loads(watcher.communicate(timeout=40)[0])
     words = [tag.split("/") for tag, _ in seen]
     assert [word[3] for word in words if word[1] == "work" and word[2] != "-"][-4:] == ["accepted", "running", "done", "delivered"]
     assert "very-1-secret" not in json.dumps(seen)
-
-
-def _venv_python(dom0):
-    return dom0.dom0("readlink", "-f", "/usr/bin/salt-call").stdout.decode().strip().rsplit("/", 1)[0] + "/python"
 
 
 def _wait(condition, seconds=20):

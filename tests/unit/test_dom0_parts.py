@@ -171,7 +171,7 @@ def test_the_pool_bounds_what_runs_and_vms_take_turns():
         with lock:
             now[0] -= 1
 
-    pool = FairPool(2, lambda vm: 1, run)
+    pool = FairPool(lambda: 2, lambda vm: 1, run)
     for number in range(10):
         pool.submit("many", str(number))
     pool.submit("one", "0")
@@ -187,7 +187,7 @@ def test_the_pool_bounds_what_runs_and_vms_take_turns():
 
 def test_a_closed_pool_gives_back_what_waited_and_starts_nothing():
     release = threading.Event()
-    pool = FairPool(1, lambda vm: 1, lambda vm, cid: release.wait(5))
+    pool = FairPool(lambda: 1, lambda vm: 1, lambda vm, cid: release.wait(5))
     pool.submit("a", "1")
     pool.submit("a", "2")
     end = time.monotonic() + 5

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What pillar says, checked and made plain: which VMs, which templates, which settings, which service.
+
+Every mistake is one line that names the pillar path and what is allowed there; nothing is guessed, nothing ignored.
+The plan holds no key: a key that stands in pillar is asked for by itself (:func:`given_key`) and never leaves Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from .config import check_setting, make_config
+from .errors import ConfigError, KeyringError, PillarError, PullError
+from .ids import check_vm_name
+from .tokens import parse_key
+
+_ROOT = "qvm-remote"
+#: Pillar's words for a limit, and the setting each is.
+_LIMITS = {
+    "timeout": "timeout_max",
+    "command": "command_max",
+    "stdin": "stdin_max",
+    "output": "output_max",
+    "parallel": "parallel",
+    "parallel_per_vm": "vm_parallel",
+    "queue": "vm_queue",
+    "memory": "memory_max",
+    "tasks": "tasks_max",
+    "cpu_weight": "cpu_weight",
+    "files": "nofile",
+}
+#: The same for one VM.
+_VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel"}
+_SIZES = ("command", "stdin", "output", "memory")
+_SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)\Z")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+#: Settings that pillar names directly under ``engine``.
+_ENGINE = (
+    "spool_bytes_max",
+    "spool_max_age",
+    "ledger_keep_days",
+    "discover_interval",
+    "poll_wait",
+    "answer_wait",
+    "agentless_interval",
+    "stop_grace",
+    "key_dir",
+    "state_dir",
+    "run_dir",
+    "audit_log",
+    "path",
+    "qvm_run",
+    "qvm_ls",
+)
+_TOP = ("service", "minion", "transport", "max_age", "limits", "client", "defaults", "select", "vms", "unlisted", "clean", "engine")
+_VM = ("state", "key", "user", "accept_v1", "rotate_days", *_VM_LIMITS)
+_DAYS = (1, 3650)
+#: Ways to select VMs that are not named under ``vms``.
+_SELECTORS = ("tag", "template", "name")
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
+_PATTERN = re.compile(r"[A-Za-z0-9_.*?-]{1,63}\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What pillar wants.
+
+    Attributes:
+        settings: dict, for :func:`pullrpc.config.make_config`; what the engine is configured with.
+        service: dict: ``running``, ``enable``, ``accept_risk`` (bool).
+        minion: dict: ``id`` and ``master`` (str or None) of the minion that runs the engine.
+        templates: list of str, which get the client.
+        vms: dict of VM name to a dict: ``state`` (present or absent), ``key`` (own, given, generate), ``rotate_days`` (int or None).
+        unlisted: str, ``keep`` or ``absent``: what becomes of keys of VMs that are not in this plan.
+        clean_logs: bool, whether ``clean`` removes the audit logs too.
+    """
+
+    settings: dict
+    service: dict
+    minion: dict
+    templates: list
+    vms: dict
+    unlisted: str
+    clean_logs: bool
+
+
+def read_pillar(pillar, list_vms=None):
+    """Check pillar and make the plan.
+
+    Args:
+        pillar: dict, what stands under ``qvm-remote``.
+        list_vms: callable of a list of tags, as :func:`pullrpc.transport.list_vms`; called only where pillar selects VMs.
+
+    Returns:
+        Plan
+
+    Raises:
+        PillarError: something in it is wrong; one line that names the place.
+        PullError: the VMs can't be listed.
+    """
+    _mapping(pillar, "", _TOP)
+    _part(pillar, "defaults")
+    selected = _select(pillar, list_vms)
+    named = _named(pillar)
+    vms, served = {}, {}
+    for vm in sorted({**selected, **named}):
+        own = {**selected.get(vm, _part(pillar, "defaults")), **named.get(vm, {})}
+        vms[vm] = {
+            "state": own.get("state", "present"),
+            "key": "given" if _is_digits(own.get("key", "generate")) else own.get("key", "generate"),
+            "rotate_days": own.get("rotate_days"),
+        }
+        # One that is absent is named to the engine all the same, so that it hears that it is refused.
+        served[vm] = {} if vms[vm]["state"] == "absent" else {"key": vms[vm]["key"], **_vm_settings(own)}
+    _check_same_keys(named)
+    settings = {**_engine_settings(pillar), "vms": served}
+    # What each line allows by itself may still not fit together.
+    make_config(settings)
+    return Plan(
+        settings=settings,
+        service=_service(pillar),
+        minion=_minion(pillar),
+        templates=_templates(pillar),
+        vms=vms,
+        unlisted=_choice(pillar.get("unlisted", "keep"), "unlisted", ("keep", "absent")),
+        clean_logs=_flag(_part(pillar, "clean", ("logs",)).get("logs", False), "clean:logs"),
+    )
+
+
+def given_key(pillar, vm):
+    """Fetch a key that stands in pillar.
+
+    Args:
+        pillar: dict, what stands under ``qvm-remote``, checked by :func:`read_pillar`.
+        vm: str.
+
+    Returns:
+        bytes, 64 hex digits; None when pillar has none for this VM.
+    """
+    key = ((pillar.get("vms") or {}).get(vm) or {}).get("key")
+    return key.encode("ascii") if _is_digits(key) else None
+
+
+def _fail(path, text):
+    place = f"{_ROOT}:{path}" if path else _ROOT
+    raise PillarError(f"pillar {place}: {text}")
+
+
+def _mapping(value, path, allowed):
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        _fail(path, "must be a mapping")
+    for name in value:
+        if name not in allowed:
+            _fail(f"{path}:{_shown(name)}" if path else _shown(name), f"unknown; allowed here: {', '.join(allowed)}")
+    return value
+
+
+def _shown(name):
+    """A name from pillar as it may stand in one line of an error; a key that slipped in there is not repeated."""
+    text = str(name)
+    return text if _WORD.match(text) else "(a name with characters that none here has)"
+
+
+def _part(pillar, name, allowed=None):
+    if name == "defaults":
+        return _vm_mapping(pillar.get("defaults"), "defaults", [word for word in _VM if word != "state"])
+    return _mapping(pillar.get(name), name, allowed)
+
+
+def _flag(value, path):
+    if not isinstance(value, bool):
+        _fail(path, "must be true or false")
+    return value
+
+
+def _choice(value, path, words):
+    if value not in words:
+        _fail(path, f"must be one of {', '.join(words)}")
+    return value
+
+
+def _setting(name, value, path):
+    try:
+        check_setting(name, value)
+    except ConfigError as err:
+        _fail(path, str(err))
+    return value
+
+
+def _size(value, path):
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match:
+        return int(match[1]) * _UNITS[match[2]]
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(path, "must be a number of bytes, or one with K, M, G or T behind it (1G)")
+    return value
+
+
+def _engine_settings(pillar):
+    settings = {}
+    for name in ("transport", "max_age"):
+        if name in pillar:
+            settings[name] = _setting(name, pillar[name], name)
+    for word, value in _part(pillar, "limits", tuple(_LIMITS)).items():
+        path = f"limits:{word}"
+        settings[_LIMITS[word]] = _setting(_LIMITS[word], _size(value, path) if word in _SIZES else value, path)
+    for name, value in _part(pillar, "engine", _ENGINE).items():
+        settings[name] = _setting(name, value, f"engine:{name}")
+    return settings
+
+
+def _service(pillar):
+    wanted = {"running": True, "enable": False, "accept_risk": False}
+    for name, value in _part(pillar, "service", tuple(wanted)).items():
+        wanted[name] = _flag(value, f"service:{name}")
+    if wanted["enable"] and not wanted["accept_risk"]:
+        _fail(
+            "service:enable",
+            "true lets every authorized qube command dom0 from each boot on, before anybody looks; set service:accept_risk: true with it, or leave it false",
+        )
+    return wanted
+
+
+def _minion(pillar):
+    wanted = {"id": None, "master": None}
+    for name, value in _part(pillar, "minion", tuple(wanted)).items():
+        if value is not None and not (isinstance(value, str) and _WORD.match(value)):
+            _fail(f"minion:{name}", "must be a name")
+        wanted[name] = value
+    return wanted
+
+
+def _templates(pillar):
+    names = _part(pillar, "client", ("templates",)).get("templates") or []
+    if not isinstance(names, list):
+        _fail("client:templates", "must be a list of names")
+    for at, name in enumerate(names):
+        _vm_name(name, f"client:templates:{at}")
+    if len(set(names)) != len(names):
+        _fail("client:templates", "names a template twice")
+    return names
+
+
+def _vm_name(name, path):
+    try:
+        return check_vm_name(name)
+    except PullError as err:
+        _fail(path, str(err))
+
+
+def _named(pillar):
+    vms = pillar.get("vms")
+    if vms is None:
+        return {}
+    if not isinstance(vms, dict):
+        _fail("vms", "must be a mapping of qubes' names to their settings")
+    named = {}
+    for vm, own in vms.items():
+        _vm_name(vm, f"vms:{_shown(vm)}")
+        named[vm] = _vm_mapping(own, f"vms:{vm}", _VM)
+    return named
+
+
+def _vm_mapping(own, path, allowed):
+    own = _mapping(own, path, tuple(allowed))
+    _choice(own.get("state", "present"), f"{path}:state", ("present", "absent"))
+    if "key" in own:
+        _check_key(own["key"], f"{path}:key")
+    if "user" in own:
+        _setting("user", own["user"], f"{path}:user")
+    if "accept_v1" in own:
+        _flag(own["accept_v1"], f"{path}:accept_v1")
+    days = own.get("rotate_days")
+    if days is not None and (type(days) is not int or not _DAYS[0] <= days <= _DAYS[1]):
+        _fail(f"{path}:rotate_days", f"must be a number of days, {_DAYS[0]} to {_DAYS[1]}")
+    if days is not None and own.get("key", "generate") == "own":
+        _fail(f"{path}:rotate_days", "needs key: generate; a key of the qube's own is changed there")
+    _vm_settings(own, path)
+    return own
+
+
+def _vm_settings(own, path=""):
+    settings = {name: own[name] for name in ("user", "accept_v1") if name in own}
+    for word, name in _VM_LIMITS.items():
+        if word in own:
+            value = _size(own[word], f"{path}:{word}") if word in _SIZES else own[word]
+            settings[name] = _setting(name, value, f"{path}:{word}")
+    return settings
+
+
+def _is_digits(key):
+    return isinstance(key, str) and key not in ("own", "generate")
+
+
+def _check_key(key, path):
+    if key in ("own", "generate"):
+        return
+    if isinstance(key, int):
+        _fail(path, "must be generate, own or 64 hex digits in quotes (without them YAML reads a number)")
+    if not isinstance(key, str):
+        _fail(path, "must be generate, own or 64 hex digits")
+    if path.split(":")[0] != "vms":
+        _fail(path, "must be generate or own: a key belongs to one qube, under vms")
+    try:
+        parse_key(key.encode("utf-8", "surrogatepass"))
+    except KeyringError as err:
+        _fail(path, f"{err}; or say generate or own")
+
+
+def _check_same_keys(named):
+    seen = {}
+    for vm, own in sorted(named.items()):
+        if not _is_digits(own.get("key")) or own.get("state") == "absent":
+            continue
+        first = seen.setdefault(own["key"].strip().lower(), vm)
+        if first != vm:
+            _fail(f"vms:{vm}:key", f"is also the key of {first}; give each qube its own")
+
+
+def _select(pillar, list_vms):
+    rules = pillar.get("select")
+    if rules is None or rules == []:
+        return {}
+    if not isinstance(rules, list):
+        _fail("select", "must be a list")
+    for at, rule in enumerate(rules):
+        _check_rule(rule, f"select:{at}")
+    if list_vms is None:
+        _fail("select", "works in dom0 only: nobody else knows the other qubes")
+    defaults, selected = _part(pillar, "defaults"), {}
+    for vm in list_vms(sorted({rule["tag"] for rule in rules if "tag" in rule})):
+        for rule in rules:
+            if vm["name"] != "dom0" and vm["class"] != "TemplateVM" and _matches(rule, vm):
+                own = {name: value for name, value in rule.items() if name not in _SELECTORS}
+                selected[vm["name"]] = {**selected.get(vm["name"], defaults), **own}
+    return selected
+
+
+def _check_rule(rule, path):
+    if not isinstance(rule, dict) or not any(name in rule for name in _SELECTORS):
+        _fail(path, f"must be a mapping with one or more of {', '.join(_SELECTORS)} (all of them have to fit), and settings")
+    for name in _SELECTORS:
+        allowed = _WORD if name == "tag" else _PATTERN
+        if name in rule and not (isinstance(rule[name], str) and allowed.match(rule[name])):
+            _fail(f"{path}:{name}", "must be a name" if name == "tag" else "must be a name; * and ? match any characters and any one")
+    allowed = (*_SELECTORS, *(word for word in _VM if word != "state"))
+    _mapping(rule, path, allowed)
+    _vm_mapping({name: value for name, value in rule.items() if name not in _SELECTORS}, path, allowed)
+
+
+def _matches(rule, vm):
+    if "tag" in rule and rule["tag"] not in vm["tags"]:
+        return False
+    if "template" in rule and not _fits(rule["template"], vm["template"]):
+        return False
+    return "name" not in rule or _fits(rule["name"], vm["name"])
+
+
+def _fits(pattern, name):
+    # Not fnmatch: its [...] is nothing that a name here can hold, and its case depends on the system.
+    return re.fullmatch("".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in pattern), name) is not None

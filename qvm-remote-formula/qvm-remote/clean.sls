@@ -1,0 +1,18 @@
+# Takes back all that the other states did: qubesctl state.apply qvm-remote.clean
+# Keeps the audit log, and the histories in the VMs, unless pillar says qvm-remote:clean:logs: true.
+{%- from "qvm-remote/map.jinja" import plan with context %}
+include:
+  - qvm-remote.pillar
+{%- if plan.problem is not defined %}
+
+qvm-remote-clean-clients:
+  qvm_remote.clients_absent:
+    - settings: {{ plan.settings | json }}
+
+qvm-remote-clean-dom0:
+  qvm_remote.absent:
+    - logs: {{ plan.clean_logs | json }}
+    - settings: {{ plan.settings | json }}
+    - require:
+      - qvm_remote: qvm-remote-clean-clients
+{%- endif %}

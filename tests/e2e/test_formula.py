@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The formula as a user has it: pillar is written, states are applied by qubesctl, and dom0, templates and VMs follow.
+
+One machine for all of it, from a dom0 that has nothing of qvm-remote but its files to one that has nothing of it again:
+the tests are steps of that story and run in their order.
+"""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import time
+
+import pytest
+from qubes_sim.stand import Stand
+
+#: What is not looked at: Salt's own, what the simulator's systemctl knows, and the checkout that stands in for the installed formula.
+_SALTS_OWN = "-path /srv/formulas/base -o -path /var/cache/salt -o -path /var/log/salt -o -path /run/salt -o -path /run/systemd/simulated -o -name __pycache__"
+_PLACES = "/etc /var /srv /root /run /home /rw /tmp /usr/local /usr/bin /usr/lib/qvm-remote"
+_VM_PLACES = "/home /rw /etc /var /usr/bin /usr/lib/qvm-remote"
+GIVEN = secrets.token_hex(32)
+
+
+class Machine(Stand):
+    """A machine that users' hands set up: pillar and qubesctl."""
+
+    def apply(self, *words, sls="qvm-remote", **options):
+        """Apply a state.
+
+        Returns:
+            dict of state id to its return.
+        """
+        answer = self.salt("state.apply", sls, *words, **options)
+        return {key.split("_|-")[1]: value for key, value in answer.items()}
+
+    def fail(self, sls="qvm-remote"):
+        """Apply a state that has to fail.
+
+        Returns:
+            (dict of state id to its return, str: all that it printed).
+        """
+        done = self.dom0("qubesctl", "--out=json", "--retcode-passthrough", "state.apply", sls, timeout=180)
+        assert done.returncode != 0
+        return {key.split("_|-")[1]: value for key, value in json.loads(done.stdout)["local"].items()}, (done.stdout + done.stderr).decode()
+
+    def listing(self, vm=None, times=True):
+        """All files of a domain that a state could touch, with owner, mode, size and, on demand, time."""
+        shown = "%p %y %m %u %l" + (" %s %T@" if times else "") + "\\n"
+        # A folder's time changes with Salt's own files in it.
+        script = f"find {_PLACES if vm is None else _VM_PLACES} \\( {_SALTS_OWN} \\) -prune -o -printf '{shown}' 2>/dev/null"
+        done = self.dom0("sh", "-c", script) if vm is None else self.vm(vm, "sh", "-c", script, user="root")
+        return [line for line in done.stdout.decode().splitlines() if not (times and line.split()[1] == "d")]
+
+    def remote(self, *words, vm="work", **options):
+        """Run qvm-remote in a VM."""
+        return self.vm(vm, "qvm-remote", *words, **options)
+
+    def call(self, function, *words):
+        """Call a function of the module with the service's settings."""
+        done = self.dom0("salt-call", "--local", "-c", "/etc/qubes/remote", "--out=json", "--log-level=quiet", f"qvm_remote.{function}", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)["local"]
+
+    def key(self, vm):
+        """The key that a VM has."""
+        return self.vm(vm, "cat", ".qvm-remote/auth.key").stdout.decode().strip()
+
+    def dom0_key(self, vm):
+        """The key that dom0 has for a VM."""
+        return self.dom0("cat", f"/etc/qubes/remote.d/{vm}.key").stdout.decode().strip()
+
+
+def _differences(before, after):
+    return sorted(set(before) ^ set(after))
+
+
+def _changed(states):
+    return {name for name, ret in states.items() if ret["changes"]}
+
+
+def _pillar(**more):
+    vms = {"work": {"key": "generate"}, "dev": {"key": GIVEN}, **more.pop("vms", {})}
+    return {"client": {"templates": ["debian-13"]}, "max_age": 60, "engine": {"discover_interval": 1, "poll_wait": 5}, "vms": vms, **more}
+
+
+def _until(check, seconds=30):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if check():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """dom0 with Salt and the formula's files, a template, and VMs that were never told of qvm-remote."""
+    with Machine(os.path.join(str(tmp_path_factory.mktemp("formula")), "sim"), vms=["work", "dev"]) as one:
+        one.prepare(["debian-13"])
+        for vm in ("work", "dev", "idle", "spare"):
+            one.create(f"{vm}:debian-13")
+        for vm in ("work", "dev"):
+            one.start(vm)
+        one.set_pillar(_pillar())
+        one.salt("saltutil.sync_all")
+        one.start("debian-13")
+        one.before = {vm: one.listing(vm, times=False) for vm in (None, "debian-13")}
+        one.shutdown("debian-13")
+        yield one
+
+
+def test_a_test_run_on_a_clean_machine_changes_nothing_and_predicts_what_the_apply_does(machine):
+    before = {vm: machine.listing(vm) for vm in (None, "work", "dev")}
+    predicted = machine.apply("test=True")
+    for vm, lines in before.items():
+        assert _differences(lines, machine.listing(vm)) == []
+    assert {name for name, ret in predicted.items() if ret["result"] is None} == _changed(predicted)
+    done = machine.apply()
+    assert _changed(done) == _changed(predicted)
+    assert {name: set(ret["changes"]) for name, ret in done.items()} == {name: set(ret["changes"]) for name, ret in predicted.items()}
+    # The VMs were started before their template had the client.
+    for vm in ("work", "dev"):
+        machine.shutdown(vm)
+        machine.start(vm)
+    machine.wait_served("work", "dev")
+    for vm in ("work", "dev"):
+        assert machine.remote("hostname", vm=vm).stdout == b"dom0\n"
+
+
+def test_a_second_apply_changes_nothing(machine):
+    before = machine.listing(), machine.listing("work")
+    states = machine.apply()
+    assert _changed(states) == set()
+    assert all(ret["result"] is True for ret in states.values())
+    after = machine.listing(), machine.listing("work")
+    # Logs, ledger and queue live on by themselves.
+    living = "/var/(log|lib|cache)/qvm-remote|/run/qvm-remote|[.]qvm-remote/"
+    assert [line for old, new in zip(before, after) for line in _differences(old, new) if not re.search(living, line)] == []
+
+
+@pytest.mark.parametrize(
+    ("pillar", "line"),
+    [
+        ({"limits": {"paralel": 3}}, "pillar qvm-remote:limits:paralel: unknown; allowed here: timeout,"),
+        ({"vms": {"spare": {"key": GIVEN}}}, "pillar qvm-remote:vms:spare:key: is also the key of dev"),
+        ({"vms": {"Domain-0": {}}}, "pillar qvm-remote:vms:Domain-0: not a VM's name"),
+        ({"service": {"enable": True}}, "pillar qvm-remote:service:enable: true lets every authorized qube command dom0"),
+    ],
+)
+def test_a_mistake_in_pillar_fails_in_one_line_and_nothing_is_applied(machine, pillar, line):
+    before = machine.listing(times=False)
+    machine.set_pillar(_pillar(**pillar))
+    # Each of them once with the first mistake; the others are found by the same lines.
+    for sls in ("qvm-remote", "qvm-remote.vm", "qvm-remote.clean") if "limits" in pillar else ("qvm-remote",):
+        states, text = machine.fail(sls)
+        assert list(states) == ["qvm-remote-pillar-valid"]
+        assert states["qvm-remote-pillar-valid"]["name"].startswith(line)
+        assert GIVEN not in text
+        assert "Traceback" not in text
+    machine.set_pillar(_pillar())
+    assert _differences(before, machine.listing(times=False)) == []
+    assert machine.remote("true").returncode == 0
+
+
+def test_no_key_is_in_salts_output_logs_caches_or_in_any_process(machine):
+    done = machine.dom0("qubesctl", "--log-level=info", "--log-file-level=info", "state.apply", "qvm-remote", timeout=180)
+    keys = [machine.dom0_key("work"), GIVEN]
+    assert [machine.key(vm) for vm in ("work", "dev")] == keys
+    for key in keys:
+        assert key.encode() not in done.stdout + done.stderr
+        for path in ("/var", "/etc", "/srv", "/run", "/tmp", "/root"):
+            found = machine.dom0("grep", "-rlsaF", "--", key, path).stdout.decode().split()
+            allowed = ["/etc/qubes/remote.d/work.key", "/etc/qubes/remote.d/dev.key", "/srv/pillar/qvm-remote.sls"]
+            assert [path for path in found if path not in allowed] == []
+        for name in ("cmdline", "environ"):
+            shown = machine.dom0("sh", "-c", f"cat /proc/[0-9]*/{name}").stdout
+            assert len(shown) > 100
+            assert key.encode() not in shown
+
+
+def test_a_halted_vm_gets_its_key_when_it_runs_and_is_not_started_for_it(machine):
+    machine.set_pillar(_pillar(vms={"idle": {}}))
+    first = machine.apply()
+    assert _changed(first) == {"qvm-remote-vm-idle", "qvm-remote-dom0-config", "qvm-remote-dom0-service"}
+    assert "it is shut down and gets its key when it runs next" in first["qvm-remote-vm-idle"]["comment"]
+    again = machine.apply()
+    assert _changed(again) == set()
+    assert "it is shut down" in again["qvm-remote-vm-idle"]["comment"]
+    assert machine.dom0("qvm-check", "--running", "idle").returncode == 1
+    assert machine.call("status")["keys"]["idle"]["in_vm"] == "pending"
+    machine.start("idle")
+    machine.wait_served("idle")
+    assert machine.remote("hostname", vm="idle").stdout == b"dom0\n"
+    assert machine.call("status")["keys"]["idle"]["in_vm"] == "fits"
+    machine.shutdown("idle")
+
+
+def test_one_vm_more_touches_that_vm_only(machine):
+    machine.start("spare")
+    before = machine.listing("work")
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
+    states = machine.apply("--", sls="qvm-remote.vm")
+    assert _changed(states) == {"qvm-remote-vm-spare"}
+    # But for the queue, which lives on by itself, there is nothing new in another VM.
+    assert [line for line in _differences(before, machine.listing("work")) if "/.qvm-remote/" not in line] == []
+    machine.wait_served("spare")
+
+
+def test_a_queue_that_is_out_of_order_is_mended_and_no_symbolic_link_is_followed(machine):
+    machine.vm("spare", "sh", "-c", "chmod 755 .qvm-remote/queue; chmod 644 .qvm-remote/auth.key; rmdir .qvm-remote/queue/results || true", check=True)
+    shown = machine.call("inspect", "spare")
+    assert {"folder-mode", "key-mode"} <= set(shown["problems"])
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == {"qvm-remote-vm-spare"}
+    modes = machine.vm("spare", "stat", "-c", "%a %U", ".qvm-remote", ".qvm-remote/queue", ".qvm-remote/auth.key").stdout.decode().splitlines()
+    assert modes == ["700 user", "700 user", "600 user"]
+    machine.vm("spare", "sh", "-c", "mv .qvm-remote/queue/running elsewhere && chmod 755 elsewhere && ln -s ~/elsewhere .qvm-remote/queue/running", check=True)
+    states, _ = machine.fail("qvm-remote.vm")
+    assert states["qvm-remote-vm-spare"]["result"] is False
+    assert states["qvm-remote-vm-work"]["result"] is True
+    assert machine.vm("spare", "stat", "-c", "%a", "elsewhere").stdout == b"755\n"
+    machine.vm("spare", "sh", "-c", "rm .qvm-remote/queue/running && mv elsewhere .qvm-remote/queue/running", check=True)
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == {"qvm-remote-vm-spare"}
+
+
+def test_a_lost_key_is_seen_and_mended_by_the_next_apply(machine):
+    for vm in ("work", "dev"):
+        machine.vm(vm, "rm", ".qvm-remote/auth.key", check=True)
+    assert machine.call("inspect", "dev")["key"] == "lost"
+    states = machine.apply(sls="qvm-remote.vm")
+    # The engine may have mended work's by itself already: it is dom0's to make.
+    assert {"qvm-remote-vm-dev"} <= _changed(states) <= {"qvm-remote-vm-dev", "qvm-remote-vm-work"}
+    assert machine.key("dev") == GIVEN
+    assert machine.key("work") == machine.dom0_key("work")
+
+
+def test_an_altered_key_is_refused_and_mended_by_the_engine(machine):
+    machine.vm("work", "sh", "-c", f"echo {secrets.token_hex(32)} > .qvm-remote/auth.key", check=True)
+    refused = machine.remote("true")
+    assert (refused.returncode, b"token does not fit" in refused.stderr) == (125, True)
+    assert _until(lambda: machine.key("work") == machine.dom0_key("work"))
+    assert machine.remote("hostname").stdout == b"dom0\n"
+    assert b'"what":"key-handed"' in machine.dom0("tail", "-n", "20", "/var/log/qvm-remote/audit.log").stdout
+
+
+def test_an_altered_key_that_pillar_gives_waits_for_the_next_apply(machine):
+    machine.vm("dev", "sh", "-c", f"echo {secrets.token_hex(32)} > .qvm-remote/auth.key", check=True)
+    assert machine.remote("true", vm="dev").returncode == 125
+    assert _until(lambda: machine.call("status")["keys"]["dev"]["in_vm"] == "altered")
+    assert machine.key("dev") != GIVEN
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == {"qvm-remote-vm-dev"}
+    assert machine.remote("hostname", vm="dev").stdout == b"dom0\n"
+
+
+def test_rotation_under_load_loses_no_command(machine):
+    asking = "until [ -e /tmp/enough ]; do qvm-remote -n echo fine || echo failed; done"
+    clients = [machine.popen_vm("work", "sh", "-c", asking, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
+    keys = [machine.dom0_key("work")]
+    for _ in range(3):
+        rotated = machine.call("rotate", "work")
+        assert rotated["handed"] is True
+        keys.append(machine.dom0_key("work"))
+        time.sleep(1)
+    machine.vm("work", "touch", "/tmp/enough", check=True)
+    said = [line for client in clients for line in client.communicate(timeout=60)[0].splitlines()]
+    assert len(set(keys)) == 4
+    assert len(said) > 20
+    assert [line for line in said if line != b"fine"] == []
+    assert machine.key("work") == keys[-1]
+
+
+def test_a_changed_pillar_key_is_rotated_in(machine):
+    new = secrets.token_hex(32)
+    machine.set_pillar(_pillar(vms={"dev": {"key": new}, "idle": {}, "spare": {}}))
+    states = machine.apply(sls="qvm-remote.vm")
+    assert _changed(states) == {"qvm-remote-vm-dev"}
+    assert machine.remote("hostname", vm="dev").stdout == b"dom0\n"
+    assert (machine.key("dev"), machine.dom0_key("dev")) == (new, new)
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
+    machine.apply(sls="qvm-remote.vm")
+    assert machine.key("dev") == GIVEN
+
+
+def test_an_old_key_is_rotated_by_the_apply_and_a_fresh_one_is_not(machine):
+    machine.set_pillar(_pillar(vms={"work": {"rotate_days": 30}, "idle": {}, "spare": {}}))
+    before = machine.dom0_key("work")
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == set()
+    machine.dom0("touch", "-d", "31 days ago", "/etc/qubes/remote.d/work.key", check=True)
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == {"qvm-remote-vm-work"}
+    assert machine.dom0_key("work") != before
+    assert machine.remote("hostname").stdout == b"dom0\n"
+
+
+def test_new_settings_are_taken_over_without_losing_what_runs(machine):
+    with machine.popen_vm("work", "qvm-remote", "-n", "sleep 6; echo still here", stdout=subprocess.PIPE) as running:
+        assert _until(lambda: machine.dom0("pgrep", "-fx", "sleep 6").returncode == 0)
+        machine.set_pillar(_pillar(limits={"timeout": 50}, vms={"idle": {}, "spare": {}}))
+        states = machine.apply()
+        assert _changed(states) == {"qvm-remote-dom0-config", "qvm-remote-dom0-service"}
+        assert set(states["qvm-remote-dom0-service"]["changes"]) == {"settings"}
+        refused = machine.remote("-t", "51", "true")
+        assert refused.returncode == 125
+        assert b"limit of 50 s" in refused.stderr
+        assert running.communicate(timeout=30)[0] == b"still here\n"
+        assert running.returncode == 0
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
+    machine.apply()
+
+
+def test_an_apply_killed_half_way_is_completed_by_the_next(machine):
+    machine.set_pillar(_pillar(limits={"timeout": 40}, vms={"idle": {}, "spare": {"state": "absent"}, "extra": {}}))
+    machine.create("extra:debian-13")
+    machine.start("extra")
+    for wait in (1.2, 1.6, 2.0):
+        with machine.popen_dom0("qubesctl", "state.apply", "qvm-remote", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            time.sleep(wait)
+            machine.dom0("pkill", "-KILL", "-f", "state.apply")
+    states = machine.apply()
+    assert all(ret["result"] is True for ret in states.values())
+    assert _changed(machine.apply()) == set()
+    machine.wait_served("extra", "work")
+
+
+def test_a_removed_vm_is_refused_and_forgotten(machine):
+    assert "spare" not in machine.call("keys")
+    assert machine.call("remembered", "spare") == 0
+    refused = machine.remote("true", vm="spare")
+    assert refused.returncode == 125
+    assert b"dom0 has no key for spare" in refused.stderr
+    assert machine.dom0("grep", "-c", '"what":"revoked","vm":"spare"', "/var/log/qvm-remote/audit.log").stdout.strip() == b"1"
+
+
+def test_keys_that_pillar_does_not_name_are_shown_and_taken_on_demand(machine):
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"state": "absent"}}))
+    states = machine.apply(sls="qvm-remote.vm")
+    assert _changed(states) == set()
+    assert "extra" in states["qvm-remote-vm-unlisted"]["comment"]
+    machine.set_pillar(_pillar(unlisted="absent", vms={"idle": {}}))
+    assert set(machine.apply(sls="qvm-remote.vm")["qvm-remote-vm-unlisted"]["changes"]) == {"extra"}
+    assert "extra" not in machine.call("keys")
+
+
+def test_salts_own_tools_work_beside_the_service_and_a_wiped_cache_does_not_hurt_it(machine):
+    machine.dom0("sh", "-c", "rm -rf /var/cache/salt /var/cache/qvm-remote/*", check=True)
+    assert machine.remote("hostname").stdout == b"dom0\n"
+    assert machine.salt("test.ping") is True
+    machine.salt("saltutil.sync_all")
+    machine.apply()
+    assert machine.remote("hostname").stdout == b"dom0\n"
+    machine.dom0("systemctl", "restart", "qvm-remote", timeout=120, check=True)
+    machine.wait_served("work", "dev")
+
+
+def test_a_killed_minion_is_started_again(machine):
+    before = machine.dom0("pgrep", "-f", "salt-minion").stdout.split()
+    machine.dom0("pkill", "-KILL", "-f", "salt-minion", check=True)
+    assert _until(lambda: set(machine.dom0("pgrep", "-f", "salt-minion").stdout.split()) - set(before), 60)
+    machine.wait_served("work")
+
+
+def test_the_service_is_gone_after_a_reboot(machine):
+    machine.reboot()
+    machine.start("work")
+    assert machine.dom0("systemctl", "is-active", "qvm-remote").stdout == b"inactive\n"
+    assert machine.dom0("pgrep", "-f", "salt-minion").returncode == 1
+    # Who waits hears of it.
+    assert machine.dom0("ls", "/run/systemd/system/qvm-remote.service").returncode != 0
+
+
+def test_with_the_risk_accepted_it_survives_one(machine):
+    machine.set_pillar(_pillar(service={"enable": True, "accept_risk": True}, transport="qubesadmin"))
+    assert "enabled" in machine.apply()["qvm-remote-dom0-service"]["changes"]
+    machine.reboot()
+    machine.start("work")
+    machine.wait_served("work")
+    assert machine.remote("hostname").stdout == b"dom0\n"
+
+
+def test_through_the_library_no_qvm_run_stays_behind(machine):
+    assert machine.call("status")["sessions"]["work"] == "agent"
+    shown = machine.dom0("ps", "-e", "-o", "args").stdout.decode()
+    assert "qvm-run" not in shown
+    assert "qrexec-client -d work" in shown
+
+
+def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
+    for vm in ("work", "dev"):
+        machine.start(vm)
+    machine.wait_served("work", "dev")
+    states = machine.apply(sls="qvm-remote.clean", timeout=300)
+    assert _changed(states) == {"qvm-remote-clean-clients", "qvm-remote-clean-dom0"}
+    assert _changed(machine.apply(sls="qvm-remote.clean")) == set()
+    left = _differences(machine.before[None], machine.listing(times=False))
+    assert {line.split()[0] for line in left} == {"/var/log/qvm-remote", "/var/log/qvm-remote/audit.log"}
+    assert machine.dom0("pgrep", "-f", "salt-minion").returncode == 1
+    machine.start("debian-13")
+    assert _differences(machine.before["debian-13"], machine.listing("debian-13", times=False)) == []
+    machine.shutdown("debian-13")
+    kept = machine.vm("work", "ls", "-A", ".qvm-remote").stdout.decode().split()
+    assert sorted(kept) == ["audit.log", "history"]
+
+
+def test_clean_takes_the_logs_too_if_pillar_says_so(machine):
+    machine.set_pillar(_pillar(clean={"logs": True}))
+    machine.apply(sls="qvm-remote.clean")
+    assert _differences(machine.before[None], machine.listing(times=False)) == []

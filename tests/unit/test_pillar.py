@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Pillar: what it may say, what becomes of it, and that a mistake is one line which names the place."""
+
+import dataclasses
+import os
+
+import pytest
+import salt.utils.yaml
+from pullrpc.config import Config, make_config
+from pullrpc.errors import PillarError
+from pullrpc.pillar import given_key, read_pillar
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+KEY = "4f1d2c3b5a69788796a5b4c3d2e1f00112233445566778899aabbccddeeff001"
+VMS = [
+    {"name": "dom0", "class": "AdminVM", "template": "", "tags": []},
+    {"name": "fedora-41", "class": "TemplateVM", "template": "", "tags": ["remote"]},
+    {"name": "work", "class": "AppVM", "template": "fedora-41", "tags": ["remote"]},
+    {"name": "dev", "class": "AppVM", "template": "fedora-41", "tags": []},
+    {"name": "web", "class": "AppVM", "template": "debian-13", "tags": ["remote", "slow"]},
+]
+
+
+def _list_vms(tags):
+    return [{**vm, "tags": [tag for tag in vm["tags"] if tag in tags]} for vm in VMS]
+
+
+@pytest.mark.parametrize(
+    ("pillar", "place", "allowed"),
+    [
+        ({"limit": {}}, "limit:", "allowed here: service, minion, transport"),
+        ({"limits": {"timeouts": 5}}, "limits:timeouts:", "allowed here: timeout, command"),
+        ({"limits": {"parallel": -1}}, "limits:parallel:", "between 1 and 256"),
+        ({"limits": {"timeout": True}}, "limits:timeout:", "must be of type int"),
+        ({"limits": {"memory": "1 GB"}}, "limits:memory:", "a number of bytes, or one with K, M, G or T"),
+        ({"limits": {"memory": "1K"}}, "limits:memory:", "must lie between"),
+        ({"limits": [1]}, "limits:", "must be a mapping"),
+        ({"max_age": "300"}, "max_age:", "must be of type int"),
+        ({"transport": "qrexec"}, "transport:", "one of qvm-run, qubesadmin"),
+        ({"service": {"running": "yes"}}, "service:running:", "true or false"),
+        ({"service": {"enable": True}}, "service:enable:", "set service:accept_risk: true"),
+        ({"minion": {"master": "a b"}}, "minion:master:", "must be a name"),
+        ({"client": {"templates": "fedora-41"}}, "client:templates:", "must be a list"),
+        ({"client": {"templates": ["fedora-41", "dom0"]}}, "client:templates:1:", "not a VM's name"),
+        ({"client": {"templates": ["a", "a"]}}, "client:templates:", "twice"),
+        ({"vms": ["work"]}, "vms:", "must be a mapping"),
+        ({"vms": {"dom0": {}}}, "vms:dom0:", "never dom0"),
+        ({"vms": {"my vm": {}}}, "vms:", "not a VM's name"),
+        ({"vms": {"work": {"keys": "generate"}}}, "vms:work:keys:", "allowed here: state, key, user"),
+        ({"vms": {"work": {"key": "made"}}}, "vms:work:key:", "64 hex digits"),
+        ({"vms": {"work": {"key": KEY[:-1]}}}, "vms:work:key:", "63 characters"),
+        ({"vms": {"work": {"key": int("1" * 64)}}}, "vms:work:key:", "in quotes"),
+        ({"vms": {"work": {"key": "0" * 64}}}, "vms:work:key:", "not random"),
+        ({"vms": {"work": {"key": KEY}, "dev": {"key": KEY.upper()}}}, "vms:work:key:", "is also the key of dev"),
+        ({"vms": {"work": {"state": "gone"}}}, "vms:work:state:", "one of present, absent"),
+        ({"vms": {"work": {"timeout": 0}}}, "vms:work:timeout:", "between 1 and"),
+        ({"vms": {"work": {"user": "a; b"}}}, "vms:work:user:", "name of a user"),
+        ({"vms": {"work": {"accept_v1": 1}}}, "vms:work:accept_v1:", "true or false"),
+        ({"vms": {"work": {"rotate_days": 0}}}, "vms:work:rotate_days:", "1 to 3650"),
+        ({"vms": {"work": {"key": "own", "rotate_days": 5}}}, "vms:work:rotate_days:", "needs key: generate"),
+        ({"defaults": {"state": "absent"}}, "defaults:state:", "allowed here: key, user"),
+        ({"defaults": {"key": KEY}}, "defaults:key:", "belongs to one qube"),
+        ({"select": [{"timeout": 5}]}, "select:0:", "one or more of tag, template, name"),
+        ({"select": [{"tag": "a", "colour": "red"}]}, "select:0:colour:", "allowed here: tag, template, name"),
+        ({"select": [{"tag": "a*"}]}, "select:0:tag:", "must be a name"),
+        ({"unlisted": "revoke"}, "unlisted:", "one of keep, absent"),
+        ({"clean": {"logs": "all"}}, "clean:logs:", "true or false"),
+        ({"engine": {"key_dir": "/srv/keys"}}, "engine:key_dir:", "must not lie under /srv"),
+        ({"engine": {"timeout_max": 5}}, "engine:timeout_max:", "allowed here: spool_bytes_max"),
+        ("work", "", "must be a mapping"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_place_and_what_is_allowed(pillar, place, allowed):
+    with pytest.raises(PillarError) as caught:
+        read_pillar(pillar, _list_vms)
+    text = str(caught.value)
+    assert text.startswith(f"pillar qvm-remote:{place}" if place else "pillar qvm-remote: ")
+    assert allowed in text
+    assert "\n" not in text
+    # Not even a wrong key is repeated: it may be the right one of another qube.
+    assert KEY[:20] not in text.lower()
+
+
+def test_a_key_in_the_wrong_place_is_not_repeated():
+    with pytest.raises(PillarError) as caught:
+        read_pillar({"vms": {"work": {KEY: "key"}}}, _list_vms)
+    assert KEY not in str(caught.value)
+
+
+def test_the_plan_holds_no_key():
+    pillar = {"vms": {"dev": {"key": KEY}, "work": {}}}
+    plan = read_pillar(pillar)
+    assert KEY not in repr(plan)
+    assert {vm: own["key"] for vm, own in plan.vms.items()} == {"dev": "given", "work": "generate"}
+    assert given_key(pillar, "dev") == KEY.encode()
+    assert given_key(pillar, "work") is None
+
+
+def test_words_become_settings():
+    pillar = {
+        "transport": "qubesadmin",
+        "max_age": 60,
+        "limits": {"memory": "1G", "output": "5M", "parallel_per_vm": 2, "command": 1000},
+        "defaults": {"user": "alice"},
+        "vms": {"work": {"timeout": 60, "parallel": 1}, "old": {"state": "absent"}},
+    }
+    config = make_config(read_pillar(pillar).settings)
+    assert (config.transport, config.max_age, config.memory_max, config.output_max) == ("qubesadmin", 60, 1 << 30, 5 << 20)
+    work, other = config.for_vm("work"), config.for_vm("other")
+    assert (work.timeout_max, work.vm_parallel, work.user, work.key) == (60, 1, "alice", "generate")
+    assert (other.timeout_max, other.vm_parallel) == (300, 2)
+    # Still named to the engine, so that it hears that it is refused.
+    assert "old" in config.vms
+
+
+def test_vms_are_selected_by_tag_template_and_name_and_their_own_entry_wins():
+    pillar = {
+        "defaults": {"timeout": 10},
+        "select": [{"tag": "remote", "timeout": 20}, {"template": "debian-*", "name": "w?b", "timeout": 30}],
+        "vms": {"dev": {"parallel": 1}, "web": {"user": "bob"}},
+    }
+    plan = read_pillar(pillar, _list_vms)
+    assert sorted(plan.vms) == ["dev", "web", "work"]
+    assert {vm: own["timeout_max"] for vm, own in plan.settings["vms"].items()} == {"dev": 10, "web": 30, "work": 20}
+    assert plan.settings["vms"]["web"]["user"] == "bob"
+
+
+def test_an_absent_vm_stays_absent_though_its_tag_selects_it():
+    plan = read_pillar({"select": [{"tag": "remote"}], "vms": {"work": {"state": "absent"}}}, _list_vms)
+    assert plan.vms["work"]["state"] == "absent"
+    assert plan.vms["web"]["state"] == "present"
+
+
+def test_the_example_has_every_setting_with_its_default():
+    with open(os.path.join(_ROOT, "pillar.example"), encoding="utf-8") as file:
+        example = salt.utils.yaml.safe_load(file)["qvm-remote"]
+    plan = read_pillar(example, _list_vms)
+    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "user", "vms")}
+    assert {name: value for name, value in plan.settings.items() if name != "vms"} == known
+    empty = read_pillar({})
+    assert (plan.service, plan.minion, plan.unlisted, plan.clean_logs) == (empty.service, empty.minion, empty.unlisted, empty.clean_logs)
+    assert make_config(plan.settings).for_vm("builder").timeout_max == 3600

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keys that change: both work for a while, and then one; what a VM has is seen; what was forgotten stays unusable."""
+
+import concurrent.futures
+import os
+import threading
+import time
+
+import pytest
+from pullrpc.audit import AuditLog
+from pullrpc.config import make_config
+from pullrpc.errors import KeyringError, Refused
+from pullrpc.gate import Request, check_new
+from pullrpc.handover import Handover
+from pullrpc.ids import new_cid
+from pullrpc.keyring import Keyring
+from pullrpc.ledger import Ledger
+from pullrpc.session import Found
+from pullrpc.tokens import fingerprint
+
+OVERLAP = 300
+
+
+@pytest.fixture
+def keyring(tmp_path):
+    """A key folder with a key for work."""
+    one = Keyring(str(tmp_path / "keys"))
+    one.put("work", os.urandom(32).hex())
+    return one
+
+
+class _Vm:
+    """A VM as its session shows it."""
+
+    def __init__(self):
+        self.key = None
+        self.given = 0
+
+    def inspect(self):
+        return Found(None if self.key is None else fingerprint(self.key), ())
+
+    def set_key(self, key):
+        self.key = key
+        self.given += 1
+
+
+@pytest.fixture
+def handover(keyring, tmp_path):
+    """The handing over of that folder's keys."""
+    return Handover(str(tmp_path / "notes"), keyring, AuditLog(str(tmp_path / "audit.log")))
+
+
+def _stage(keyring):
+    old, new = keyring.get("work"), os.urandom(32)
+    keyring.stage("work", new)
+    return old, new
+
+
+def test_a_staged_key_works_beside_the_old_one(keyring):
+    old, new = _stage(keyring)
+    assert keyring.accepted("work", OVERLAP) == [old, new]
+    assert keyring.newest("work") == new
+
+
+def test_once_handed_the_new_key_is_the_key_and_the_old_one_works_for_the_overlap(keyring, tmp_path):
+    old, new = _stage(keyring)
+    assert keyring.handed("work", new) is True
+    assert keyring.accepted("work", OVERLAP) == [new, old]
+    path = tmp_path / "keys" / "work.key.old"
+    os.utime(path, (time.time() - OVERLAP - 1,) * 2)
+    assert keyring.accepted("work", OVERLAP) == [new]
+    keyring.drop_old(OVERLAP)
+    assert not path.exists()
+
+
+def test_a_clock_that_was_set_back_gives_no_old_key_a_second_life(keyring, tmp_path):
+    _, new = _stage(keyring)
+    keyring.handed("work", new)
+    os.utime(tmp_path / "keys" / "work.key.old", (time.time() + 3600,) * 2)
+    assert keyring.accepted("work", OVERLAP) == [new]
+
+
+def test_the_first_use_of_the_new_key_shortens_the_old_ones_life(keyring, tmp_path):
+    old, new = _stage(keyring)
+    keyring.handed("work", new)
+    keyring.used("work", old, OVERLAP)
+    assert time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime < 5
+    keyring.used("work", new, OVERLAP)
+    left = OVERLAP - (time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime)
+    assert 20 < left < 31
+    assert keyring.accepted("work", OVERLAP) == [new, old]
+
+
+def test_a_staged_key_that_the_vm_signs_with_was_handed(keyring):
+    old, new = _stage(keyring)
+    keyring.used("work", new, OVERLAP)
+    assert keyring.get("work") == new
+    assert not keyring.is_staged("work")
+    assert keyring.accepted("work", OVERLAP) == [new, old]
+
+
+def test_a_key_that_is_staged_or_replaced_can_be_no_other_vms(keyring):
+    old, new = _stage(keyring)
+    for key in (old, new):
+        with pytest.raises(KeyringError, match="already the key of work"):
+            keyring.put("dev", key.hex())
+    keyring.handed("work", new)
+    with pytest.raises(KeyringError, match="already the key of work"):
+        keyring.put("dev", old.hex())
+
+
+def test_revoking_takes_all_keys(keyring, tmp_path):
+    _, new = _stage(keyring)
+    keyring.handed("work", new)
+    keyring.stage("work", os.urandom(32))
+    assert keyring.remove("work") is True
+    assert os.listdir(tmp_path / "keys") == []
+
+
+def test_a_vm_without_a_key_can_not_be_rotated(keyring):
+    with pytest.raises(KeyringError, match="no key for dev"):
+        keyring.stage("dev", os.urandom(32))
+
+
+def test_a_pending_key_is_handed_once(keyring, handover):
+    vm = _Vm()
+    assert handover.known("work") == "pending"
+    assert handover.look(vm, "work", "generate") == "key-handed"
+    assert handover.look(vm, "work", "generate") is None
+    assert (vm.key, vm.given, handover.known("work")) == (keyring.get("work"), 1, "fits")
+
+
+@pytest.mark.parametrize(("found", "word"), [(None, "lost"), (b"another key of thirty-two bytes.", "altered")])
+def test_a_key_that_is_gone_is_mended_if_dom0_makes_it_and_told_once_if_not(keyring, handover, found, word):
+    vm = _Vm()
+    handover.look(vm, "work", "given")
+    vm.key = found
+    assert handover.look(vm, "work", "given") == f"key-{word}"
+    assert handover.look(vm, "work", "given") is None
+    assert (vm.key, handover.known("work")) == (found, word)
+    assert handover.look(vm, "work", "generate") == "key-mended"
+    assert vm.key == keyring.get("work")
+
+
+def test_a_rotated_key_is_pending_until_the_vm_has_it(keyring, handover):
+    vm = _Vm()
+    handover.look(vm, "work", "own")
+    _, new = _stage(keyring)
+    assert handover.known("work") == "pending"
+    assert handover.look(vm, "work", "own") == "key-handed"
+    assert vm.key == new == keyring.get("work")
+
+
+def test_no_note_holds_a_key(keyring, handover, tmp_path):
+    handover.look(_Vm(), "work", "generate")
+    kept = b"".join(path.read_bytes() for path in (*(tmp_path / "notes").iterdir(), tmp_path / "audit.log"))
+    assert keyring.get("work").hex().encode() not in kept
+
+
+def test_what_a_forgotten_vm_had_run_can_not_be_replayed(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    cid = new_cid()
+    ledger.claim("work", cid, b"mac")
+    ledger.start("work", cid)
+    ledger.finish("work", cid, 0, "done")
+    assert ledger.forget("work") == 1
+    assert (ledger.state("work", cid), ledger.count_of("work")) == (None, 0)
+    request = Request("work", cid, "true", None, "shell", 5, b"", b"mac", b"k" * 32)
+    with pytest.raises(Refused) as caught:
+        check_new(make_config({}), ledger, request)
+    assert caught.value.code == "replay"
+    # Another VM's ids are not touched.
+    assert check_new(make_config({}), ledger, Request("dev", cid, "true", None, "shell", 5, b"", b"mac", b"k" * 32)) is None
+
+
+def test_what_runs_is_not_forgotten(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    cid = new_cid()
+    ledger.claim("work", cid, b"mac")
+    assert ledger.forget("work") == 0
+    assert ledger.state("work", cid)[0] == "claimed"
+
+
+def test_a_request_shows_no_key():
+    assert "kkkk" not in repr(Request("work", "c", "true", None, "shell", 5, b"", b"mac", b"k" * 32))
+
+
+def test_two_that_see_the_new_key_arrive_at_once_keep_the_old_one_working(keyring):
+    for _ in range(20):
+        old, new = _stage(keyring)
+        start = threading.Barrier(4)
+
+        def see(new=new, start=start):
+            start.wait()
+            return keyring.handed("work", new)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            outcomes = [future.result() for future in [pool.submit(see) for _ in range(4)]]
+        assert sorted(outcomes) == [False, False, False, True]
+        assert keyring.accepted("work", OVERLAP) == [new, old]
