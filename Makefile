@@ -3,12 +3,13 @@ PYTHON3 ?= python3
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare demo demo-shell bench test lint install-client clean
+.PHONY: help prepare demo demo-shell bench bench-fleet test lint install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
 	@echo "make demo-shell      the same, then a prompt inside a VM, with the engine running"
 	@echo "make bench           time a command, beside a bare qvm-run"
+	@echo "make bench-fleet     time an apply, for each VM"
 	@echo "make test            lint, then all tests"
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
@@ -26,8 +27,12 @@ demo-shell: prepare
 bench: prepare
 	@$(BIN)/python bench/roundtrip.py
 
+bench-fleet: prepare
+	@$(BIN)/python bench/fleet.py
+
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/nox --session oldest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: prepare
 	$(BIN)/ruff check .
@@ -40,5 +45,5 @@ install-client:
 	$(PYTHON3) tools/install_client.py "$(DESTDIR)"
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .sim
+	rm -rf .venv .nox .pytest_cache .ruff_cache .sim
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

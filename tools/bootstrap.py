@@ -21,6 +21,8 @@ _SYSTEM = (
     ("the C compiler, to build salt's dependency timelib", lambda: shutil.which("cc") or shutil.which("gcc"), "gcc", "gcc"),
     ("Python's headers, for the same", lambda: os.path.exists(_HEADER), "python3-dev", "python3-devel"),
     ("Python's venv module", lambda: _can_import("ensurepip") and _can_import("venv"), "python3-venv", "python3"),
+    ("systemd-analyze, to check the service's unit", lambda: shutil.which("systemd-analyze"), "systemd", "systemd"),
+    ("socat, for the tests' channels to a master", lambda: shutil.which("socat"), "socat", "socat"),
     ("shellcheck, for make lint", lambda: shutil.which("shellcheck"), "shellcheck", "ShellCheck"),
 )
 
