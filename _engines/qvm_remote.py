@@ -11,6 +11,7 @@
 
 It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped.
 SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
+SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second.
 
 Events on the minion's bus, and on its master's if it has one, all with ``vm`` and ``id`` in their data (``-`` when none is meant):
 
@@ -76,6 +77,9 @@ def start(**config):
 def _serve_until_stopped(config, signals, events):
     waiting_logged = False
     while not signals.is_set:
+        if signals.is_idle:
+            signals.wait(None)
+            continue
         try:
             _make_service(config, signals, events).run()
         except pullrpc.errors.EngineBusy as err:
@@ -113,7 +117,8 @@ def _make_service(config, signals, events):
         except CommandExecutionError as err:
             raise pullrpc.errors.PullError(str(err)) from None
 
-    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning, take_over)
+    setup = os.environ.get("QVM_REMOTE_SETUP", "")
+    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning, take_over, setup)
     signals.set_service(service)
     return service
 
@@ -127,21 +132,25 @@ def _settings_in_file():
 
 
 class _Signals:
-    """SIGHUP makes the service read its settings again; SIGTERM and SIGINT, and the death of the minion that started us, end the service in an orderly way."""
+    """SIGHUP makes the service read its settings again; SIGTERM and SIGINT, and the death of the minion that started us, end the
+    service in an orderly way, and so does SIGUSR1, after which there is to be no other.
+    """
 
     def __init__(self):
         self.is_set = False
+        self.is_idle = False
         self._service = None
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, self._on_reload)
+        signal.signal(signal.SIGUSR1, self._on_idle)
         threading.Thread(target=self._watch_parent, args=(os.getppid(),), name="qvm-remote-parent", daemon=True).start()
 
     def set_service(self, service):
         """Say what to stop."""
         self._service = service
-        if self.is_set:
+        if self.is_set or self.is_idle:
             service.stop()
 
     def wait(self, seconds):
@@ -161,6 +170,11 @@ class _Signals:
     def _on_reload(self, number, frame):
         if self._service is not None:
             self._service.reload()
+
+    def _on_idle(self, number, frame):
+        self.is_idle = True
+        if self._service is not None:
+            self._service.stop()
 
     def _watch_parent(self, parent):
         while os.getppid() == parent:

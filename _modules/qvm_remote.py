@@ -9,10 +9,13 @@ without one, the defaults of :mod:`pullrpc.config`. ``config`` overrides them, f
 """
 
 import dataclasses
+import glob
+import hashlib
 import json
 import logging
 import os
 import secrets
+import signal
 import time
 
 import pullrpc
@@ -25,10 +28,12 @@ import pullrpc.lock
 import pullrpc.package
 import pullrpc.pillar
 import pullrpc.provision
+import pullrpc.removal
 import pullrpc.service
 import pullrpc.session
 import pullrpc.tokens
 import pullrpc.transport
+import salt.utils.files
 from salt.exceptions import CommandExecutionError
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,8 @@ _KEY_READ_MAX = 66
 _KEY_WAIT = 20
 #: How long the engine may take to work under new settings, seconds.
 _RELOAD_WAIT = 10
+#: How long the engine may take to end, once what runs had its time, seconds.
+_STOP_WAIT = 15
 _PILLAR = "qvm-remote"
 #: How long a list of running VMs holds, so that a fleet's states do not start qvm-ls for each VM, seconds.
 _LIST_HOLDS = 5
@@ -440,18 +447,17 @@ def remove_queue(vm, history=False, config=None):
         raise CommandExecutionError(str(err)) from None
 
 
-def client_installed(template, config=None):
+def client_installed(template):
     """Say whether this version of the client was installed in a template (or standalone) from here.
 
     Args:
         template: its name.
-        config: settings (dict), default: the engine's.
 
     Returns:
         bool
 
     Raises:
-        CommandExecutionError: it is no VM's name, or the client's files are not in the file roots.
+        CommandExecutionError: there is no such template, or the client's files are not in the file roots.
 
     CLI Example:
 
@@ -461,22 +467,19 @@ def client_installed(template, config=None):
     """
     try:
         pullrpc.ids.check_vm_name(template)
-        return pullrpc.provision.client_digest(_dom0(config).config, template) == _client_archive()[1]
+        return pullrpc.provision.client_digest(template) == _client_archive()[1]
     except (OSError, pullrpc.errors.PullError) as err:
         raise CommandExecutionError(str(err)) from None
 
 
-def clients(config=None):
+def clients():
     """List the templates that got a client from here, of whatever version.
-
-    Args:
-        config: settings (dict), default: the engine's.
 
     Returns:
         list of str
 
     Raises:
-        CommandExecutionError: the settings can't be used.
+        CommandExecutionError: the qubes can't be listed.
 
     CLI Example:
 
@@ -485,8 +488,8 @@ def clients(config=None):
         salt-call --local qvm_remote.clients
     """
     try:
-        return pullrpc.provision.clients(_dom0(config).config)
-    except (OSError, pullrpc.errors.PullError) as err:
+        return pullrpc.provision.clients()
+    except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
 
 
@@ -686,6 +689,104 @@ def in_use(settings):
     return pullrpc.lock.is_held(config.run_dir) and _published(config).get("settings") == pullrpc.config.digest(config)
 
 
+def started_as(config=None):
+    """Say what the engine at work was started as: the word that stands for its unit, its minion's configuration and its code.
+
+    Args:
+        config: settings (dict) that say where it is at work, default: the engine's.
+
+    Returns:
+        str; empty when it was not started by the service, None when none is at work.
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.started_as
+    """
+    try:
+        settings = pullrpc.config.make_config(_settings(config))
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    return _published(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
+
+
+def code():
+    """Name the code of this formula that Salt has here, to tell it from another version's.
+
+    Returns:
+        str, hex: the SHA-256 of all of it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.code
+    """
+    digest = hashlib.sha256()
+    folder = os.path.dirname(os.path.abspath(pullrpc.__file__))
+    engines = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "engines")
+    for path in [*sorted(glob.glob(os.path.join(folder, "*.py"))), os.path.abspath(__file__), os.path.join(engines, "qvm_remote.py")]:
+        # Read as it is, and in an order that is the same wherever the cache lies.
+        with salt.utils.files.fopen(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def leftovers(config=None):
+    """List the folders in dom0 that hold something of qvm-remote: keys, ledger, results, what a service left.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of str
+
+    Raises:
+        CommandExecutionError: the settings can't be used, or a folder can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.leftovers
+    """
+    try:
+        return pullrpc.removal.leftovers(_dom0(config).config)
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+
+
+def remove_leftovers(config=None):
+    """Remove all that :func:`leftovers` speaks of, keys and ledger included; files that are not ours stay. Stop the service first.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of str, the folders that stay because they hold other files.
+
+    Raises:
+        CommandExecutionError: an engine is at work, or something can't be removed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.remove_leftovers
+    """
+    try:
+        settings = _dom0(config).config
+        if pullrpc.lock.is_held(settings.run_dir):
+            raise pullrpc.errors.EngineBusy("an engine is at work; stop it first")
+        return pullrpc.removal.remove(settings)
+    except (OSError, pullrpc.errors.PullError) as err:
+        raise CommandExecutionError(str(err)) from None
+
+
 def reload(config=None):
     """Have the engine at work read its settings again; what runs goes on.
 
@@ -706,7 +807,7 @@ def reload(config=None):
     """
     settings = _settings(config)
     try:
-        if not pullrpc.lock.reload_engine(pullrpc.config.make_config(settings).run_dir):
+        if not pullrpc.lock.signal_engine(pullrpc.config.make_config(settings).run_dir, signal.SIGHUP):
             raise pullrpc.errors.PullError("no engine is at work")
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
@@ -714,6 +815,40 @@ def reload(config=None):
     while not in_use(settings):
         if time.monotonic() > deadline:
             return False
+        time.sleep(0.05)
+    return True
+
+
+def stop(config=None):
+    """Have the engine at work finish, or interrupt, what runs, tell its clients, and serve nobody any more.
+
+    Its minion goes on, with the engine idle, until it is stopped, too: this is how the service's unit begins its end.
+
+    Args:
+        config: settings (dict) that say where it is at work, default: the engine's.
+
+    Returns:
+        bool, False when none was at work.
+
+    Raises:
+        CommandExecutionError: what is at work takes no orders, or does not end.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.stop
+    """
+    try:
+        settings = pullrpc.config.make_config(_settings(config))
+        if not pullrpc.lock.signal_engine(settings.run_dir, signal.SIGUSR1):
+            return False
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    deadline = time.monotonic() + settings.stop_grace + _STOP_WAIT
+    while pullrpc.lock.is_held(settings.run_dir):
+        if time.monotonic() > deadline:
+            raise CommandExecutionError("the engine does not end")
         time.sleep(0.05)
     return True
 

@@ -5,6 +5,7 @@ They report fingerprints, never keys, and change nothing that is already as it s
 started: what one that is shut down needs is kept ready for it, and the comment says so.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -19,10 +20,8 @@ _UNIT = "qvm-remote.service"
 #: Where a unit lies that is gone after a reboot, and one that isn't (systemd.unit(5)).
 _TRANSIENT, _PERSISTENT = "/run/systemd/system", "/etc/systemd/system"
 _UNIT_SOURCE = f"salt://qvm-remote/files/{_UNIT}"
-#: Folders of the service in dom0, besides those that its settings name.
+#: What the service's minion keeps in dom0, besides what the engine's settings name.
 _CACHE, _PKI, _LOG, _MINION_RUN = "/var/cache/qvm-remote", "/var/lib/qvm-remote/pki", "/var/log/qvm-remote/minion.log", "/run/qvm-remote/minion"
-
-
 #: How long the service may take from its start to its work, seconds.
 _START_WAIT = 90
 
@@ -117,11 +116,14 @@ def _minion_config(settings, minion):
         "id": minion.get("id") or __opts__["id"],
         "file_client": "local",
         "file_roots": __opts__["file_roots"],
+        "pillar_roots": __opts__["pillar_roots"],
         "user": "root",
         "cachedir": _CACHE,
+        # Its default does not follow cachedir.
+        "extension_modules": f"{_CACHE}/extmods",
         "pki_dir": _PKI,
         "sock_dir": _MINION_RUN,
-        "pidfile": f"{_MINION_RUN}.pid",
+        "pidfile": f"{_MINION_RUN}/minion.pid",
         "log_file": _LOG,
         "engines": [{"qvm_remote": settings}],
     }
@@ -149,8 +151,9 @@ def _read(path):
 def service(name="qvm-remote", running=True, enable=False, accept_risk=False, config_dir="/etc/qubes/remote", settings=None, minion=None):
     """Have the service running, now. After a reboot it is gone, unless ``enable`` and ``accept_risk`` say that it shall come back.
 
-    A service that runs under other settings takes the present ones over without losing a command; it is restarted only where
-    that can't be.
+    A service that runs under other settings takes the present ones over without losing a command. It is restarted where that
+    can't be: when its unit, its minion's own configuration or the formula's code have changed. A command that then runs for
+    longer than ``stop_grace`` is interrupted, and its client told so.
 
     Args:
         name: not used but as the state's name: there is one service.
@@ -173,34 +176,41 @@ def service(name="qvm-remote", running=True, enable=False, accept_risk=False, co
     def work(ret):
         if enable and not accept_risk:
             raise _Failed("enable: true lets every authorized qube command dom0 from each boot on; say accept_risk: true with it")
-        text = _unit_text(config_dir, settings or {}, bool((minion or {}).get("master")))
+        text, setup = _unit_text(config_dir, settings or {}, minion or {})
         folder = _PERSISTENT if enable else _TRANSIENT
         active = _systemctl("is-active", _UNIT)
         _have_unit(ret, folder, text)
         if enable and not _systemctl("is-enabled", _UNIT):
             _change(ret, "enabled", False, True, "it would be enabled", lambda: _must("systemctl", "enable", _UNIT), "it was enabled")
         if running and not active:
-            _change(ret, "running", False, True, "it would be started", lambda: _start(settings or {}), "it was started")
+            _change(ret, "running", False, True, "it would be started", lambda: _start(settings or {}, setup), "it was started")
         elif active and not running:
             _change(ret, "running", True, False, "it would be stopped", lambda: _must("systemctl", "stop", _UNIT), "it was stopped")
+        elif running and __salt__["qvm_remote.started_as"](config=settings or {}) != setup:
+            _change(ret, "setup", "another", "the present one", "it would be restarted", lambda: _run_unit("restart", settings or {}, setup), "it was restarted")
         elif running and not __salt__["qvm_remote.in_use"](settings or {}):
-            _change(ret, "settings", "others", "the present ones", "it would be reloaded", lambda: _reload(settings or {}), "it was reloaded")
+            _change(ret, "settings", "others", "the present ones", "it would take new settings over", lambda: _reload(settings or {}, setup), "it took them over")
         ret["comment"] = ret["comment"] or "The service is as it should be"
 
     return _state(name, work)
 
 
-def _unit_text(config_dir, settings, has_master):
+def _unit_text(config_dir, settings, minion):
+    """The unit, and the word in its environment by which a running engine tells that it was started under this one, with this
+    configuration of its minion and this code.
+    """
     text = __salt__["cp.get_file_str"](_UNIT_SOURCE)
     if not text:
         raise _Failed(f"{_UNIT_SOURCE} is not in Salt's file roots")
     folders = [os.path.dirname(settings["audit_log"])] if "audit_log" in settings else []
     folders += [settings[part] for part in ("key_dir", "state_dir", "run_dir") if part in settings]
     writable = "".join(f"ReadWritePaths=-{folder}\n" for folder in folders)
-    if has_master:
+    if minion.get("master"):
         text = text.replace("IPAddressDeny=any\n", "")
     text = text.replace("=/etc/qubes/remote ", f"={config_dir} ").replace("=/etc/qubes/remote\n", f"={config_dir}\n")
-    return text.replace("[Install]\n", f"{writable}\n[Install]\n") if writable else text
+    started_with = salt.utils.yaml.safe_dump({**_minion_config({}, minion), "code": __salt__["qvm_remote.code"]()})
+    setup = hashlib.sha256((text + writable + started_with).encode("utf-8")).hexdigest()[:16]
+    return text.replace("[Install]\n", f"{writable}Environment=QVM_REMOTE_SETUP={setup}\n\n[Install]\n"), setup
 
 
 def _have_unit(ret, folder, text):
@@ -228,22 +238,28 @@ def _remove_unit(path):
     _must("systemctl", "daemon-reload")
 
 
-def _start(settings):
+def _start(settings, setup):
     # After too many failures systemd refuses to start it; whoever applies the state has mended what was wrong.
     _systemctl("reset-failed", _UNIT)
-    _must("systemctl", "start", _UNIT)
+    _run_unit("start", settings, setup)
+
+
+def _run_unit(verb, settings, setup):
+    # Once more: an apply that was killed may have written the unit, and not have told systemd.
+    _must("systemctl", "daemon-reload")
+    _must("systemctl", verb, _UNIT)
     deadline = time.monotonic() + _START_WAIT
-    while not __salt__["qvm_remote.in_use"](settings):
+    while not (__salt__["qvm_remote.in_use"](settings) and __salt__["qvm_remote.started_as"](config=settings) == setup):
         if time.monotonic() > deadline:
             raise _Failed(f"the service was started, but serves nobody after {_START_WAIT} s; see {_LOG}")
         time.sleep(0.2)
 
 
-def _reload(settings):
-    _must("systemctl", "reload", _UNIT)
+def _reload(settings, setup):
+    # It fails for settings that hold from the service's start on; those restart it.
+    _systemctl("reload", _UNIT)
     if not __salt__["qvm_remote.in_use"](settings):
-        # Other folders, or a minion under another master: these hold from its start on.
-        _must("systemctl", "restart", _UNIT)
+        _run_unit("restart", settings, setup)
 
 
 def _systemctl(*words):
@@ -272,7 +288,7 @@ def client_installed(name, settings=None):
     """
 
     def work(ret):
-        if __salt__["qvm_remote.client_installed"](name, config=settings or {}):
+        if __salt__["qvm_remote.client_installed"](name):
             ret["comment"] = f"The client is installed in {name}"
             return
         _change(
@@ -302,7 +318,7 @@ def clients_absent(name, settings=None):
     """
 
     def work(ret):
-        for template in __salt__["qvm_remote.clients"](config=settings or {}):
+        for template in __salt__["qvm_remote.clients"]():
             _change(
                 ret,
                 template,
@@ -570,12 +586,11 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
     """
 
     def work(ret):
-        known = {"key_dir": "/etc/qubes/remote.d", "state_dir": "/var/lib/qvm-remote", "run_dir": "/run/qvm-remote", **(settings or {})}
-        audit = known.get("audit_log", "/var/log/qvm-remote/audit.log")
+        audit = (settings or {}).get("audit_log", "/var/log/qvm-remote/audit.log")
         _stop_service(ret)
         _clear_vms(ret, settings or {}, logs)
-        folders = [config_dir, *(known[part] for part in ("key_dir", "state_dir", "run_dir")), _CACHE, os.path.dirname(_PKI), os.path.dirname(_MINION_RUN)]
-        for path in [*folders, _LOG, *([audit, os.path.dirname(_LOG)] if logs else [])]:
+        _clear_folders(ret, settings or {})
+        for path in [config_dir, _CACHE, _LOG, *([audit, os.path.dirname(_LOG)] if logs else [])]:
             if os.path.lexists(path):
                 _change(ret, path, "there", None, f"{path} would be removed", lambda path=path: _remove(path), f"{path} was removed")
         ret["comment"] = ret["comment"] or "Nothing of qvm-remote is in dom0"
@@ -606,6 +621,25 @@ def _clear_vms(ret, settings, history):
             lambda vm=vm: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
             f"the queue in {vm} was removed",
         )
+
+
+def _clear_folders(ret, settings):
+    found = __salt__["qvm_remote.leftovers"](config=settings)
+    if not found:
+        return
+    names = ", ".join(found)
+    kept = _change(
+        ret,
+        "folders",
+        found,
+        [],
+        f"what is ours in {names} would be removed",
+        lambda: __salt__["qvm_remote.remove_leftovers"](config=settings),
+        f"what was ours in {names} was removed",
+    )
+    if kept:
+        ret["changes"]["folders"]["new"] = kept
+        ret["comment"] = _and(ret["comment"], f"{', '.join(kept)} stays: it holds files that are not ours")
 
 
 def _remove(path):

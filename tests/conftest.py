@@ -37,6 +37,9 @@ class Dom0Minion(SaltMinion):
         """Write the configuration without what connects a minion to the test run."""
         kept = {key: value for key, value in config.items() if key not in ("engines_dirs", "log_handlers_dirs")}
         kept["engines"] = [engine for engine in config["engines"] if engine != "pytest"]
+        if config["file_client"] == "local":
+            # Only now: these are dom0's folders, and pytest-salt-factories makes those that it knows of on this machine.
+            kept["file_roots"] = {"base": FILE_ROOTS}
         return super().write_config(kept)
 
     def get_check_events(self):
@@ -53,7 +56,7 @@ class Dom0(Stand):
         with open(wrapper, "w", encoding="utf-8") as file:
             words = self.command("dom0", "--", "env", f"PATH={folder}/path:/usr/bin:/usr/sbin", "salt-minion")
             file.write(f"import os, sys\nwords = {words!r} + sys.argv[1:]\nos.execv(words[0], words)\n")
-        overrides = {"master_type": "disable", "file_client": "local", "file_roots": {"base": FILE_ROOTS}, "user": "root"}
+        overrides = {"master_type": "disable", "file_client": "local", "user": "root"}
         overrides["engines"] = [{"qvm_remote": engine}]
         self.factory = salt_factories.salt_minion_daemon(
             "dom0", factory_class=Dom0Minion, overrides=overrides, start_timeout=60, max_start_attempts=1

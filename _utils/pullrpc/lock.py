@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import stat
 
 from .errors import EngineBusy, SpoolError
@@ -16,7 +15,7 @@ class EngineLock:
 
     Args:
         run_dir: str, absolute; created 0700.
-        takes_signals: bool, whether SIGHUP makes this process take new settings over; it then leaves its pid.
+        takes_signals: bool, whether signals make this process take new settings over, or end; it then leaves its pid.
 
     Raises:
         EngineBusy: another process holds it; SpoolError: the folder can't be used.
@@ -74,11 +73,12 @@ def is_held(run_dir):
         os.close(fd)
 
 
-def reload_engine(run_dir):
-    """Have the engine at work take new settings over.
+def signal_engine(run_dir, signum):
+    """Send a signal to the engine at work.
 
     Args:
         run_dir: str.
+        signum: int.
 
     Returns:
         bool, False when none is at work.
@@ -90,7 +90,7 @@ def reload_engine(run_dir):
         return False
     try:
         with open(os.path.join(run_dir, "engine.lock"), encoding="ascii") as file:
-            os.kill(int(file.read(16)), signal.SIGHUP)
+            os.kill(int(file.read(16)), signum)
     except (OSError, ValueError):
-        raise EngineBusy("what is at work in dom0 takes no new settings; try again once it has ended") from None
+        raise EngineBusy("what is at work in dom0 is no engine and takes no orders; try again once it has ended") from None
     return True

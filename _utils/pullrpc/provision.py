@@ -6,17 +6,18 @@ removes the client. Each in one short session or one program start, by dom0's ow
 from __future__ import annotations
 
 import contextlib
-import os
 
 from .agentless import Agentless
 from .errors import TransportError
-from .files import forget, write_whole
 from .session import NoAgent, Session
-from .transport import run_bounded, running_vms, set_running
+from .transport import get_feature, list_vms, run_bounded, running_vms, set_feature, set_running
 
 #: How long a template may take to unpack or remove the client, seconds.
 _CLIENT_WAIT = 120
 _UNPACK = "tar --extract --no-same-owner --directory=/"
+#: Feature of a template that says which client it has: with a clone it is copied, with the template it goes, as the client does.
+_FEATURE = "qvm-remote-client"
+_HAS_CLIENT = ("TemplateVM", "StandaloneVM")
 #: All of it but the history and the VM's own audit log, which are its user's.
 _REMOVE_QUEUE = """\
 cd && [ ! -L .qvm-remote ] && [ -d .qvm-remote ] || exit 0
@@ -68,36 +69,31 @@ def remove_queue(config, vm, history=False):
         raise TransportError(f"{vm}: the queue could not be removed (exit code {code})")
 
 
-def client_digest(config, template):
+def client_digest(template):
     """Say which client dom0 installed in a template.
 
     Args:
-        config: Config.
         template: str, a checked name.
 
     Returns:
-        str, the SHA-256 of what was installed; None when nothing was.
+        str, the SHA-256 of what was installed; empty when nothing was.
+
+    Raises:
+        TransportError: there is no such template.
     """
-    try:
-        with open(_client_note(config, template), encoding="ascii") as file:
-            return file.read(64)
-    except FileNotFoundError:
-        return None
+    return get_feature(template, _FEATURE)
 
 
-def clients(config):
+def clients():
     """List the templates that got a client from here.
-
-    Args:
-        config: Config.
 
     Returns:
         list of str, sorted.
+
+    Raises:
+        TransportError: they can't be listed.
     """
-    try:
-        return sorted(name for name in os.listdir(os.path.dirname(_client_note(config, "-"))) if not name.startswith("."))
-    except FileNotFoundError:
-        return []
+    return sorted(vm["name"] for vm in list_vms() if vm["class"] in _HAS_CLIENT and client_digest(vm["name"]))
 
 
 def install_client(config, template, archive, digest):
@@ -110,11 +106,10 @@ def install_client(config, template, archive, digest):
         digest: str, its SHA-256.
 
     Raises:
-        SessionBroken, TransportError, OSError: it can't be done, or not be noted.
+        SessionBroken, TransportError: it can't be done, or not be noted.
     """
     _run_as_root(config, template, _UNPACK, [archive], "take the client: is its disk full?")
-    os.makedirs(os.path.dirname(_client_note(config, template)), mode=0o700, exist_ok=True)
-    write_whole(_client_note(config, template), digest.encode("ascii"))
+    set_feature(template, _FEATURE, digest)
 
 
 def remove_client(config, template, paths):
@@ -126,10 +121,10 @@ def remove_client(config, template, paths):
         paths: list of str, constants of ours: what goes.
 
     Raises:
-        SessionBroken, TransportError, OSError: it can't be done.
+        SessionBroken, TransportError: it can't be done.
     """
     _run_as_root(config, template, "rm -rf " + " ".join(paths), [], "remove the client")
-    forget(_client_note(config, template))
+    set_feature(template, _FEATURE, None)
 
 
 def _run_as_root(config, template, command, data, purpose):
@@ -143,7 +138,3 @@ def _run_as_root(config, template, command, data, purpose):
             set_running(template, False)
     if code:
         raise TransportError(f"{template} could not {purpose} (exit code {code})")
-
-
-def _client_note(config, template):
-    return os.path.join(config.state_dir, "clients", template)

@@ -35,8 +35,6 @@ from .validate import check_size
 _RETRY_FIRST, _RETRY_UNREACHABLE, _RETRY_BROKEN = 1.0, 15.0, 60.0
 #: A session that lasted this long was a good one: the wait starts anew, seconds.
 _GOOD_SESSION = 60.0
-#: A VM found without an agent is served without one for so long, before it is looked for again, seconds.
-_NO_AGENT_FOR = 300.0
 #: What a VM may have done for nothing (refusals, cancels, empty answers): so many at once, then so many a second.
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
 #: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds.
@@ -63,7 +61,6 @@ class Puller:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._retry = _RETRY_FIRST
         self._allowance = _Allowance()
-        self._no_agent_until = 0.0
         #: Set once nothing more may be taken in; results are still delivered.
         self.stopping = threading.Event()
         #: Set once the session may end.
@@ -92,7 +89,8 @@ class Puller:
                 self._retry = _RETRY_FIRST
             self.state = "waiting"
             self._pause(self._retry)
-            self._retry = min(self._retry * 2, _RETRY_BROKEN if broken else _RETRY_UNREACHABLE)
+            # Never 0 a second time: what made it so must not be a loop without a pause.
+            self._retry = min(max(self._retry * 2, _RETRY_FIRST), _RETRY_BROKEN if broken else _RETRY_UNREACHABLE)
         self.state = "ended"
 
     def run_once(self, execute_all):
@@ -151,20 +149,15 @@ class Puller:
         """
         try:
             self._open()
-            self._retry = _RETRY_FIRST
             self.state = self._session.kind
             self._hub.emit(self.vm, "-", "connected", {"kind": self._session.kind})
             self._serve()
-        except NoAgent:
-            self._no_agent_until = time.monotonic() + _NO_AGENT_FOR
-            self._retry = 0.0
         except FrameError as err:
             self._hub.log(f"{self.vm}: {err}")
             self._hub.emit(self.vm, "-", "broken", {"reason": str(err)})
             return True
         except (SessionBroken, TransportError):
-            # The everyday end: the VM was shut down, paused, killed. When it comes back it may have an agent.
-            self._no_agent_until = 0.0
+            # The everyday end: the VM was shut down, paused, killed.
             return False
         except (LedgerError, SpoolError, AuditError) as err:
             self._hub.log(f"{self.vm}: not served: {err}")
@@ -175,9 +168,12 @@ class Puller:
 
     def _open(self):
         config = self._config
-        kind = Agentless if config.accept_v1 or time.monotonic() < self._no_agent_until else Session
-        self._session = kind(config, self.vm)
-        self._session.hello()
+        self._session = Agentless(config, self.vm) if config.accept_v1 else Session(config, self.vm)
+        try:
+            self._session.hello()
+        except NoAgent:
+            self._session = Agentless(config, self.vm)
+            self._session.hello()
         self._look_at_key()
         with self._outbox_lock:
             lost = {cid: reason for cid, reason in self._outbox.items() if reason}
@@ -242,6 +238,8 @@ class Puller:
         except Refused as refused:
             self._refuse(cid, refused)
             return
+        # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
+        self._retry = _RETRY_FIRST
         if not is_new:
             self._spend()
         elif self._hub.pool.submit(self.vm, cid):

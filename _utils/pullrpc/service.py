@@ -38,9 +38,10 @@ class Service:
         emit: callable of (vm, cid, what, data dict); must not block or raise.
         log: callable of str.
         on_reload: callable that puts new settings into ``dom0``; may raise PullError.
+        setup: str, what it was started as; told to whoever asks for the status.
     """
 
-    def __init__(self, dom0, verify, execute, emit, log, on_reload=lambda: None):
+    def __init__(self, dom0, verify, execute, emit, log, on_reload=lambda: None, setup=""):
         self.dom0 = dom0
         self.verify = verify
         self.emit = emit
@@ -52,6 +53,7 @@ class Service:
         self._threads = {}
         self._published = None
         self._on_reload = on_reload
+        self._setup = setup
         self.pool = FairPool(lambda: dom0.config.parallel, lambda vm: dom0.config.for_vm(vm).vm_parallel, self._run_one)
 
     def run(self):
@@ -172,7 +174,7 @@ class Service:
     def _publish(self):
         """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
         sessions = {vm: puller.state for vm, puller in sorted(self._pullers.items())}
-        note = {"settings": digest(self.dom0.config), "sessions": sessions}
+        note = {"settings": digest(self.dom0.config), "setup": self._setup, "sessions": sessions}
         if note == self._published:
             return
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How dom0 reaches a VM: by starting ``qvm-run`` and ``qvm-ls``, found through PATH, or by the library ``qubesadmin``
+"""How dom0 reaches a VM: by starting ``qvm-run`` and its kin, found through PATH, or by the library ``qubesadmin``
 that these are made of, and in no other way.
 
 Nothing here ever starts a VM that is served (``--no-autostart``, always), and no VM can make dom0 call any of it.
@@ -21,6 +21,8 @@ _LIST_WAIT = 30
 #: How long a qvm-run told to end may take, seconds.
 _END_WAIT = 1.0
 _READ_SIZE = 1 << 16
+#: Exit code of qvm-features when a VM has no such feature; of a VM that isn't there it says 2.
+_NO_FEATURE = 1
 #: How long a template may take to start or shut down, seconds.
 _START_WAIT = 180
 
@@ -94,14 +96,57 @@ def _qubesadmin():
 
 
 def _list(program, *words):
-    """The lines that a program prints, at most so many and in bounded time."""
+    code, lines = _ask(program, *words)
+    if code:
+        raise TransportError(f"{' '.join((program, *words))} ended with exit code {code}")
+    return lines
+
+
+def _ask(program, *words):
+    """The exit code of a program and the lines that it prints, at most so many and in bounded time."""
+    asked = " ".join((program, *words))
     try:
         answer = subprocess.run([program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIST_WAIT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise TransportError(f"can't list the VMs: {program}: {err}") from err
-    if answer.returncode or len(answer.stdout) > _LIST_MAX:
-        raise TransportError(f"can't list the VMs: {program} ended with exit code {answer.returncode}")
-    return answer.stdout.decode("ascii", "replace").splitlines()
+    except OSError as err:
+        raise TransportError(f"{asked}: {err.strerror}") from err
+    except subprocess.TimeoutExpired:
+        raise TransportError(f"{asked}: no answer within {_LIST_WAIT} s") from None
+    if len(answer.stdout) > _LIST_MAX:
+        raise TransportError(f"{asked}: its answer is longer than {_LIST_MAX} bytes")
+    return answer.returncode, answer.stdout.decode("ascii", "replace").splitlines()
+
+
+def get_feature(vm, name):
+    """Look up what dom0 noted of a VM; Qubes keeps it with the VM, copies it to its clones and removes it with it.
+
+    Args:
+        vm: str, a checked name.
+        name: str, a constant of ours.
+
+    Returns:
+        str; empty when nothing was noted.
+
+    Raises:
+        TransportError: there is no such VM, or it can't be asked.
+    """
+    code, lines = _ask("qvm-features", "--", vm, name)
+    if code not in (0, _NO_FEATURE):
+        raise TransportError(f"there is no qube named {vm} (qvm-features ended with exit code {code})")
+    return "".join(lines)
+
+
+def set_feature(vm, name, value):
+    """Note something of a VM.
+
+    Args:
+        vm: str, a checked name.
+        name: str, a constant of ours.
+        value: str; None to take the note back.
+
+    Raises:
+        TransportError: it can't be done.
+    """
+    _list("qvm-features", *(["--unset", "--", vm, name] if value is None else ["--", vm, name, value]))
 
 
 def set_running(vm, run):

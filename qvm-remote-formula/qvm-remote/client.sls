@@ -8,7 +8,7 @@ include:
 
 qvm-remote-client-{{ template }}:
   qvm_remote.client_installed:
-    - name: {{ template }}
+    - name: {{ template | json }}
     - settings: {{ plan.settings | json }}
 {%-     endfor %}
 {%-   endif %}

@@ -8,7 +8,7 @@ include:
 
 qvm-remote-rotate-{{ vm }}:
   qvm_remote.key_rotated:
-    - name: {{ vm }}
+    - name: {{ vm | json }}
     - days: 0
     - settings: {{ plan.settings | json }}
 {%-   endfor %}

@@ -9,12 +9,12 @@ include:
 qvm-remote-vm-{{ vm }}:
 {%-       if wanted.state == "absent" %}
   qvm_remote.key_absent:
-    - name: {{ vm }}
+    - name: {{ vm | json }}
     - settings: {{ plan.settings | json }}
 {%-       else %}
   qvm_remote.authorized:
-    - name: {{ vm }}
-    - key: {{ wanted.key }}
+    - name: {{ vm | json }}
+    - key: {{ wanted.key | json }}
     - rotate_days: {{ wanted.rotate_days | json }}
     - settings: {{ plan.settings | json }}
 {%-       endif %}
@@ -27,11 +27,13 @@ qvm-remote-vm-unlisted:
     - settings: {{ plan.settings | json }}
 {%-   endif %}
 {%- else %}
+{%-   set wanted = salt["pillar.get"]("qvm-remote:vms:" ~ grains["id"], {}) or {} %}
+{%-   set user = wanted.get("user") or salt["pillar.get"]("qvm-remote:defaults:user", "user") %}
 
 # By the client, as the user whose queue it is: what root would follow a symbolic link to, a user can't.
 qvm-remote-vm-queue:
   cmd.run:
     - name: /usr/bin/qvm-remote queue make
     - unless: /usr/bin/qvm-remote queue check
-    - runas: {{ salt["pillar.get"]("qvm-remote:user", "user") }}
+    - runas: {{ user | json }}
 {%- endif %}

@@ -102,8 +102,8 @@ def _up(root, options):
     settings = {
         "templates": options.template,
         "vms": [[*vm.split(":", 1), None][:2] for vm in options.vm],
-        "dom0_binds": [_bind_option(text) for text in options.dom0_bind],
-        "vm_binds": [_bind_option(text) for text in options.vm_bind],
+        "dom0_binds": [bind_option(text) for text in options.dom0_bind],
+        "vm_binds": [bind_option(text) for text in options.vm_bind],
         "user": 1000,
     }
     read_end, write_end = os.pipe()
@@ -122,10 +122,21 @@ def _up(root, options):
     return 0
 
 
-def _bind_option(text):
+def bind_option(text):
+    """Read a path to show in a domain.
+
+    Args:
+        text: str, ``SRC[:DST[:rw]]``.
+
+    Returns:
+        list of (absolute source, target, bool read-only).
+
+    Raises:
+        OSError: there is no such path.
+    """
     source, target, mode = [*text.split(":"), "", ""][:3]
     if not os.path.exists(source):
-        raise _Failed(f"there is no {source} to bind")
+        raise FileNotFoundError(f"there is no {source} to bind")
     return [os.path.abspath(source), target or os.path.abspath(source), mode != "rw"]
 
 

@@ -182,6 +182,25 @@ def _qvm_tags(argv):
     return 0
 
 
+def _qvm_features(argv):
+    parser = _parser("VMNAME")
+    parser.add_argument("feature", nargs="?")
+    parser.add_argument("value", nargs="?")
+    parser.add_argument("--unset", "--default", "--delete", "-D", action="store_true")
+    options = parser.parse_args(argv)
+    _states(parser, options.VMNAME)
+    features = _ask({"op": "features", "name": options.VMNAME})["features"]
+    if options.feature is None:
+        sys.stdout.write("".join(f"{name}  {value}\n" for name, value in sorted(features.items())))
+    elif options.unset or options.value is not None:
+        _ask({"op": "features", "name": options.VMNAME, "feature": options.feature, "value": None if options.unset else options.value})
+    elif options.feature in features:
+        sys.stdout.write(features[options.feature] + "\n")
+    else:
+        return 1
+    return 0
+
+
 def _qrexec_client(argv):
     """What the library qubesadmin starts: ``qrexec-client -d VM USER:QUBESRPC SERVICE dom0``. Of services there is the shell."""
     parser = _parser()
@@ -287,7 +306,7 @@ def main():
     """
     name = os.path.basename(sys.argv[0])
     operations = {"qvm-run": _qvm_run, "qvm-check": _qvm_check, "qvm-ls": _qvm_ls, "qvm-prefs": _qvm_prefs, "qubesctl": _qubesctl}
-    operations.update({"qvm-tags": _qvm_tags, "qrexec-client": _qrexec_client})
+    operations.update({"qvm-tags": _qvm_tags, "qvm-features": _qvm_features, "qrexec-client": _qrexec_client})
     try:
         if name in operations:
             return operations[name](sys.argv[1:])

@@ -30,9 +30,10 @@ _RESERVED = ("dom0", "domain-0", "none", "default")
 LIBRARY = "/usr/lib/qubes/simulated"
 #: How long a VM's processes have to end by themselves when it is shut down, seconds.
 _SHUTDOWN_GRACE = 0.5
-_TOOLS = (
-    *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause", "qvm-prefs", "qvm-tags"),
-    *("qubesctl", "qrexec-client"),
+#: Programs of the simulator's in dom0, all of them ``dom0_tools.py`` under these names.
+TOOLS = (
+    *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause"),
+    *("qvm-prefs", "qvm-tags", "qvm-features", "qubesctl", "qrexec-client"),
 )
 _QUBESDB = "#!/bin/sh\n# qubesdb of the simulator: a VM's name is all it knows.\n[ \"$1\" = /name ] && echo {name}\n"
 
@@ -51,6 +52,7 @@ class Domain:
         self.state = "Halted"
         self.prefs = dict(_PREFS)
         self.tags = set()
+        self.features = {}
         self.keeper = None
         self.sock = None
         self.send_lock = threading.Lock()
@@ -86,11 +88,11 @@ class Hypervisor:
         self._control = wire.listen(os.path.join(self._root, "control.sock"))
         self._qubesd = wire.listen(os.path.join(self._root, "qubesd.sock"))
         self._add("dom0", "AdminVM", None)
-        for name in _TOOLS:
-            self._store.write("dom0", f"/usr/bin/{name}", _source("dom0_tools.py"), 0o755)
-        self._store.write("dom0", "/usr/bin/systemctl", _source("systemctl.py"), 0o755)
+        for name in TOOLS:
+            self._store.write("dom0", f"/usr/bin/{name}", source("dom0_tools.py"), 0o755)
+        self._store.write("dom0", "/usr/bin/systemctl", source("systemctl.py"), 0o755)
         for part in ("__init__.py", "exc.py"):
-            self._store.write("dom0", f"{LIBRARY}/qubesadmin/{part}", _source(f"qubesadmin/{part}"))
+            self._store.write("dom0", f"{LIBRARY}/qubesadmin/{part}", source(f"qubesadmin/{part}"))
         for folder in ("/etc/qubes", "/etc/salt/minion.d", "/etc/systemd/system/multi-user.target.wants", "/srv/salt", "/srv/formulas/base", "/var/lib/qubes"):
             self._store.write("dom0", folder + "/.simulated", "")
         for name in templates or ["template"]:
@@ -299,6 +301,8 @@ class Hypervisor:
         if message["op"] == "tag":
             getattr(self._find(message["name"]).tags, "add" if message["add"] else "discard")(message["tag"])
             return {}
+        if message["op"] == "features":
+            return self._features(message)
         return self._answer_common(message)
 
     def _answer_common(self, message):
@@ -319,6 +323,14 @@ class Hypervisor:
                 raise SimError(f"no such property, or it can't be set: {message['prop']}")
             one.prefs[message["prop"]] = message["value"]
         return {"prefs": shown}
+
+    def _features(self, message):
+        features = self._find(message["name"]).features
+        if message.get("value") is not None:
+            features[message["feature"]] = message["value"]
+        elif "feature" in message:
+            features.pop(message["feature"], None)
+        return {"features": features}
 
     def _run(self, connection, message, fds):
         """A person at a domain's terminal: the descriptors are theirs, so they are handed over as they are."""
@@ -420,7 +432,15 @@ def run(root, options, ready_fd):
     os._exit(0)
 
 
-def _source(name):
+def source(name):
+    """Read a file of the simulator that is to lie in dom0.
+
+    Args:
+        name: str, relative to this package.
+
+    Returns:
+        str
+    """
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
         return file.read()
 

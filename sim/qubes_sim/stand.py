@@ -73,7 +73,7 @@ class Stand(Sim):
             self.dom0("chmod", "0755", f"/usr/bin/{name}", check=True)
         self.put(f"{LIBRARY}/salt", venv)
         self.put("/etc/salt/minion", json.dumps(_MINION))
-        self.put("/srv/pillar/top.sls", json.dumps({"base": {"*": ["qvm-remote"]}}))
+        self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
 
     def set_pillar(self, pillar):
         """Write what stands under ``qvm-remote`` in pillar."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's systemctl and systemd-run in the simulator: runs services, and starts the enabled ones when dom0 boots.
 
-Reads units where systemd does, and knows of their keys Exec*, Restart, RestartSec, StartLimit*, TimeoutStopSec and WantedBy;
+Reads units where systemd does, and knows of their keys Exec*, Environment, Restart, RestartSec, StartLimit*, TimeoutStopSec and WantedBy;
 what hardens a service is not simulated. A monitor process stands in for the manager: one for each service, the subreaper
 of all that the service starts, which is what a cgroup is for. Stands alone, without the simulator's other modules.
 """
@@ -32,6 +32,7 @@ class _Unit:
         self.path = next((path for path in (f"{folder}/{self.name}" for folder in _FOLDERS) if os.path.isfile(path)), None)
         self.keys = dict(_UNIT_DEFAULTS)
         self.commands = {}
+        self.environment = {}
         if self.path:
             self._read()
 
@@ -43,6 +44,8 @@ class _Unit:
                     continue
                 if key.startswith("Exec"):
                     self.commands.setdefault(key, []).append(shlex.split(value))
+                if key == "Environment":
+                    self.environment.update(word.split("=", 1) for word in shlex.split(value))
                 self.keys[key] = value
 
     def state(self):
@@ -116,16 +119,19 @@ class _Monitor:
         while True:
             self._starts.append(time.monotonic())
             for argv in self._unit.commands.get("ExecStartPre", []):
-                if os.waitstatus_to_exitcode(os.waitpid(_spawn(argv), 0)[1]):
+                if os.waitstatus_to_exitcode(os.waitpid(_spawn(argv, self._unit.environment), 0)[1]):
                     self._end("failed")
                     return
-            self._main = _spawn(self._unit.commands["ExecStart"][0])
+            self._main = _spawn(self._unit.commands["ExecStart"][0], self._unit.environment)
             self._unit.tell(active="active", monitor=os.getpid(), main=self._main)
             if ready_fd is not None:
                 os.write(ready_fd, b"ok")
                 os.close(ready_fd)
                 ready_fd = None
             code = self._wait_for_main()
+            if not self._stopping:
+                # As systemd does when a service ended by itself.
+                self._run_stop_commands()
             _kill_rest()
             if self._stopping or not self._restarts(code):
                 break
@@ -141,11 +147,16 @@ class _Monitor:
                 return os.waitstatus_to_exitcode(status)
             if self._stopping and not told:
                 told, deadline = True, time.monotonic() + float(self._unit.keys["TimeoutStopSec"])
+                self._run_stop_commands()
                 os.kill(self._main, signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
                 os.kill(self._main, signal.SIGKILL)
             if not pid:
                 time.sleep(0.02)
+
+    def _run_stop_commands(self):
+        for argv in self._unit.commands.get("ExecStop", []):
+            os.waitpid(_spawn([argv[0].removeprefix("-"), *argv[1:]], self._unit.environment), 0)
 
     def _restarts(self, code):
         if self._unit.keys["Restart"] != "always" and (self._unit.keys["Restart"] != "on-failure" or code == 0):
@@ -160,13 +171,13 @@ class _Monitor:
         self._unit.tell(active=active, monitor=os.getpid())
 
 
-def _spawn(argv):
+def _spawn(argv, environment):
     pid = os.fork()
     if pid == 0:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.execvp(argv[0], argv)
+            os.execvpe(argv[0], argv, {**os.environ, **environment})
         os._exit(203)
     return pid
 

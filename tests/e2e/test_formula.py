@@ -126,6 +126,8 @@ def test_a_test_run_on_a_clean_machine_changes_nothing_and_predicts_what_the_app
     machine.wait_served("work", "dev")
     for vm in ("work", "dev"):
         assert machine.remote("hostname", vm=vm).stdout == b"dom0\n"
+    # The engine served them without an agent at first, and sees that they have one now.
+    assert _until(lambda: machine.call("status")["sessions"] == {"dev": "agent", "work": "agent"})
 
 
 def test_a_second_apply_changes_nothing(machine):
@@ -253,19 +255,24 @@ def test_an_altered_key_that_pillar_gives_waits_for_the_next_apply(machine):
 
 
 def test_rotation_under_load_loses_no_command(machine):
-    asking = "until [ -e /tmp/enough ]; do qvm-remote -n echo fine || echo failed; done"
-    clients = [machine.popen_vm("work", "sh", "-c", asking, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
+    asking = "until [ -e /tmp/enough ]; do qvm-remote -n echo fine >> /tmp/said 2>&1 || echo failed >> /tmp/said; done"
+    clients = [machine.popen_vm("work", "sh", "-c", asking) for _ in range(3)]
     keys = [machine.dom0_key("work")]
+
+    def said():
+        return machine.vm("work", "cat", "/tmp/said").stdout.splitlines()
+
     for _ in range(3):
-        rotated = machine.call("rotate", "work")
-        assert rotated["handed"] is True
+        before = len(said())
+        assert _until(lambda before=before: len(said()) >= before + 10)
+        assert machine.call("rotate", "work")["handed"] is True
         keys.append(machine.dom0_key("work"))
-        time.sleep(1)
+    before = len(said())
+    assert _until(lambda: len(said()) >= before + 10)
     machine.vm("work", "touch", "/tmp/enough", check=True)
-    said = [line for client in clients for line in client.communicate(timeout=60)[0].splitlines()]
+    assert [client.wait(60) for client in clients] == [0, 0, 0]
     assert len(set(keys)) == 4
-    assert len(said) > 20
-    assert [line for line in said if line != b"fine"] == []
+    assert set(said()) == {b"fine"}
     assert machine.key("work") == keys[-1]
 
 
@@ -305,6 +312,24 @@ def test_new_settings_are_taken_over_without_losing_what_runs(machine):
         assert running.returncode == 0
     machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
     machine.apply()
+
+
+def test_a_service_of_another_setup_or_older_code_is_restarted_once(machine):
+    more = {"vms": {"idle": {}, "spare": {}}}
+    machine.set_pillar(_pillar(minion={"id": "remote-dom0"}, **more))
+    assert "setup" in machine.apply()["qvm-remote-dom0-service"]["changes"]
+    assert _changed(machine.apply()) == set()
+    machine.wait_served("work")
+    machine.set_pillar(_pillar(**more))
+    assert "setup" in machine.apply()["qvm-remote-dom0-service"]["changes"]
+    # As an upgrade does; Salt syncs the modules with each apply.
+    newer = "cd /srv/salt && mkdir -p _utils/pullrpc && (cat ../formulas/base/*/_utils/pullrpc/puller.py; echo '# newer') > _utils/pullrpc/puller.py"
+    for change in (newer, "rm -r /srv/salt/_utils"):
+        machine.dom0("sh", "-c", change, check=True)
+        machine.salt("saltutil.sync_all")
+        assert "setup" in machine.apply()["qvm-remote-dom0-service"]["changes"]
+        assert _changed(machine.apply()) == set()
+    machine.wait_served("work", "dev")
 
 
 def test_an_apply_killed_half_way_is_completed_by_the_next(machine):
@@ -358,6 +383,19 @@ def test_a_killed_minion_is_started_again(machine):
     machine.wait_served("work")
 
 
+def test_a_stopped_service_tells_whom_it_interrupts(machine):
+    with machine.popen_vm("work", "qvm-remote", "-n", "echo begun; sleep 7614", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert _until(lambda: machine.dom0("pgrep", "-fx", "sleep 7614").returncode == 0)
+        machine.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
+        # Not only when another service starts.
+        output, errors = running.communicate(timeout=20)
+        assert (running.returncode, output) == (125, b"begun\n")
+        assert b"interrupted" in errors
+    assert machine.dom0("pgrep", "-f", "salt-minion|sleep 7614").returncode == 1
+    machine.dom0("systemctl", "start", "qvm-remote", check=True)
+    machine.wait_served("work")
+
+
 def test_the_service_is_gone_after_a_reboot(machine):
     machine.reboot()
     machine.start("work")
@@ -387,8 +425,13 @@ def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
     for vm in ("work", "dev"):
         machine.start(vm)
     machine.wait_served("work", "dev")
+    machine.dom0("touch", "/etc/qubes/remote.d/somebody-elses", check=True)
     states = machine.apply(sls="qvm-remote.clean", timeout=300)
     assert _changed(states) == {"qvm-remote-clean-clients", "qvm-remote-clean-dom0"}
+    assert "/etc/qubes/remote.d stays" in states["qvm-remote-clean-dom0"]["comment"]
+    assert machine.dom0("ls", "-A", "/etc/qubes/remote.d").stdout == b"somebody-elses\n"
+    machine.dom0("rm", "/etc/qubes/remote.d/somebody-elses", check=True)
+    assert _changed(machine.apply(sls="qvm-remote.clean")) == {"qvm-remote-clean-dom0"}
     assert _changed(machine.apply(sls="qvm-remote.clean")) == set()
     left = _differences(machine.before[None], machine.listing(times=False))
     assert {line.split()[0] for line in left} == {"/var/log/qvm-remote", "/var/log/qvm-remote/audit.log"}

@@ -111,3 +111,21 @@ def test_refusals_do_not_fill_the_audit_log(dom0):
         dom0.shutdown("work")
         dom0.start("work")
         dom0.wait_served("work", seconds=30)
+
+
+def test_a_vm_without_agent_and_shell_does_not_keep_dom0_busy(dom0):
+    shim, count = f"{dom0.folder}/path/qvm-run", f"{dom0.folder}/starts"
+    dom0.put(shim, f"#!/bin/sh\necho start >> {count}\nexec /usr/bin/qvm-run \"$@\"\n")
+    dom0.dom0("chmod", "0755", shim, check=True)
+    try:
+        dom0.vm("dev", "sh", "-c", "rm /usr/bin/qvm-remote; mv /home/user /home/away; pkill -f 'qvm-remote agent'", user="root")
+        time.sleep(8)
+        starts = dom0.dom0("cat", count).stdout.count(b"start")
+        # Two for each try, with pauses of 1, 2 and 4 seconds between them; without a pause it were dozens.
+        assert 2 <= starts <= 12
+    finally:
+        dom0.vm("dev", "mv", "/home/away", "/home/user", user="root")
+        dom0.dom0("rm", "-f", shim, count)
+        dom0.shutdown("dev")
+        dom0.start("dev")
+    dom0.wait_served("dev", seconds=40)

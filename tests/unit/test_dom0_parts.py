@@ -7,9 +7,10 @@ import threading
 import time
 
 import pytest
+from pullrpc.agentless import _read_listing
 from pullrpc.audit import AuditLog
 from pullrpc.config import make_config
-from pullrpc.errors import AuditError, ConfigError, EngineBusy, KeyringError, LedgerError, PullError
+from pullrpc.errors import AuditError, ConfigError, EngineBusy, FrameError, KeyringError, LedgerError, PullError
 from pullrpc.keyring import Keyring
 from pullrpc.ledger import Ledger
 from pullrpc.lock import EngineLock, is_held
@@ -198,3 +199,11 @@ def test_a_closed_pool_gives_back_what_waited_and_starts_nothing():
     assert pool.submit("a", "3") is False
     release.set()
     assert pool.wait_idle(5)
+
+
+def test_a_vm_says_at_the_end_of_its_list_that_it_has_an_agent_now():
+    assert _read_listing(b"I 20260131-235959-4711-0badcafe 1 1 -1\nA\nEND\n")[2] is True
+    assert _read_listing(b"END\n") == ([], [], False)
+    for text in (b"A\nA\nEND\n", b"A\nC 20260131-235959-4711-0badcafe\nEND\n"):
+        with pytest.raises(FrameError):
+            _read_listing(text)

@@ -11,7 +11,7 @@ qvm-remote-rotate-machines-named:
 
 qvm-remote-rotate-on-{{ machine }}:
   salt.state:
-    - tgt: {{ machine }}
+    - tgt: {{ machine | json }}
     - sls: qvm-remote.rotate
     - failhard: true
   {%- if not loop.first %}

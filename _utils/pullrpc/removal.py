@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What qvm-remote leaves in dom0, and how that is removed: by its names, so that a setting which points at a folder of
+somebody else's costs nobody their files.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+
+from .config import Config
+
+#: Names of ours in each folder that the settings name; temporary ones of a process that was killed among them.
+_OURS = {
+    "key_dir": ("*.key", "*.key.new", "*.key.old", ".*.key.*"),
+    "state_dir": ("ledger.sqlite*", "spool", "handover", "pki"),
+    "run_dir": ("engine.lock", "sessions.json", ".sessions.json.*", "jobs", "minion"),
+}
+
+
+def leftovers(config):
+    """List the folders that hold something of ours.
+
+    Args:
+        config: Config. Where the service's minion keeps its own things, the default folders, is looked at in any case.
+
+    Returns:
+        list of str, sorted; folders of ours that are empty among them.
+
+    Raises:
+        OSError: a folder can't be read.
+    """
+    return sorted({folder for folder, _ in _ours(config)})
+
+
+def remove(config):
+    """Remove what is ours, and each folder in which nothing else is left.
+
+    Args:
+        config: Config, as for :func:`leftovers`.
+
+    Returns:
+        list of str, the folders that stay because they hold other files.
+
+    Raises:
+        OSError: something can't be removed.
+    """
+    found = list(_ours(config))
+    for _, paths in found:
+        for path in paths:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+    kept = []
+    for folder in sorted({folder for folder, _ in found}):
+        if os.listdir(folder):
+            kept.append(folder)
+        else:
+            os.rmdir(folder)
+    return kept
+
+
+def _ours(config):
+    for setting, patterns in _OURS.items():
+        for folder in {getattr(config, setting), getattr(Config, setting)}:
+            try:
+                names = sorted(os.listdir(folder))
+            except FileNotFoundError:
+                continue
+            paths = [os.path.join(folder, name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+            if paths or not names:
+                yield folder, paths

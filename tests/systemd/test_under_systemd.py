@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service and its commands under the real systemd: the unit's hardening lets it work, and a command's own unit holds it."""
+
+import os
+import subprocess
+import time
+
+import pytest
+from qubes_sim.real_systemd import SystemdStand, is_possible
+
+pytestmark = pytest.mark.skipif(not is_possible(), reason="needs root, systemd, and cgroups of its own")
+_PILLAR = {"max_age": 60, "limits": {"memory": "256M", "tasks": 64}, "engine": {"discover_interval": 1, "poll_wait": 5}}
+
+
+@pytest.fixture(scope="module")
+def dom0(tmp_path_factory):
+    """A dom0 under systemd, with the formula applied, and two VMs."""
+    with SystemdStand(os.path.join(str(tmp_path_factory.mktemp("systemd")), "sim")) as stand:
+        stand.set_up(_PILLAR)
+        stand.wait_served("work", "dev")
+        yield stand
+
+
+def _remote(dom0, *words, **options):
+    return dom0.vm("work", "qvm-remote", *words, **options)
+
+
+def _show(dom0, *properties):
+    words = [f"--property={name}" for name in properties]
+    shown = dom0.dom0("systemctl", "show", *words, "qvm-remote.service", check=True).stdout.decode().splitlines()
+    return dict(line.split("=", 1) for line in shown)
+
+
+def _until(check, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_the_hardened_service_does_its_work(dom0):
+    assert dom0.dom0("cat", "/proc/1/comm").stdout == b"systemd\n"
+    done = _remote(dom0, "hostname; id -u; cat /proc/1/comm")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"dom0\n0\nsystemd\n", b"")
+    shown = _show(dom0, "ActiveState", "NoNewPrivileges", "ProtectSystem", "FragmentPath")
+    assert shown == {
+        "ActiveState": "active",
+        "NoNewPrivileges": "yes",
+        "ProtectSystem": "strict",
+        "FragmentPath": "/run/systemd/system/qvm-remote.service",
+    }
+    # What commands can do, the service itself can't.
+    pid = _show(dom0, "MainPID")["MainPID"]
+    assert "NoNewPrivs:\t1" in dom0.dom0("cat", f"/proc/{pid}/status").stdout.decode()
+    assert _remote(dom0, "touch /etc/made-by-a-command").returncode == 0
+    assert dom0.dom0("nsenter", "-t", pid, "-m", "touch", "/etc/made-by-the-service").returncode != 0
+
+
+def test_a_command_has_a_unit_of_its_own_that_goes_with_it(dom0):
+    groups = _remote(dom0, "cat /proc/self/cgroup").stdout.decode()
+    assert "/qvm.slice/qvm-remote.slice/qvm-remote-work-" in groups
+    assert "qvm-remote.service" not in groups
+    _until(lambda: b"qvm-remote-work-" not in dom0.dom0("systemctl", "list-units", "--all", "--no-legend", "--plain").stdout)
+
+
+def test_memory_is_bounded_for_all_processes_of_a_command(dom0):
+    # Four of 100 MiB each are within a process's share, and not within the command's.
+    grow = "python3 -c 'import time; x = bytearray(100 << 20); time.sleep(3)' || echo killed"
+    done = _remote(dom0, "-n", f"for i in 1 2 3 4; do ({grow}) & done; wait", timeout=90)
+    assert done.stdout.count(b"killed") in (2, 3)
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
+
+
+def test_a_fork_bomb_is_held_and_swept_away(dom0):
+    done = _remote(dom0, "-t", "3", "-n", "bomb() { bomb | bomb & }; bomb; sleep 77; :", timeout=90)
+    assert done.returncode == 124
+    assert dom0.dom0("pgrep", "-fx", "sleep 77").returncode == 1
+    _until(lambda: dom0.dom0("pgrep", "-f", "bomb").returncode == 1)
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
+
+
+def test_nothing_that_a_command_leaves_behind_survives_it(dom0):
+    done = _remote(dom0, "-n", "setsid sh -c 'setsid sleep 7613 & exec sleep 7612' & sleep 0.2; echo ended")
+    assert (done.returncode, done.stdout) == (0, b"ended\n")
+    _until(lambda: dom0.dom0("pgrep", "-f", "sleep 761[23]").returncode == 1)
+
+
+def test_a_reload_loses_nothing_and_a_stop_says_what_it_interrupted(dom0):
+    with dom0.popen_vm("work", "qvm-remote", "-n", "sleep 4; echo still here", stdout=subprocess.PIPE) as running:
+        _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 4").returncode == 0)
+        dom0.dom0("systemctl", "reload", "qvm-remote", check=True)
+        assert running.communicate(timeout=30)[0] == b"still here\n"
+    with dom0.popen_vm("work", "qvm-remote", "-n", "sleep 7614", stderr=subprocess.PIPE) as running:
+        _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7614").returncode == 0)
+        dom0.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
+        assert b"interrupted" in running.communicate(timeout=30)[1]
+        assert running.returncode == 125
+    assert dom0.dom0("pgrep", "-fx", "sleep 7614").returncode == 1
+    assert _show(dom0, "ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
+    dom0.dom0("systemctl", "start", "qvm-remote", timeout=60, check=True)
+    dom0.wait_served("work")
+
+
+def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
+    with dom0.popen_vm("work", "qvm-remote", "-n", "sleep 7615", stderr=subprocess.PIPE) as running:
+        _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7615").returncode == 0)
+        before = _show(dom0, "MainPID")
+        dom0.dom0("systemctl", "kill", "--signal=KILL", "qvm-remote", check=True)
+        _until(lambda: _show(dom0, "MainPID", "ActiveState") not in ({**before, "ActiveState": "active"}, {"MainPID": "0", "ActiveState": "activating"}))
+        _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7615").returncode == 1)
+        assert b"interrupted" in running.communicate(timeout=60)[1]
+        assert running.returncode == 125
+    dom0.wait_served("work", "dev")
+
+
+def test_enabled_it_lies_where_a_boot_finds_it_and_disabled_it_does_not(dom0):
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "service": {"enable": True, "accept_risk": True}})
+    dom0.salt("state.apply", "qvm-remote.dom0")
+    assert dom0.dom0("systemctl", "is-enabled", "qvm-remote").stdout == b"enabled\n"
+    assert _show(dom0, "FragmentPath") == {"FragmentPath": "/etc/systemd/system/qvm-remote.service"}
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}})
+    dom0.salt("state.apply", "qvm-remote.dom0")
+    assert _show(dom0, "FragmentPath", "ActiveState") == {"FragmentPath": "/run/systemd/system/qvm-remote.service", "ActiveState": "active"}
+    assert not dom0.dom0("find", "/etc/systemd/system", "-name", "qvm-remote*").stdout
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
