@@ -299,10 +299,11 @@ def rotate(vm, from_pillar=False, config=None):
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``vm``, ``old`` and ``new`` (fingerprints), ``handed`` (bool, False while it waits for the VM).
+        dict: ``vm``, ``old`` and ``new`` (fingerprints), ``handed`` (bool, False while it waits for the VM), ``problem`` (str)
+        when the VM runs and did not take it. A new key that waits already is handed over, rather than another one made.
 
     Raises:
-        CommandExecutionError: the VM has no key, or runs and does not take the new one (which then stays pending).
+        CommandExecutionError: the VM has no key, or commands of before its last rotation still wait.
 
     CLI Example:
 
@@ -313,14 +314,15 @@ def rotate(vm, from_pillar=False, config=None):
     try:
         pullrpc.ids.check_vm_name(vm)
         dom0 = _dom0(config)
-        old = pullrpc.tokens.fingerprint(dom0.keyring.get(vm))
-        key = pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else secrets.token_bytes(32)
-        new = dom0.keyring.stage(vm, key)
-        dom0.audit.write("rotation", vm, old=old, new=new)
-        handed = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
+        old, new = dom0.rotate(vm, pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else None)
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
-    return {"vm": vm, "old": old, "new": new, "handed": handed}
+    rotated = {"vm": vm, "old": old, "new": new, "handed": False}
+    try:
+        rotated["handed"] = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
+    except pullrpc.errors.PullError as err:
+        rotated["problem"] = f"{vm} has not taken its new key: {err}; the engine tries again, and until then the old one works"
+    return rotated
 
 
 def _runs(settings, vm):
@@ -350,6 +352,31 @@ def _still_runs(settings, vm):
     """Whether a VM that did not answer runs: it may have been shut down a moment ago."""
     __context__.pop("qvm_remote.running", None)
     return _runs(settings, vm)
+
+
+def running(vm, config=None):
+    """Say whether a VM runs (and isn't paused).
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        bool
+
+    Raises:
+        CommandExecutionError: the VMs can't be listed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.running work
+    """
+    try:
+        return _runs(_dom0(config).config, pullrpc.ids.check_vm_name(vm))
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
 
 
 def inspect(vm, config=None):
@@ -734,6 +761,31 @@ def code():
         with salt.utils.files.fopen(path, "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def folders(config=None):
+    """List the folders in dom0 that the engine writes to: keys, state, what runs, and the audit log's.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of str
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.folders
+    """
+    try:
+        settings = pullrpc.config.make_config(_settings(config))
+    except pullrpc.errors.PullError as err:
+        raise CommandExecutionError(str(err)) from None
+    return [settings.key_dir, settings.state_dir, settings.run_dir, os.path.dirname(settings.audit_log)]
 
 
 def leftovers(config=None):

@@ -22,6 +22,8 @@ _TRANSIENT, _PERSISTENT = "/run/systemd/system", "/etc/systemd/system"
 _UNIT_SOURCE = f"salt://qvm-remote/files/{_UNIT}"
 #: What the service's minion keeps in dom0, besides what the engine's settings name.
 _CACHE, _PKI, _LOG, _MINION_RUN = "/var/cache/qvm-remote", "/var/lib/qvm-remote/pki", "/var/log/qvm-remote/minion.log", "/run/qvm-remote/minion"
+#: States of a unit that does not run and is not about to (systemctl(1)): a start that goes on has to be stopped, too.
+_AT_REST = ("inactive", "failed")
 #: How long the service may take from its start to its work, seconds.
 _START_WAIT = 90
 
@@ -86,16 +88,16 @@ def engine_configured(name, settings=None, minion=None):
     def work(ret):
         wanted = _minion_config(dict(settings or {}), minion or {})
         # A setting that can't be used fails here, before anything is written.
-        __salt__["qvm_remote.keys"](config=wanted["engines"][0]["qvm_remote"])
+        __salt__["qvm_remote.folders"](config=wanted["engines"][0]["qvm_remote"])
         path = os.path.join(name, "minion")
         text = salt.utils.yaml.safe_dump(wanted, default_flow_style=False)
         before = _read(path)
         if before == text:
-            ret["comment"] = "The engine is configured as it should be"
+            ret["comment"] = ret["comment"] or "The engine is configured as it should be"
             return
         old = None if before is None else _differences(before, wanted)
         new = "written" if before is None else {part: wanted.get(part) for part in old}
-        _change(ret, path, old, new, "The engine would be configured", lambda: _write(name, path, text), "The engine was configured")
+        _change(ret, path, old, new, "the engine would be configured", lambda: _write(name, path, text), "the engine was configured")
 
     return _state(name, work)
 
@@ -178,13 +180,13 @@ def service(name="qvm-remote", running=True, enable=False, accept_risk=False, co
             raise _Failed("enable: true lets every authorized qube command dom0 from each boot on; say accept_risk: true with it")
         text, setup = _unit_text(config_dir, settings or {}, minion or {})
         folder = _PERSISTENT if enable else _TRANSIENT
-        active = _systemctl("is-active", _UNIT)
+        state = _unit_state()
         _have_unit(ret, folder, text)
         if enable and not _systemctl("is-enabled", _UNIT):
             _change(ret, "enabled", False, True, "it would be enabled", lambda: _must("systemctl", "enable", _UNIT), "it was enabled")
-        if running and not active:
+        if running and state not in ("active", "reloading"):
             _change(ret, "running", False, True, "it would be started", lambda: _start(settings or {}, setup), "it was started")
-        elif active and not running:
+        elif not running and state not in _AT_REST:
             _change(ret, "running", True, False, "it would be stopped", lambda: _must("systemctl", "stop", _UNIT), "it was stopped")
         elif running and __salt__["qvm_remote.started_as"](config=settings or {}) != setup:
             _change(ret, "setup", "another", "the present one", "it would be restarted", lambda: _run_unit("restart", settings or {}, setup), "it was restarted")
@@ -202,15 +204,17 @@ def _unit_text(config_dir, settings, minion):
     text = __salt__["cp.get_file_str"](_UNIT_SOURCE)
     if not text:
         raise _Failed(f"{_UNIT_SOURCE} is not in Salt's file roots")
-    folders = [os.path.dirname(settings["audit_log"])] if "audit_log" in settings else []
-    folders += [settings[part] for part in ("key_dir", "state_dir", "run_dir") if part in settings]
-    writable = "".join(f"ReadWritePaths=-{folder}\n" for folder in folders)
+    folders = __salt__["qvm_remote.folders"](config=settings)
+    # Made before the engine starts: what is not there by then would not be opened to it (systemd.exec(5), ReadWritePaths). The
+    # dash is for the making itself: even a command with full rights gets these paths.
+    text = text.replace("ExecStartPre=", f"ExecStartPre=+/usr/bin/mkdir -p -m 0700 {' '.join(folders)}\nExecStartPre=", 1)
+    writable = f"ReadWritePaths={' '.join('-' + folder for folder in folders)}\n"
     if minion.get("master"):
         text = text.replace("IPAddressDeny=any\n", "")
     text = text.replace("=/etc/qubes/remote ", f"={config_dir} ").replace("=/etc/qubes/remote\n", f"={config_dir}\n")
     started_with = salt.utils.yaml.safe_dump({**_minion_config({}, minion), "code": __salt__["qvm_remote.code"]()})
     setup = hashlib.sha256((text + writable + started_with).encode("utf-8")).hexdigest()[:16]
-    return text.replace("[Install]\n", f"{writable}Environment=QVM_REMOTE_SETUP={setup}\n\n[Install]\n"), setup
+    return text.replace("\n[Install]\n", f"{writable}Environment=QVM_REMOTE_SETUP={setup}\n\n[Install]\n"), setup
 
 
 def _have_unit(ret, folder, text):
@@ -260,6 +264,11 @@ def _reload(settings, setup):
     _systemctl("reload", _UNIT)
     if not __salt__["qvm_remote.in_use"](settings):
         _run_unit("restart", settings, setup)
+
+
+def _unit_state():
+    shown = __salt__["cmd.run_stdout"](["systemctl", "show", "--property=ActiveState", _UNIT], python_shell=False, ignore_retcode=True)
+    return shown.strip().partition("=")[2] or "inactive"
 
 
 def _systemctl(*words):
@@ -359,7 +368,9 @@ def _have_key(ret, vm, key, settings):
         raise _Failed(known["problem"])
     shown = known.get("next") or known.get("fingerprint")
     wanted = __salt__["qvm_remote.given_fingerprint"](vm) if key == "given" else shown
-    if shown and shown == wanted:
+    # A key of the qube's own that was changed there is fetched again; dom0's copy of it must not go back.
+    changed_there = key == "own" and shown and __salt__["qvm_remote.inspect"](vm, config=settings)["key"] == "altered"
+    if shown and shown == wanted and not changed_there:
         ret["comment"] = f"{vm} is authorized with key {shown}"
         return
     do = {
@@ -367,7 +378,8 @@ def _have_key(ret, vm, key, settings):
         "generate": lambda: __salt__["qvm_remote.generate"](vm, config=settings),
         "given": lambda: _give_key(vm, shown, settings),
     }[key]
-    stored = _change(ret, "key", shown, wanted or "a new key", f"{vm} would be authorized", do, f"{vm} was authorized")
+    new = "a new key" if changed_there or not wanted else wanted
+    stored = _change(ret, "key", shown, new, f"{vm} would be authorized", do, f"{vm} was authorized")
     if stored:
         ret["changes"]["key"]["new"] = stored.get("fingerprint") or stored["new"]
 
@@ -413,6 +425,8 @@ def _have_fresh_key(ret, vm, days, settings):
     )
     if rotated:
         ret["changes"]["key"]["new"] = rotated["new"]
+        if "problem" in rotated:
+            raise _Failed(rotated["problem"])
         if not rotated["handed"]:
             ret["comment"] = _and(ret["comment"], _WAITS)
 
@@ -440,7 +454,7 @@ def queue_present(name, settings=None):
 
 def _have_queue(ret, vm, settings, policy=None):
     seen = __salt__["qvm_remote.inspect"](vm, config=settings)
-    if seen["key"] == "none" and policy == "own":
+    if policy == "own" and (seen["key"] == "none" or ret["changes"].get("key")):
         # A test run: the key that would be fetched is the one that is there.
         seen["key"] = "fits"
     if seen["key"] == "none" and not ret["changes"].get("key"):
@@ -599,7 +613,7 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
 
 
 def _stop_service(ret):
-    if _systemctl("is-active", _UNIT):
+    if _unit_state() not in _AT_REST:
         _change(ret, "running", True, False, "the service would be stopped", lambda: _must("systemctl", "stop", _UNIT), "the service was stopped")
     for folder in (_TRANSIENT, _PERSISTENT):
         path = os.path.join(folder, _UNIT)
@@ -609,18 +623,22 @@ def _stop_service(ret):
 
 def _clear_vms(ret, settings, history):
     for vm in __salt__["qvm_remote.keys"](config=settings):
-        if not __salt__["qvm_remote.inspect"](vm, config=settings)["running"]:
-            ret["comment"] = _and(ret["comment"], f"{vm} is shut down and keeps its queue")
-            continue
-        _change(
-            ret,
-            f"queue of {vm}",
-            "there",
-            None,
-            f"the queue in {vm} would be removed",
-            lambda vm=vm: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
-            f"the queue in {vm} was removed",
-        )
+        try:
+            if not __salt__["qvm_remote.running"](vm, config=settings):
+                ret["comment"] = _and(ret["comment"], f"{vm} is shut down and keeps its queue")
+                continue
+            _change(
+                ret,
+                f"queue of {vm}",
+                "there",
+                None,
+                f"the queue in {vm} would be removed",
+                lambda vm=vm: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
+                f"the queue in {vm} was removed",
+            )
+        except CommandExecutionError as err:
+            # No qube keeps dom0 from being cleaned.
+            ret["comment"] = _and(ret["comment"], f"{vm} keeps its queue: {err}")
 
 
 def _clear_folders(ret, settings):

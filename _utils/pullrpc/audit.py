@@ -73,6 +73,9 @@ class AuditLog:
             cid: str, a checked id, or ``-``.
             code: str, one word.
 
+        Returns:
+            bool, False when it was only counted.
+
         Raises:
             AuditError: it can't be written.
         """
@@ -86,8 +89,10 @@ class AuditLog:
             self._refusals[vm] = (minute, count + 1)
         if skipped:
             self.write("refusals-not-shown", vm, count=skipped)
-        if count < _REFUSALS_PER_MINUTE:
-            self.write("refused", vm, cid, code=code)
+        if count >= _REFUSALS_PER_MINUTE:
+            return False
+        self.write("refused", vm, cid, code=code)
+        return True
 
 
 def describe_command(command):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 
 from .errors import ConfigError, PullError
@@ -41,6 +42,10 @@ _BOUNDS = {
 _CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate")}
 #: A Linux user's name (useradd's rule, without the trailing dollar sign).
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
+#: Characters of a path that neither a shell nor a unit file reads in a way of its own.
+_PATH = re.compile(r"/[A-Za-z0-9_.+/-]*\Z")
+#: Folders that are made, kept and removed with qvm-remote, and so must be its own.
+_OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
 _ONLY_PER_VM = ("accept_v1", "key", "user")
 _PER_VM = ("timeout_max", "stdin_max", "vm_parallel", *_ONLY_PER_VM)
@@ -146,7 +151,16 @@ def make_config(settings=None):
     _check_settings(settings, "")
     clean = dict(settings)
     clean["vms"] = _check_vms(settings.get("vms"))
-    return Config(**clean)
+    config = Config(**clean)
+    for vm in ("", *config.vms):
+        own = config.for_vm(vm)
+        needed = 2 * own.output_max + own.stdin_max
+        if needed > own.spool_bytes_max:
+            where = f"vms: {vm}: " if vm else ""
+            raise ConfigError(
+                f"{where}a command may leave up to {needed} bytes (output_max twice, and stdin_max): spool_bytes_max must be at least that"
+            )
+    return config
 
 
 def digest(config):
@@ -207,10 +221,12 @@ def check_setting(name, value):
         raise ConfigError("must be the name of a user in the qube (small letters, digits, - and _)")
     if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
         raise ConfigError("must be one line of text")
-    if name in ("key_dir", "state_dir", "run_dir", "audit_log") and not value.startswith("/"):
-        raise ConfigError("must be an absolute path")
-    if name == "key_dir" and (value == "/srv" or value.startswith("/srv/")):
+    if name in (*_OWN_FOLDERS, "audit_log") and not (_PATH.match(value) and os.path.normpath(value) == value and not value.startswith("//")):
+        raise ConfigError("must be an absolute path of letters, digits, '_', '.', '+' and '-', without '..' and '//'")
+    if name == "key_dir" and f"{value}/".startswith("/srv/"):
         raise ConfigError("must not lie under /srv: management VMs get a copy of it")
+    if name in _OWN_FOLDERS and value != defaults[name] and "qvm-remote" not in os.path.basename(value):
+        raise ConfigError(f"must be a folder of its own, with qvm-remote in its name (as in {os.path.join(os.path.dirname(value), 'qvm-remote')})")
 
 
 def _check_settings(settings, where):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import threading
 import time
 
@@ -23,7 +24,7 @@ from .handover import Handover
 from .keyring import Keyring
 from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .spool import ERR, META, OUT, Spool
-from .tokens import TOKEN_MAX, make_meta
+from .tokens import TOKEN_MAX, fingerprint, make_meta
 from .validate import check_size
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
@@ -146,7 +147,8 @@ class Dom0:
             Refused: it may not.
         """
         config = self.config.for_vm(vm)
-        request = authenticate(config, self.keyring, vm, untrusted_cid, untrusted_command, untrusted_token)
+        keys = functools.partial(self.keyring.accepted, vm, config.max_age)
+        request = authenticate(config, keys, vm, untrusted_cid, untrusted_command, untrusted_token)
         return request, check_new(config, self.ledger, request)
 
     def accept(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
@@ -174,7 +176,7 @@ class Dom0:
         if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
-            self.keyring.used(vm, request.key, config.max_age)
+            self._note_use(vm, request.key, config.max_age)
             self._store_and_claim(request, untrusted_command, untrusted_token, max(0, untrusted_stdin_size), fetch_stdin)
         except (SpoolError, AuditError, LedgerError, KeyringError) as err:
             self.spool.remove(vm, request.cid)
@@ -183,6 +185,13 @@ class Dom0:
             self.spool.remove(vm, request.cid)
             raise
         return request.cid, True
+
+    def _note_use(self, vm, key, overlap):
+        # A key that the VM signs with was handed to it, whether or not we saw it arrive.
+        self.keyring.handed(vm, key)
+        # While commands of this VM wait here, others may wait there, signed with the old key as well.
+        if self.keyring.has_old(vm) and not self.ledger.waiting(vm):
+            self.keyring.retire_old(vm, key, overlap)
 
     def _store_and_claim(self, request, command, token_line, stdin_size, fetch_stdin):
         vm, cid = request.vm, request.cid
@@ -216,7 +225,8 @@ class Dom0:
             raise Refused("replay", _NOT_WAITING)
         try:
             command, token_line, stdin_path = self.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
-            request = authenticate(config, self.keyring, vm, cid.encode("ascii"), command, token_line)
+            # Its key may have been replaced since it was claimed; if it was revoked, there is none of them.
+            request = authenticate(config, functools.partial(self.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
             key = request.key
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
@@ -363,6 +373,42 @@ class Dom0:
         self.ledger.delivered(vm, cid)
         self.spool.remove(vm, cid)
         self.audit.write(what, vm, cid)
+
+    def drop_old_key(self, vm):
+        """Remove a VM's replaced key once it works no more, and no command that was accepted under it waits.
+
+        Args:
+            vm: str, a checked name.
+
+        Raises:
+            KeyringError: it can't be removed; LedgerError: the ledger can't be read.
+        """
+        if self.keyring.has_old(vm) and self.ledger.waiting(vm):
+            return
+        self.keyring.drop_old(vm, self.config.for_vm(vm).max_age)
+
+    def rotate(self, vm, given=None):
+        """Have a new key for a VM, staged: it is to be handed over. One that waits already is not replaced, since the VM may have it.
+
+        Args:
+            vm: str, a checked name that has a key.
+            given: bytes, the key; None to make one.
+
+        Returns:
+            (str, str): fingerprints of the key before and of the new one.
+
+        Raises:
+            KeyringError: the VM has no key, or another rotation is not through yet.
+            AuditError, LedgerError: it can't be recorded.
+        """
+        old, staged = fingerprint(self.keyring.get(vm)), self.keyring.staged(vm)
+        if staged and given in (None, staged):
+            return old, fingerprint(staged)
+        if self.keyring.has_old(vm) and self.ledger.waiting(vm):
+            raise KeyringError(f"commands that {vm} signed before its last rotation still wait; rotate again when they have run")
+        key = given or secrets.token_bytes(32)
+        self.audit.write("rotation", vm, old=old, new=fingerprint(key))
+        return old, self.keyring.stage(vm, key)
 
     def forget(self, vm):
         """Take a VM's access away, and all that is kept of it but the audit log. What runs is not stopped.

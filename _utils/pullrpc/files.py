@@ -20,12 +20,48 @@ def write_whole(path, data, mode=0o600):
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
+    _write(path, data, mode, sync=False)
+
+
+def write_durably(path, data, mode=0o600):
+    """Write a file that appears whole or not at all, and is still there, whole, after a power cut.
+
+    Args:
+        path, data, mode: as for :func:`write_whole`.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    _write(path, data, mode, sync=True)
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path):
+    """Have the names in a folder survive a power cut.
+
+    Args:
+        path: str.
+
+    Raises:
+        OSError
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(path, data, mode, sync):
     folder, name = os.path.split(path)
     temp = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.rename(temp, path)
     except BaseException:
         forget(temp)

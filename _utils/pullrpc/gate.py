@@ -43,12 +43,12 @@ class Request:
     key: bytes = dataclasses.field(repr=False)
 
 
-def authenticate(config, keyring, vm, untrusted_cid, untrusted_command, untrusted_token):
+def authenticate(config, accepted_keys, vm, untrusted_cid, untrusted_command, untrusted_token):
     """Check shape, key and token.
 
     Args:
         config: Config that holds for this VM.
-        keyring: Keyring.
+        accepted_keys: callable without arguments that gives the VM's keys (list of bytes), or raises KeyringError.
         vm: str, the VM dom0 fetched the request from.
         untrusted_cid, untrusted_command, untrusted_token: bytes, as fetched.
 
@@ -62,7 +62,7 @@ def authenticate(config, keyring, vm, untrusted_cid, untrusted_command, untruste
     cid_time(cid)
     command = check_command(untrusted_command, config.command_max)
     try:
-        keys = keyring.accepted(vm, config.max_age)
+        keys = accepted_keys()
     except KeyringError as err:
         raise Refused("key", f"{err}; in dom0: qvm_remote.authorize {vm}") from None
     token = parse_token(untrusted_token)

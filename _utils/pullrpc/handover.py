@@ -62,7 +62,9 @@ class Handover:
         Raises:
             KeyringError: dom0 has no key for it, or must not use it.
         """
-        wanted = fingerprint(self._keyring.newest(vm))
+        return self._judge(vm, found, fingerprint(self._keyring.newest(vm)))
+
+    def _judge(self, vm, found, wanted):
         if found.fingerprint == wanted:
             return FITS
         if self._note(vm).get("fingerprint") != wanted:
@@ -86,11 +88,13 @@ class Handover:
         if not self._keyring.exists(vm):
             return None
         before = self._note(vm)
-        seen = self.judge(vm, session.inspect())
+        # Read once: while the VM takes its time, another key may be staged.
+        key = self._keyring.newest(vm)
+        seen = self._judge(vm, session.inspect(), fingerprint(key))
         if seen == PENDING or (seen in (LOST, ALTERED) and policy == "generate"):
-            self.hand(session, vm)
+            self._hand(session, vm, key)
             return "key-handed" if seen == PENDING else "key-mended"
-        self._see(vm, seen)
+        self._see(vm, seen, key)
         return f"key-{seen}" if seen != FITS and before.get("seen") != seen else None
 
     def hand(self, session, vm):
@@ -107,21 +111,23 @@ class Handover:
             SessionBroken, TransportError, KeyringError, AuditError
         """
         key = self._keyring.newest(vm)
+        self._hand(session, vm, key)
+        return fingerprint(key)
+
+    def _hand(self, session, vm, key):
         session.set_key(key)
         self._audit.write("key-handed", vm, fingerprint=fingerprint(key))
-        self._see(vm, FITS)
-        return fingerprint(key)
+        self._see(vm, FITS, key)
 
     def has_own(self, vm):
         """Note that a VM has dom0's key because it came from there."""
-        self._see(vm, FITS)
+        self._see(vm, FITS, self._keyring.newest(vm))
 
     def forget(self, vm):
         """Forget what was noted of a VM."""
         forget(os.path.join(self._folder, vm))
 
-    def _see(self, vm, seen):
-        key = self._keyring.newest(vm)
+    def _see(self, vm, seen, key):
         if seen == FITS:
             self._keyring.handed(vm, key)
         note = {"fingerprint": fingerprint(key), "seen": seen}

@@ -6,7 +6,7 @@ time it is used. Keys are never logged, returned to a caller outside this packag
 
 A rotation has two steps. *Staged*: ``<vm>.key.new`` waits to be handed to its VM; both keys work, since the VM may have
 either. *Handed*: the new key is ``<vm>.key``, and the one before is ``<vm>.key.old``, whose time says when it was
-replaced; it works for what was signed just before, for ``overlap`` seconds at most.
+replaced; it works for what was signed just before, for ``overlap`` seconds at most. What was accepted by then is still run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import stat
 import time
 
 from .errors import KeyringError, PullError
-from .files import forget, write_whole
+from .files import forget, sync_folder, write_durably
 from .ids import check_vm_name
 from .tokens import fingerprint, parse_key
 
@@ -31,7 +31,7 @@ _READ_MAX = 66
 
 
 class Keyring:
-    """The key folder.
+    """The key folder. The engine and states work on it at the same time; each step holds a lock, so that none sees half of another.
 
     Args:
         folder: str, absolute.
@@ -48,6 +48,10 @@ class Keyring:
         """
         return sorted(vm for vm, suffix in self._files() if suffix == _SUFFIX)
 
+    def exists(self, vm):
+        """Say whether a VM has a key file, good or not."""
+        return os.path.lexists(self._path(vm))
+
     def get(self, vm):
         """Fetch a VM's key.
 
@@ -60,13 +64,8 @@ class Keyring:
         Raises:
             KeyringError: there is none, or it must not be used; the text says why.
         """
-        self._check_folder()
-        key = self._read(vm)
-        # Every other key is read each time: a fleet has dozens of small files, and a shared key must not work until the next restart.
-        other = self._other_with(vm, key)
-        if other:
-            raise KeyringError(f"the keys of {vm} and {other} are the same; give each VM its own")
-        return key
+        with self._locked(fcntl.LOCK_SH):
+            return self._get(vm)
 
     def newest(self, vm):
         """Fetch the key that a VM should have: the staged one while it is being rotated.
@@ -80,8 +79,24 @@ class Keyring:
         Raises:
             KeyringError: as for :meth:`get`.
         """
-        key = self.get(vm)
-        return self._read(vm, _STAGED) if self.is_staged(vm) else key
+        with self._locked(fcntl.LOCK_SH):
+            key = self._get(vm)
+            return self._staged(vm) or key
+
+    def staged(self, vm):
+        """Fetch the key that waits to be handed to a VM.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            bytes, or None when none waits.
+
+        Raises:
+            KeyringError: the folder can't be read.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            return self._staged(vm)
 
     def accepted(self, vm, overlap):
         """Fetch the keys under which a VM's requests are believed now.
@@ -91,25 +106,30 @@ class Keyring:
             overlap: int, seconds that a replaced key still works.
 
         Returns:
-            list of bytes: the key first, then the staged or the replaced one.
+            list of bytes: the key first, then the staged and the replaced one if there are.
 
         Raises:
             KeyringError: as for :meth:`get`.
         """
-        keys = [self.get(vm)]
-        if self.is_staged(vm):
-            keys.append(self._read(vm, _STAGED))
-        elif self._old_works(vm, overlap):
-            keys.append(self._read(vm, _OLD))
-        return keys
+        with self._locked(fcntl.LOCK_SH):
+            keys = [self._get(vm), self._staged(vm), self._old(vm) if self._old_works(vm, overlap) else None]
+        return [key for key in keys if key]
 
-    def exists(self, vm):
-        """Say whether a VM has a key file, good or not."""
-        return os.path.lexists(self._path(vm))
+    def held(self, vm):
+        """Fetch all keys of a VM, under which what was accepted from it earlier may have been signed.
 
-    def is_staged(self, vm):
-        """Say whether a new key waits to be handed to a VM."""
-        return os.path.lexists(self._path(vm, _STAGED))
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            list of bytes, as for :meth:`accepted`, whatever the replaced one's age.
+
+        Raises:
+            KeyringError: as for :meth:`get`.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            keys = [self._get(vm), self._staged(vm), self._old(vm)]
+        return [key for key in keys if key]
 
     def stage(self, vm, key):
         """Begin a rotation.
@@ -125,7 +145,7 @@ class Keyring:
             KeyringError: the VM has no key, or the new one can't be stored.
         """
         with self._locked():
-            self.get(vm)
+            self._get(vm)
             self._store(vm, key, _STAGED)
         return fingerprint(key)
 
@@ -142,26 +162,25 @@ class Keyring:
         Raises:
             KeyringError: the files can't be renamed.
         """
-        if not self.is_staged(vm):
-            return False
+        with self._locked(fcntl.LOCK_SH):
+            if self._staged(vm) != key:
+                return False
         with self._locked():
-            return self._hand(vm, key)
-
-    def _hand(self, vm, key):
-        # Looked at again under the lock: a state and the engine may see at the same time that the VM has it.
-        if not self.is_staged(vm) or self._read(vm, _STAGED) != key:
-            return False
-        try:
-            forget(self._path(vm, _OLD))
-            os.link(self._path(vm), self._path(vm, _OLD), follow_symlinks=False)
-            os.utime(self._path(vm, _OLD), follow_symlinks=False)
-            # The one step that counts; before it both keys work as staged, after it as handed.
-            os.rename(self._path(vm, _STAGED), self._path(vm))
-        except OSError as err:
-            raise KeyringError(f"can't store the new key of {vm}: {err.strerror}") from err
+            # Looked at again: a state and the engine may see at the same time that the VM has it.
+            if self._staged(vm) != key or not self.exists(vm):
+                return False
+            try:
+                forget(self._path(vm, _OLD))
+                os.link(self._path(vm), self._path(vm, _OLD), follow_symlinks=False)
+                os.utime(self._path(vm, _OLD), follow_symlinks=False)
+                # The one step that counts; before it both keys work as staged, after it as handed.
+                os.rename(self._path(vm, _STAGED), self._path(vm))
+                sync_folder(self._folder)
+            except OSError as err:
+                raise KeyringError(f"can't store the new key of {vm}: {err.strerror}") from err
         return True
 
-    def used(self, vm, key, overlap):
+    def retire_old(self, vm, key, overlap):
         """Note that a VM used a key: if it is the new one, the old one's days are numbered.
 
         Args:
@@ -172,16 +191,17 @@ class Keyring:
         Raises:
             KeyringError: it can't be noted.
         """
-        try:
-            # A key that the VM signs with was handed to it, whether or not we saw it arrive.
-            self.handed(vm, key)
+        if not os.path.lexists(self._path(vm, _OLD)):
+            return
+        with self._locked():
             if not self._old_works(vm, overlap) or self._read(vm) != key:
                 return
             path = self._path(vm, _OLD)
-            replaced_at = min(os.stat(path, follow_symlinks=False).st_mtime, time.time() - overlap + _AFTER_FIRST_USE)
-            os.utime(path, (replaced_at, replaced_at), follow_symlinks=False)
-        except OSError as err:
-            raise KeyringError(f"can't note the use of the new key of {vm}: {err.strerror}") from err
+            try:
+                replaced_at = min(os.stat(path, follow_symlinks=False).st_mtime, time.time() - overlap + _AFTER_FIRST_USE)
+                os.utime(path, (replaced_at, replaced_at), follow_symlinks=False)
+            except OSError as err:
+                raise KeyringError(f"can't note the use of the new key of {vm}: {err.strerror}") from err
 
     def made_at(self, vm):
         """Say when a VM's newest key was stored.
@@ -196,22 +216,31 @@ class Keyring:
             KeyringError: there is none.
         """
         try:
-            return os.stat(self._path(vm, _STAGED if self.is_staged(vm) else _SUFFIX), follow_symlinks=False).st_mtime
+            return os.stat(self._path(vm, _STAGED if self.staged(vm) else _SUFFIX), follow_symlinks=False).st_mtime
         except OSError as err:
             raise KeyringError(f"dom0 has no key for {vm}: {err.strerror}") from None
 
-    def drop_old(self, overlap):
-        """Remove replaced keys that don't work any more.
+    def has_old(self, vm):
+        """Say whether a replaced key of a VM is kept."""
+        return os.path.lexists(self._path(vm, _OLD))
+
+    def drop_old(self, vm, overlap):
+        """Remove a VM's replaced key if it doesn't work any more, and a staged one that can't be used.
 
         Args:
+            vm: str, a checked name.
             overlap: int, seconds, as for :meth:`accepted`.
 
         Raises:
             KeyringError: one can't be removed.
         """
-        for vm in self.names():
-            if not self._old_works(vm, overlap):
+        if not self.has_old(vm) and not os.path.lexists(self._path(vm, _STAGED)):
+            return
+        with self._locked():
+            if self.has_old(vm) and not self._old_works(vm, overlap):
                 self._forget(vm, _OLD)
+            if self._staged(vm) is None:
+                self._forget(vm, _STAGED)
 
     def fingerprints(self):
         """Show which keys there are.
@@ -224,8 +253,9 @@ class Keyring:
         for vm in self.names():
             try:
                 shown[vm] = {"fingerprint": fingerprint(self.get(vm))}
-                if self.is_staged(vm):
-                    shown[vm]["next"] = fingerprint(self.newest(vm))
+                staged = self.staged(vm)
+                if staged:
+                    shown[vm]["next"] = fingerprint(staged)
             except KeyringError as err:
                 shown[vm] = {"problem": str(err)}
         return shown
@@ -246,7 +276,10 @@ class Keyring:
         check_vm_name(vm)
         raw = untrusted_key.encode("utf-8", "surrogatepass") if isinstance(untrusted_key, str) else untrusted_key
         key = parse_key(raw.strip(b"\r\n"))
-        self._make_folder()
+        try:
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        except OSError as err:
+            raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
         with self._locked():
             self._store(vm, key, _SUFFIX)
             self._forget(vm, _STAGED, _OLD)
@@ -265,34 +298,53 @@ class Keyring:
             PullError: the name is no VM's; KeyringError: it can't be removed.
         """
         check_vm_name(vm)
-        had_one = any(os.path.lexists(self._path(vm, suffix)) for suffix in (_SUFFIX, _STAGED, _OLD))
-        # The key itself goes first: without it the others are never looked at.
-        self._forget(vm, _SUFFIX, _STAGED, _OLD)
+        if not os.path.lexists(self._folder):
+            return False
+        # Under the lock: a staged key that becomes the key at this moment would be one that nobody removes.
+        with self._locked():
+            had_one = any(os.path.lexists(self._path(vm, suffix)) for suffix in (_SUFFIX, _STAGED, _OLD))
+            # The key itself goes first: without it the others are never looked at.
+            self._forget(vm, _SUFFIX, _STAGED, _OLD)
         return had_one
 
-    def _make_folder(self):
-        try:
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        except OSError as err:
-            raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
-
     @contextlib.contextmanager
-    def _locked(self):
-        """One change at a time, whichever process makes it: the engine, or a state."""
+    def _locked(self, how=fcntl.LOCK_EX):
+        """Hold the folder, among all processes and threads; not to be entered twice."""
         self._check_folder()
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, how)
             yield
         finally:
             os.close(fd)
+
+    def _get(self, vm):
+        key = self._read(vm)
+        # Every other key is read each time: a fleet has dozens of small files, and a shared key must not work until the next restart.
+        other = self._other_with(vm, key)
+        if other:
+            raise KeyringError(f"the keys of {vm} and {other} are the same; give each VM its own")
+        return key
+
+    def _staged(self, vm):
+        return self._usable(vm, _STAGED)
+
+    def _old(self, vm):
+        return self._usable(vm, _OLD)
+
+    def _usable(self, vm, suffix):
+        """A key that there may be; one that can't be used is as good as none, and keeps no other from being used."""
+        try:
+            return self._read(vm, suffix)
+        except KeyringError:
+            return None
 
     def _store(self, vm, key, suffix):
         other = self._other_with(vm, key)
         if other:
             raise KeyringError(f"this is already the key of {other}; give each VM its own")
         try:
-            write_whole(self._path(vm, suffix), key.hex().encode("ascii") + b"\n", 0o600)
+            write_durably(self._path(vm, suffix), key.hex().encode("ascii") + b"\n", 0o600)
         except OSError as err:
             raise KeyringError(f"can't store the key of {vm}: {err.strerror}") from err
 
@@ -300,6 +352,7 @@ class Keyring:
         try:
             for suffix in suffixes:
                 forget(self._path(vm, suffix))
+            sync_folder(self._folder)
         except OSError as err:
             raise KeyringError(f"can't remove the key of {vm}: {err.strerror}") from err
 
@@ -321,6 +374,8 @@ class Keyring:
             raise KeyringError("dom0 has no key for any VM (the key folder does not exist)") from None
         except OSError as err:
             raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
+        if os.path.realpath(self._folder).startswith("/srv/"):
+            raise KeyringError(f"{self._folder} lies under /srv, of which management VMs get a copy; keys must lie elsewhere")
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             raise KeyringError(f"{self._folder} must be a folder of mode 0700 owned by root; run: chown root DIR; chmod 0700 DIR")
 

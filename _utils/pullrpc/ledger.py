@@ -154,6 +154,18 @@ class Ledger:
         with self._guarded():
             return self._db.execute("SELECT vm, cid FROM command WHERE state IN (?, ?)", (CLAIMED, RUNNING)).fetchall()
 
+    def waiting(self, vm):
+        """Count a VM's commands that were claimed and have not begun.
+
+        Returns:
+            int
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return self._db.execute("SELECT count(*) FROM command WHERE vm = ? AND state = ?", (vm, CLAIMED)).fetchone()[0]
+
     def undelivered(self, vm):
         """List a VM's results that wait for delivery, oldest first.
 

@@ -58,6 +58,8 @@ _VM = ("state", "key", "user", "accept_v1", "rotate_days", *_VM_LIMITS)
 _DAYS = (1, 3650)
 #: Ways to select VMs that are not named under ``vms``.
 _SELECTORS = ("tag", "template", "name")
+#: Classes of VMs that may be selected. A disposable's name is given to the next one, which nobody may have meant.
+_SELECTED = ("AppVM", "StandaloneVM")
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?-]{1,63}\Z")
 
@@ -112,11 +114,18 @@ def read_pillar(pillar, list_vms=None):
             "rotate_days": own.get("rotate_days"),
         }
         # One that is absent is named to the engine all the same, so that it hears that it is refused.
+        if vms[vm]["rotate_days"] and vms[vm]["key"] != "generate":
+            if "rotate_days" in named.get(vm, {}):
+                _fail(f"vms:{vm}:rotate_days", "needs key: generate; a key of the qube's own is changed there, one given in pillar is changed here")
+            vms[vm]["rotate_days"] = None
         served[vm] = {} if vms[vm]["state"] == "absent" else {"key": vms[vm]["key"], **_vm_settings(own)}
     _check_same_keys(named)
     settings = {**_engine_settings(pillar), "vms": served}
-    # What each line allows by itself may still not fit together.
-    make_config(settings)
+    try:
+        make_config(settings)
+    except ConfigError as err:
+        # What each line allows by itself may still not fit together.
+        _fail("", str(err))
     return Plan(
         settings=settings,
         service=_service(pillar),
@@ -276,8 +285,6 @@ def _vm_mapping(own, path, allowed):
     days = own.get("rotate_days")
     if days is not None and (type(days) is not int or not _DAYS[0] <= days <= _DAYS[1]):
         _fail(f"{path}:rotate_days", f"must be a number of days, {_DAYS[0]} to {_DAYS[1]}")
-    if days is not None and own.get("key", "generate") == "own":
-        _fail(f"{path}:rotate_days", "needs key: generate; a key of the qube's own is changed there")
     _vm_settings(own, path)
     return own
 
@@ -333,7 +340,7 @@ def _select(pillar, list_vms):
     defaults, selected = _part(pillar, "defaults"), {}
     for vm in list_vms(sorted({rule["tag"] for rule in rules if "tag" in rule})):
         for rule in rules:
-            if vm["name"] != "dom0" and vm["class"] != "TemplateVM" and _matches(rule, vm):
+            if vm["class"] in _SELECTED and _matches(rule, vm):
                 own = {name: value for name, value in rule.items() if name not in _SELECTORS}
                 selected[vm["name"]] = {**selected.get(vm["name"], defaults), **own}
     return selected

@@ -10,7 +10,7 @@ import contextlib
 from .agentless import Agentless
 from .errors import TransportError
 from .session import NoAgent, Session
-from .transport import get_feature, list_vms, run_bounded, running_vms, set_feature, set_running
+from .transport import features, list_vms, run_bounded, running_vms, set_feature, set_running
 
 #: How long a template may take to unpack or remove the client, seconds.
 _CLIENT_WAIT = 120
@@ -81,7 +81,10 @@ def client_digest(template):
     Raises:
         TransportError: there is no such template.
     """
-    return get_feature(template, _FEATURE)
+    known = features(template)
+    digest, _, installed = known.get(_FEATURE, "").partition("@")
+    # A template that was installed anew (qvm-template reinstall) keeps its features, and has no client.
+    return digest if installed == _installed(known) else ""
 
 
 def clients():
@@ -109,7 +112,7 @@ def install_client(config, template, archive, digest):
         SessionBroken, TransportError: it can't be done, or not be noted.
     """
     _run_as_root(config, template, _UNPACK, [archive], "take the client: is its disk full?")
-    set_feature(template, _FEATURE, digest)
+    set_feature(template, _FEATURE, f"{digest}@{_installed(features(template))}")
 
 
 def remove_client(config, template, paths):
@@ -138,3 +141,8 @@ def _run_as_root(config, template, command, data, purpose):
             set_running(template, False)
     if code:
         raise TransportError(f"{template} could not {purpose} (exit code {code})")
+
+
+def _installed(known):
+    """When a template was installed, by qvm-template; empty for one that was not."""
+    return known.get("template-installtime", "").replace(" ", "T")

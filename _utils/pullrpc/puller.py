@@ -207,7 +207,7 @@ class Puller:
         """See whether the VM has its key; hand it over if it hasn't and should."""
         self._key_looked = time.monotonic()
         try:
-            self._hub.dom0.keyring.drop_old(self._config.max_age)
+            self._hub.dom0.drop_old_key(self.vm)
             news = self._hub.dom0.handover.look(self._session, self.vm, self._config.key)
         except AgentUnable as err:
             news = "key-not-handed"
@@ -281,11 +281,14 @@ class Puller:
         if refused.code == "token":
             self._key_doubted = time.monotonic()
         try:
-            self._hub.dom0.audit.refusal(self.vm, cid, refused.code)
+            shown = self._hub.dom0.audit.refusal(self.vm, cid, refused.code)
         except AuditError as err:
             # Whoever asked hears of the refusal all the same: a full disk must not look like a hanging dom0.
             self._hub.log(str(err))
-        self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
+            shown = True
+        if shown:
+            # Whoever reacts to events is bothered no more often than the log is.
+            self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
         parts = in_memory(*self._hub.dom0.refusal(self.vm, cid, str(refused)))
         for _ in self._session.deliver([(cid, EXIT_FAILED, parts)]):
             continue

@@ -10,10 +10,12 @@ import os
 import shutil
 
 from .config import Config
+from .errors import PullError
+from .ids import check_vm_name
 
 #: Names of ours in each folder that the settings name; temporary ones of a process that was killed among them.
 _OURS = {
-    "key_dir": ("*.key", "*.key.new", "*.key.old", ".*.key.*"),
+    "key_dir": ("*.key", "*.key.new", "*.key.old", ".*.key*.*"),
     "state_dir": ("ledger.sqlite*", "spool", "handover", "pki"),
     "run_dir": ("engine.lock", "sessions.json", ".sessions.json.*", "jobs", "minion"),
 }
@@ -69,6 +71,18 @@ def _ours(config):
                 names = sorted(os.listdir(folder))
             except FileNotFoundError:
                 continue
-            paths = [os.path.join(folder, name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+            paths = [os.path.join(folder, name) for name in names if _is_ours(name, patterns) and (setting != "key_dir" or _is_vms(name))]
             if paths or not names:
                 yield folder, paths
+
+
+def _is_ours(name, patterns):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_vms(name):
+    """Whether a key file's name begins with that of a VM."""
+    try:
+        return bool(check_vm_name(name.lstrip(".").partition(".key")[0]))
+    except PullError:
+        return False

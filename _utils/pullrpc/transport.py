@@ -8,6 +8,7 @@ Nothing here ever starts a VM that is served (``--no-autostart``, always), and n
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 
@@ -21,8 +22,6 @@ _LIST_WAIT = 30
 #: How long a qvm-run told to end may take, seconds.
 _END_WAIT = 1.0
 _READ_SIZE = 1 << 16
-#: Exit code of qvm-features when a VM has no such feature; of a VM that isn't there it says 2.
-_NO_FEATURE = 1
 #: How long a template may take to start or shut down, seconds.
 _START_WAIT = 180
 
@@ -116,23 +115,23 @@ def _ask(program, *words):
     return answer.returncode, answer.stdout.decode("ascii", "replace").splitlines()
 
 
-def get_feature(vm, name):
-    """Look up what dom0 noted of a VM; Qubes keeps it with the VM, copies it to its clones and removes it with it.
+def features(vm):
+    """List what is noted of a VM; Qubes keeps it with the VM, copies it to its clones and removes it with it.
 
     Args:
         vm: str, a checked name.
-        name: str, a constant of ours.
 
     Returns:
-        str; empty when nothing was noted.
+        dict of str to str.
 
     Raises:
         TransportError: there is no such VM, or it can't be asked.
     """
-    code, lines = _ask("qvm-features", "--", vm, name)
-    if code not in (0, _NO_FEATURE):
-        raise TransportError(f"there is no qube named {vm} (qvm-features ended with exit code {code})")
-    return "".join(lines)
+    # All of them: asked for one that it has not, it ends with 1 as it does when it fails.
+    code, lines = _ask("qvm-features", "--", vm)
+    if code:
+        raise TransportError(f"can't ask for the features of {vm}: is there a qube of that name? (qvm-features: exit code {code})")
+    return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
 
 
 def set_feature(vm, name, value):
@@ -197,7 +196,7 @@ class Channel:
 
     def kill(self):
         """Kill the program at once, from whatever thread."""
-        self._process.kill()
+        self._signal(signal.SIGKILL)
 
     def end(self):
         """Close both directions and see that the program is gone.
@@ -207,14 +206,21 @@ class Channel:
         """
         for stream in (self._process.stdin, self._process.stdout):
             stream.close()
-        for stop in (None, self._process.terminate, self._process.kill):
-            if stop:
-                stop()
+        for signum in (None, signal.SIGTERM, signal.SIGKILL):
+            if signum:
+                self._signal(signum)
             try:
                 return self._process.wait(_END_WAIT)
             except subprocess.TimeoutExpired:
                 continue
         return self._process.wait()
+
+    def _signal(self, signum):
+        # To all of its session: qvm-run leaves the qrexec-client that it started behind when it is told to end.
+        try:
+            os.killpg(self._process.pid, signum)
+        except ProcessLookupError:
+            return
 
 
 def _start_by_program(config, vm, command, user, streams):

@@ -20,7 +20,7 @@ qvm-remote-vm-{{ vm }}:
 {%-       endif %}
 {%-     endfor %}
 
-qvm-remote-vm-unlisted:
+qvm-remote-unlisted:
   qvm_remote.unlisted:
     - listed: {{ plan.vms | list | json }}
     - remove: {{ (plan.unlisted == "absent") | json }}

@@ -43,7 +43,8 @@ class _Unit:
                 if not has_value or key.startswith(("#", ";")):
                     continue
                 if key.startswith("Exec"):
-                    self.commands.setdefault(key, []).append(shlex.split(value))
+                    prefix = value[: len(value) - len(value.lstrip("-+!:@"))]
+                    self.commands.setdefault(key, []).append((shlex.split(value[len(prefix) :]), "-" in prefix))
                 if key == "Environment":
                     self.environment.update(word.split("=", 1) for word in shlex.split(value))
                 self.keys[key] = value
@@ -118,11 +119,12 @@ class _Monitor:
         self._unit.tell(active="activating", monitor=os.getpid())
         while True:
             self._starts.append(time.monotonic())
-            for argv in self._unit.commands.get("ExecStartPre", []):
-                if os.waitstatus_to_exitcode(os.waitpid(_spawn(argv, self._unit.environment), 0)[1]):
+            for argv, may_fail in self._unit.commands.get("ExecStartPre", []):
+                code = os.waitstatus_to_exitcode(os.waitpid(_spawn(argv, self._unit.environment), 0)[1])
+                if code and not may_fail:
                     self._end("failed")
                     return
-            self._main = _spawn(self._unit.commands["ExecStart"][0], self._unit.environment)
+            self._main = _spawn(self._unit.commands["ExecStart"][0][0], self._unit.environment)
             self._unit.tell(active="active", monitor=os.getpid(), main=self._main)
             if ready_fd is not None:
                 os.write(ready_fd, b"ok")
@@ -155,8 +157,8 @@ class _Monitor:
                 time.sleep(0.02)
 
     def _run_stop_commands(self):
-        for argv in self._unit.commands.get("ExecStop", []):
-            os.waitpid(_spawn([argv[0].removeprefix("-"), *argv[1:]], self._unit.environment), 0)
+        for argv, _ in self._unit.commands.get("ExecStop", []):
+            os.waitpid(_spawn(argv, self._unit.environment), 0)
 
     def _restarts(self, code):
         if self._unit.keys["Restart"] != "always" and (self._unit.keys["Restart"] != "on-failure" or code == 0):
@@ -214,8 +216,8 @@ def _reload(unit):
     if unit.state()["active"] != "active" or "ExecReload" not in unit.commands:
         sys.stderr.write(f"Job type reload is not applicable for unit {unit.name}.\n")
         return _FAILED
-    for argv in unit.commands["ExecReload"]:
-        if os.spawnvp(os.P_WAIT, argv[0], argv):
+    for argv, may_fail in unit.commands["ExecReload"]:
+        if os.spawnvp(os.P_WAIT, argv[0], argv) and not may_fail:
             return _FAILED
     return 0
 
@@ -247,6 +249,11 @@ def _reset_failed(unit):
     return 0
 
 
+def _show(unit):
+    print(f"ActiveState={unit.state()['active']}")
+    return 0
+
+
 def _is_active(unit):
     active = unit.state()["active"]
     print(active)
@@ -273,6 +280,7 @@ _VERBS = {
     "enable": _enable,
     "disable": _disable,
     "reset-failed": _reset_failed,
+    "show": _show,
     "is-active": _is_active,
     "is-enabled": _is_enabled,
 }
@@ -296,7 +304,7 @@ def main():
         sys.stderr.write(f"systemctl of the simulator knows {', '.join(sorted(_VERBS))} UNIT, and daemon-reload\n")
         return _FAILED
     unit = _Unit(words[1])
-    if unit.path is None and words[0] not in ("is-active", "is-enabled", "stop", "disable", "reset-failed"):
+    if unit.path is None and words[0] not in ("show", "is-active", "is-enabled", "stop", "disable", "reset-failed"):
         sys.stderr.write(f"Failed to {words[0]} {unit.name}: Unit {unit.name} not found.\n")
         return _NO_UNIT
     return _VERBS[words[0]](unit)

@@ -254,6 +254,28 @@ def test_an_altered_key_that_pillar_gives_waits_for_the_next_apply(machine):
     assert machine.remote("hostname", vm="dev").stdout == b"dom0\n"
 
 
+def test_a_key_that_a_vm_has_made_anew_is_fetched_and_never_overwritten(machine):
+    machine.start("idle")
+    machine.set_pillar(_pillar(vms={"idle": {"key": "own"}, "spare": {}}))
+    machine.apply()
+    machine.vm("idle", "qvm-remote", "key", "gen", "--force", check=True)
+    made = machine.key("idle")
+    assert machine.remote("true", vm="idle").returncode == 125
+    assert _changed(machine.apply()) == {"qvm-remote-vm-idle"}
+    assert machine.dom0_key("idle") == machine.key("idle") == made
+    assert _changed(machine.apply()) == set()
+    machine.wait_served("idle")
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
+    machine.apply()
+    machine.shutdown("idle")
+
+
+def test_a_template_that_was_installed_anew_gets_the_client_again(machine):
+    machine.dom0("qvm-features", "debian-13", "template-installtime", "2026-11-24 10:00:00", check=True)
+    assert _changed(machine.apply(sls="qvm-remote.client")) == {"qvm-remote-client-debian-13"}
+    assert _changed(machine.apply(sls="qvm-remote.client")) == set()
+
+
 def test_rotation_under_load_loses_no_command(machine):
     asking = "until [ -e /tmp/enough ]; do qvm-remote -n echo fine >> /tmp/said 2>&1 || echo failed >> /tmp/said; done"
     clients = [machine.popen_vm("work", "sh", "-c", asking) for _ in range(3)]
@@ -359,9 +381,9 @@ def test_keys_that_pillar_does_not_name_are_shown_and_taken_on_demand(machine):
     machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"state": "absent"}}))
     states = machine.apply(sls="qvm-remote.vm")
     assert _changed(states) == set()
-    assert "extra" in states["qvm-remote-vm-unlisted"]["comment"]
+    assert "extra" in states["qvm-remote-unlisted"]["comment"]
     machine.set_pillar(_pillar(unlisted="absent", vms={"idle": {}}))
-    assert set(machine.apply(sls="qvm-remote.vm")["qvm-remote-vm-unlisted"]["changes"]) == {"extra"}
+    assert set(machine.apply(sls="qvm-remote.vm")["qvm-remote-unlisted"]["changes"]) == {"extra"}
     assert "extra" not in machine.call("keys")
 
 
@@ -426,9 +448,12 @@ def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
         machine.start(vm)
     machine.wait_served("work", "dev")
     machine.dom0("touch", "/etc/qubes/remote.d/somebody-elses", check=True)
+    # A qube in which nothing can be done keeps nothing else from being removed.
+    machine.vm("dev", "mv", "/usr/bin/bash", "/usr/bin/away", user="root", check=True)
     states = machine.apply(sls="qvm-remote.clean", timeout=300)
     assert _changed(states) == {"qvm-remote-clean-clients", "qvm-remote-clean-dom0"}
     assert "/etc/qubes/remote.d stays" in states["qvm-remote-clean-dom0"]["comment"]
+    assert "dev keeps its queue" in states["qvm-remote-clean-dom0"]["comment"]
     assert machine.dom0("ls", "-A", "/etc/qubes/remote.d").stdout == b"somebody-elses\n"
     machine.dom0("rm", "/etc/qubes/remote.d/somebody-elses", check=True)
     assert _changed(machine.apply(sls="qvm-remote.clean")) == {"qvm-remote-clean-dom0"}

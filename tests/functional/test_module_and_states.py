@@ -29,7 +29,7 @@ def loaders(tmp_path_factory):
 @pytest.fixture
 def settings(tmp_path):
     """Settings of an engine that keeps everything in a folder of this test."""
-    names = {"key_dir": "keys", "state_dir": "state", "run_dir": "run", "audit_log": "log/audit.log"}
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "log/audit.log"}
     return {name: str(tmp_path / folder) for name, folder in names.items()}
 
 

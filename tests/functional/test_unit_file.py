@@ -33,3 +33,11 @@ def test_the_unit_is_hardened_as_the_readme_says():
     assert within.returncode == 0, within.stdout
     # A threshold that is out of reach shows that there is a check.
     assert _analyze("security", "--offline=true", "--threshold=5", _UNIT).returncode != 0
+
+
+def test_what_vchan_needs_of_xen_is_open_to_the_service():
+    with open(_UNIT, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    allowed = {line.partition("=")[2] for line in lines if line.startswith("DeviceAllow=")}
+    # Xen's libraries open these (tools/libs: call, evtchn, gnttab, vchan, store); without one of them no qube is reached.
+    assert allowed == {f"/dev/xen/{name} rw" for name in ("evtchn", "hypercall", "gntdev", "gntalloc", "privcmd", "xenbus", "xenbus_backend")}

@@ -113,6 +113,38 @@ def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
     dom0.wait_served("work", "dev")
 
 
+def test_a_service_that_is_just_starting_is_stopped_too(dom0):
+    dom0.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
+    dom0.put("/run/systemd/system/qvm-remote.service.d/slow.conf", "[Service]\nExecStartPre=/usr/bin/sleep 60\n")
+    dom0.dom0("systemctl", "daemon-reload", check=True)
+    dom0.dom0("systemctl", "start", "--no-block", "qvm-remote", check=True)
+    _until(lambda: _show(dom0, "ActiveState") == {"ActiveState": "activating"})
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "service": {"running": False}})
+    shown = dom0.salt("state.apply", "qvm-remote.dom0")
+    assert {name.split("_|-")[1]: set(ret["changes"]) for name, ret in shown.items()}["qvm-remote-dom0-service"] == {"running"}
+    assert _show(dom0, "ActiveState")["ActiveState"] in ("inactive", "failed")
+    time.sleep(1)
+    assert _show(dom0, "ActiveState")["ActiveState"] in ("inactive", "failed")
+    dom0.dom0("rm", "-r", "/run/systemd/system/qvm-remote.service.d", check=True)
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}})
+    dom0.salt("state.apply", "qvm-remote.dom0")
+    dom0.wait_served("work")
+
+
+def test_settings_that_name_other_folders_are_opened_to_the_service(dom0):
+    folders = {"key_dir": "/etc/qvm-remote-keys", "state_dir": "/srv/qvm-remote-state", "run_dir": "/run/other-qvm-remote", "audit_log": "/var/log/other/audit.log"}
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "engine": {**_PILLAR["engine"], **folders}})
+    # The folders are there only once the service starts; the keys come after it.
+    dom0.salt("state.apply", "qvm-remote.dom0")
+    dom0.salt("state.apply", "qvm-remote.vm")
+    dom0.wait_served("work", "dev")
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
+    assert dom0.dom0("grep", "-c", '"what":"run"', folders["audit_log"]).stdout != b"0\n"
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}})
+    dom0.salt("state.apply", "qvm-remote")
+    dom0.wait_served("work")
+
+
 def test_enabled_it_lies_where_a_boot_finds_it_and_disabled_it_does_not(dom0):
     dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "service": {"enable": True, "accept_risk": True}})
     dom0.salt("state.apply", "qvm-remote.dom0")

@@ -58,6 +58,8 @@ def _list_vms(tags):
         ({"vms": {"work": {"accept_v1": 1}}}, "vms:work:accept_v1:", "true or false"),
         ({"vms": {"work": {"rotate_days": 0}}}, "vms:work:rotate_days:", "1 to 3650"),
         ({"vms": {"work": {"key": "own", "rotate_days": 5}}}, "vms:work:rotate_days:", "needs key: generate"),
+        ({"vms": {"work": {"key": KEY, "rotate_days": 5}}}, "vms:work:rotate_days:", "needs key: generate"),
+        ({"defaults": {"key": "own"}, "vms": {"work": {"rotate_days": 5}}}, "vms:work:rotate_days:", "needs key: generate"),
         ({"defaults": {"state": "absent"}}, "defaults:state:", "allowed here: key, user"),
         ({"defaults": {"key": KEY}}, "defaults:key:", "belongs to one qube"),
         ({"select": [{"timeout": 5}]}, "select:0:", "one or more of tag, template, name"),
@@ -66,6 +68,13 @@ def _list_vms(tags):
         ({"unlisted": "revoke"}, "unlisted:", "one of keep, absent"),
         ({"clean": {"logs": "all"}}, "clean:logs:", "true or false"),
         ({"engine": {"key_dir": "/srv/keys"}}, "engine:key_dir:", "must not lie under /srv"),
+        ({"engine": {"key_dir": "/etc/../srv/keys"}}, "engine:key_dir:", "without '..'"),
+        ({"engine": {"key_dir": "//srv/keys"}}, "engine:key_dir:", "without '..' and '//'"),
+        ({"engine": {"run_dir": "/run/qvm-remote x"}}, "engine:run_dir:", "letters, digits"),
+        ({"engine": {"audit_log": "/var/log/%n.log"}}, "engine:audit_log:", "letters, digits"),
+        ({"engine": {"state_dir": "/var"}}, "engine:state_dir:", "as in /qvm-remote"),
+        ({"limits": {"output": "300M"}}, "", "spool_bytes_max must be at least that"),
+        ({"vms": {"work": {"stdin": "500M"}}}, "", "vms: work: a command may leave"),
         ({"engine": {"timeout_max": 5}}, "engine:timeout_max:", "allowed here: spool_bytes_max"),
         ("work", "", "must be a mapping"),
     ],
@@ -140,3 +149,13 @@ def test_the_example_has_every_setting_with_its_default():
     empty = read_pillar({})
     assert (plan.service, plan.minion, plan.unlisted, plan.clean_logs) == (empty.service, empty.minion, empty.unlisted, empty.clean_logs)
     assert make_config(plan.settings).for_vm("builder").timeout_max == 3600
+
+
+def test_days_of_rotation_for_all_hold_for_those_whose_key_dom0_makes():
+    plan = read_pillar({"defaults": {"rotate_days": 90}, "vms": {"dev": {"key": KEY}, "laptop": {"key": "own"}, "work": {}}})
+    assert {vm: own["rotate_days"] for vm, own in plan.vms.items()} == {"dev": None, "laptop": None, "work": 90}
+
+
+def test_no_disposable_is_selected():
+    listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": []} for name, klass in (("disp1234", "DispVM"), ("work", "AppVM"))]
+    assert list(read_pillar({"select": [{"template": "fedora-*"}]}, lambda tags: listed).vms) == ["work"]

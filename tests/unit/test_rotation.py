@@ -2,6 +2,7 @@
 """Keys that change: both work for a while, and then one; what a VM has is seen; what was forgotten stays unusable."""
 
 import concurrent.futures
+import hashlib
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 from pullrpc.audit import AuditLog
 from pullrpc.config import make_config
+from pullrpc.dom0 import Dom0
 from pullrpc.errors import KeyringError, Refused
 from pullrpc.gate import Request, check_new
 from pullrpc.handover import Handover
@@ -16,7 +18,7 @@ from pullrpc.ids import new_cid
 from pullrpc.keyring import Keyring
 from pullrpc.ledger import Ledger
 from pullrpc.session import Found
-from pullrpc.tokens import fingerprint
+from pullrpc.tokens import fingerprint, make_token, read_meta
 
 OVERLAP = 300
 
@@ -69,7 +71,8 @@ def test_once_handed_the_new_key_is_the_key_and_the_old_one_works_for_the_overla
     path = tmp_path / "keys" / "work.key.old"
     os.utime(path, (time.time() - OVERLAP - 1,) * 2)
     assert keyring.accepted("work", OVERLAP) == [new]
-    keyring.drop_old(OVERLAP)
+    assert keyring.held("work") == [new, old]
+    keyring.drop_old("work", OVERLAP)
     assert not path.exists()
 
 
@@ -83,9 +86,9 @@ def test_a_clock_that_was_set_back_gives_no_old_key_a_second_life(keyring, tmp_p
 def test_the_first_use_of_the_new_key_shortens_the_old_ones_life(keyring, tmp_path):
     old, new = _stage(keyring)
     keyring.handed("work", new)
-    keyring.used("work", old, OVERLAP)
+    keyring.retire_old("work", old, OVERLAP)
     assert time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime < 5
-    keyring.used("work", new, OVERLAP)
+    keyring.retire_old("work", new, OVERLAP)
     left = OVERLAP - (time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime)
     assert 20 < left < 31
     assert keyring.accepted("work", OVERLAP) == [new, old]
@@ -93,9 +96,9 @@ def test_the_first_use_of_the_new_key_shortens_the_old_ones_life(keyring, tmp_pa
 
 def test_a_staged_key_that_the_vm_signs_with_was_handed(keyring):
     old, new = _stage(keyring)
-    keyring.used("work", new, OVERLAP)
+    assert keyring.handed("work", new) is True
     assert keyring.get("work") == new
-    assert not keyring.is_staged("work")
+    assert keyring.staged("work") is None
     assert keyring.accepted("work", OVERLAP) == [new, old]
 
 
@@ -198,3 +201,147 @@ def test_two_that_see_the_new_key_arrive_at_once_keep_the_old_one_working(keyrin
             outcomes = [future.result() for future in [pool.submit(see) for _ in range(4)]]
         assert sorted(outcomes) == [False, False, False, True]
         assert keyring.accepted("work", OVERLAP) == [new, old]
+
+
+def test_a_second_rotation_before_the_first_is_over_keeps_the_key_before_working(keyring):
+    old, new = _stage(keyring)
+    keyring.handed("work", new)
+    newer = os.urandom(32)
+    keyring.stage("work", newer)
+    assert keyring.accepted("work", OVERLAP) == [new, newer, old]
+
+
+def test_a_staged_key_that_can_not_be_used_locks_nobody_out(keyring, handover, tmp_path):
+    key = keyring.get("work")
+    staged = tmp_path / "keys" / "work.key.new"
+    # As a power cut may leave it.
+    staged.write_bytes(b"")
+    staged.chmod(0o600)
+    assert keyring.accepted("work", OVERLAP) == [key]
+    vm = _Vm()
+    assert handover.look(vm, "work", "own") == "key-handed"
+    assert vm.key == key
+    assert keyring.fingerprints() == {"work": {"fingerprint": fingerprint(key)}}
+    keyring.drop_old("work", OVERLAP)
+    assert not staged.exists()
+
+
+def test_a_vm_that_is_revoked_while_its_new_key_arrives_has_none(keyring):
+    for _ in range(300):
+        keyring.put("work", os.urandom(32).hex())
+        _, new = _stage(keyring)
+        start = threading.Barrier(2)
+
+        def arrive(new=new, start=start):
+            start.wait()
+            keyring.handed("work", new)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            arriving = pool.submit(arrive)
+            start.wait()
+            assert keyring.remove("work") is True
+            arriving.result()
+        assert keyring.names() == []
+        with pytest.raises(KeyringError, match="no key for work"):
+            keyring.accepted("work", OVERLAP)
+
+
+def test_who_looks_at_the_moment_of_the_change_sees_the_new_key(keyring):
+    ended = threading.Event()
+    missing = []
+
+    def look():
+        while not ended.is_set():
+            newest = keyring.newest("work")
+            if newest not in keyring.accepted("work", OVERLAP) and newest == keyring.newest("work"):
+                missing.append(newest)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        looking = [pool.submit(look) for _ in range(2)]
+        for _ in range(200):
+            _, new = _stage(keyring)
+            keyring.handed("work", new)
+        ended.set()
+        for future in looking:
+            future.result()
+    assert missing == []
+
+
+def test_a_key_that_is_staged_while_another_is_handed_over_stays_staged(keyring, handover):
+    class Slow(_Vm):
+        def set_key(self, key):
+            super().set_key(key)
+            keyring.stage("work", newer)
+
+    newer = os.urandom(32)
+    key = keyring.get("work")
+    vm = Slow()
+    assert handover.look(vm, "work", "generate") == "key-handed"
+    assert vm.key == key
+    assert keyring.accepted("work", OVERLAP) == [key, newer]
+    assert handover.known("work") == "pending"
+
+
+@pytest.fixture
+def dom0(tmp_path):
+    """dom0's side with a key for work, everything in a folder of this test."""
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "audit.log"}
+    one = Dom0(make_config({name: str(tmp_path / folder) for name, folder in names.items()}))
+    one.keyring.put("work", os.urandom(32).hex())
+    return one
+
+
+def _accept(dom0, key):
+    cid = new_cid()
+    token = make_token(key, "work", cid, 10, "ping", b"ping")
+    assert dom0.accept("work", cid.encode(), b"ping", token, -1, lambda: ()) == (cid, True)
+    return cid
+
+
+def test_a_command_that_waits_while_its_key_is_replaced_is_run_and_answered_under_that_key(dom0, tmp_path):
+    old = dom0.keyring.get("work")
+    cid = _accept(dom0, old)
+    dom0.rotate("work")
+    new = dom0.keyring.staged("work")
+    dom0.keyring.handed("work", new)
+    # Its time is long over: the old key is good for nothing new, and kept for what waits.
+    path = tmp_path / "qvm-remote-keys" / "work.key.old"
+    os.utime(path, (time.time() - 7200,) * 2)
+    dom0.drop_old_key("work")
+    with pytest.raises(Refused):
+        _accept(dom0, old)
+    with pytest.raises(KeyringError, match="still wait"):
+        dom0.rotate("work")
+    assert dom0.execute("work", cid)["status"] == "done"
+    parts = dom0.result("work", cid)[1]
+    out, meta = (b"".join(parts[name][1]()) for name in ("out", "meta"))
+    assert read_meta(old, cid, hashlib.sha256(out).digest(), hashlib.sha256(b"").digest(), meta)[1] is True
+    dom0.drop_old_key("work")
+    assert not path.exists()
+
+
+def test_a_revoked_vms_waiting_command_is_not_run(dom0):
+    cid = _accept(dom0, dom0.keyring.get("work"))
+    dom0.forget("work")
+    assert dom0.execute("work", cid)["status"] == "refused"
+
+
+def test_the_new_key_does_not_shorten_the_old_ones_life_while_commands_wait(dom0, tmp_path):
+    old = dom0.keyring.get("work")
+    first = _accept(dom0, old)
+    dom0.rotate("work")
+    new = dom0.keyring.staged("work")
+    second = _accept(dom0, new)
+    path = tmp_path / "qvm-remote-keys" / "work.key.old"
+    assert time.time() - path.stat().st_mtime < 5
+    for cid in (first, second):
+        dom0.execute("work", cid)
+    _accept(dom0, new)
+    assert 265 < time.time() - path.stat().st_mtime < 275
+
+
+def test_a_rotation_that_waits_is_not_replaced_by_another(dom0):
+    old, new = dom0.rotate("work")
+    assert dom0.rotate("work") == (old, new)
+    given = os.urandom(32)
+    assert dom0.rotate("work", given) == (old, fingerprint(given))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The programs by which dom0 reaches a VM: none of them outlives its use."""
+
+import os
+import time
+
+from pullrpc.config import make_config
+from pullrpc.transport import Channel
+
+#: As qvm-run does: starts a child that talks to the VM, and leaves it behind when it is told to end.
+_QVM_RUN = """\
+#!/bin/sh
+sleep 600 &
+echo $! > {folder}/child
+wait
+"""
+
+
+def _is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_session_that_has_to_be_killed_leaves_no_process_behind(tmp_path):
+    program = tmp_path / "qvm-run"
+    program.write_text(_QVM_RUN.format(folder=tmp_path))
+    program.chmod(0o755)
+    channel = Channel(make_config({"qvm_run": str(program)}), "work", "true")
+    child = tmp_path / "child"
+    while not child.exists() or not child.read_text().strip():
+        time.sleep(0.01)
+    pid = int(child.read_text())
+    assert _is_alive(pid)
+    assert channel.end() < 0
+    deadline = time.monotonic() + 5
+    while _is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{channel.in_fd}/never")
