@@ -8,6 +8,7 @@ The settings are those of the engine ``qvm_remote`` in the minion's configuratio
 without one, the defaults of :mod:`pullrpc.config`. ``config`` overrides them, for tests and for the engine itself.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -69,6 +70,16 @@ def _dom0(config):
     return pullrpc.dom0.shared(_settings(config))
 
 
+@contextlib.contextmanager
+def _told(vm=None):
+    """What goes wrong in pullrpc becomes an error of Salt's, which a user is shown as one line; it names a VM on demand."""
+    try:
+        yield
+    except (OSError, pullrpc.errors.PullError) as err:
+        text = f"{err.filename}: {err.strerror}" if isinstance(err, OSError) and err.filename else str(err)
+        raise CommandExecutionError(f"{vm}: {text}" if vm else text) from None
+
+
 def _raw(value):
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
 
@@ -125,11 +136,9 @@ def execute(vm, cid, config=None):
 
         salt-call --local qvm_remote.execute work 20261124-101500-4711-0badcafe
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(vm)
         return _dom0(config).execute(vm, pullrpc.ids.check_cid(cid))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
@@ -224,10 +233,8 @@ def given_fingerprint(vm):
 
         salt-call --local qvm_remote.given_fingerprint dev
     """
-    try:
+    with _told():
         return pullrpc.tokens.fingerprint(pullrpc.tokens.parse_key(_pillar_key(vm)))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def plan(defaults=None):
@@ -275,15 +282,13 @@ def generate(vm, config=None):
 
         salt-call --local qvm_remote.generate work
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(vm)
         dom0 = _dom0(config)
         if dom0.keyring.exists(vm):
             raise pullrpc.errors.KeyringError(f"{vm} has a key; qvm_remote.rotate {vm} changes it")
         shown = dom0.keyring.put(vm, secrets.token_hex(32))
         dom0.audit.write("authorized", vm, fingerprint=shown)
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     return {"vm": vm, "fingerprint": shown}
 
 
@@ -311,12 +316,10 @@ def rotate(vm, from_pillar=False, config=None):
 
         salt-call --local qvm_remote.rotate work
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(vm)
         dom0 = _dom0(config)
         old, new = dom0.rotate(vm, pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else None)
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     rotated = {"vm": vm, "old": old, "new": new, "handed": False}
     try:
         rotated["handed"] = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
@@ -373,10 +376,8 @@ def running(vm, config=None):
 
         salt-call --local qvm_remote.running work
     """
-    try:
+    with _told():
         return _runs(_dom0(config).config, pullrpc.ids.check_vm_name(vm))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def inspect(vm, config=None):
@@ -434,13 +435,11 @@ def hand_over(vm, config=None):
 
         salt-call --local qvm_remote.hand_over work
     """
-    try:
+    with _told(vm):
         pullrpc.ids.check_vm_name(vm)
         dom0 = _dom0(config)
         handed = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
         return {"vm": vm, "fingerprint": pullrpc.tokens.fingerprint(dom0.keyring.newest(vm)), "handed": handed}
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(f"{vm}: {err}") from None
 
 
 def remove_queue(vm, history=False, config=None):
@@ -463,15 +462,13 @@ def remove_queue(vm, history=False, config=None):
 
         salt-call --local qvm_remote.remove_queue old
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(vm)
         settings = _dom0(config).config
         if not _runs(settings, vm):
             return False
         pullrpc.provision.remove_queue(settings.for_vm(vm), vm, history)
         return True
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def client_installed(template):
@@ -492,11 +489,9 @@ def client_installed(template):
 
         salt-call --local qvm_remote.client_installed fedora-41
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(template)
         return pullrpc.provision.client_digest(template) == _client_archive()[1]
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def clients():
@@ -514,10 +509,8 @@ def clients():
 
         salt-call --local qvm_remote.clients
     """
-    try:
+    with _told():
         return pullrpc.provision.clients()
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def install_client(template, config=None):
@@ -541,12 +534,10 @@ def install_client(template, config=None):
 
         salt-call --local qvm_remote.install_client fedora-41
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(template)
         data, digest = _client_archive()
         pullrpc.provision.install_client(_dom0(config).config, template, data, digest)
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
     return {"template": template, "sha256": digest}
 
 
@@ -569,11 +560,9 @@ def remove_client(template, config=None):
 
         salt-call --local qvm_remote.remove_client fedora-41
     """
-    try:
+    with _told():
         pullrpc.ids.check_vm_name(template)
         pullrpc.provision.remove_client(_dom0(config).config, template, pullrpc.package.CLIENT_PATHS)
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
     return {"template": template}
 
 
@@ -604,13 +593,11 @@ def revoke(vm, config=None):
 
         salt-call --local qvm_remote.revoke work
     """
-    try:
+    with _told():
         dom0 = _dom0(config)
         had_one = dom0.keyring.remove(vm)
         if had_one:
             dom0.audit.write("revoked", vm)
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     return had_one
 
 
@@ -635,10 +622,8 @@ def forget(vm, config=None):
 
         salt-call --local qvm_remote.forget old
     """
-    try:
+    with _told():
         return _dom0(config).forget(pullrpc.ids.check_vm_name(vm))
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def remembered(vm, config=None):
@@ -660,10 +645,8 @@ def remembered(vm, config=None):
 
         salt-call --local qvm_remote.remembered old
     """
-    try:
+    with _told():
         return _dom0(config).remembered(pullrpc.ids.check_vm_name(vm))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def key_age(vm, config=None):
@@ -685,10 +668,8 @@ def key_age(vm, config=None):
 
         salt-call --local qvm_remote.key_age work
     """
-    try:
+    with _told():
         return (time.time() - _dom0(config).keyring.made_at(pullrpc.ids.check_vm_name(vm))) / 86400
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def in_use(settings):
@@ -709,10 +690,8 @@ def in_use(settings):
 
         salt-call --local qvm_remote.in_use '{max_age: 300}'
     """
-    try:
+    with _told():
         config = pullrpc.config.make_config(settings)
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     return pullrpc.lock.is_held(config.run_dir) and _published(config).get("settings") == pullrpc.config.digest(config)
 
 
@@ -734,10 +713,8 @@ def started_as(config=None):
 
         salt-call --local qvm_remote.started_as
     """
-    try:
+    with _told():
         settings = pullrpc.config.make_config(_settings(config))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     return _published(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
 
 
@@ -781,10 +758,8 @@ def folders(config=None):
 
         salt-call --local qvm_remote.folders
     """
-    try:
+    with _told():
         settings = pullrpc.config.make_config(_settings(config))
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     return [settings.key_dir, settings.state_dir, settings.run_dir, os.path.dirname(settings.audit_log)]
 
 
@@ -806,10 +781,8 @@ def leftovers(config=None):
 
         salt-call --local qvm_remote.leftovers
     """
-    try:
+    with _told():
         return pullrpc.removal.leftovers(_dom0(config).config)
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def remove_leftovers(config=None):
@@ -830,13 +803,11 @@ def remove_leftovers(config=None):
 
         salt-call --local qvm_remote.remove_leftovers
     """
-    try:
+    with _told():
         settings = _dom0(config).config
         if pullrpc.lock.is_held(settings.run_dir):
             raise pullrpc.errors.EngineBusy("an engine is at work; stop it first")
         return pullrpc.removal.remove(settings)
-    except (OSError, pullrpc.errors.PullError) as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def reload(config=None):
@@ -858,11 +829,9 @@ def reload(config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.reload
     """
     settings = _settings(config)
-    try:
+    with _told():
         if not pullrpc.lock.signal_engine(pullrpc.config.make_config(settings).run_dir, signal.SIGHUP):
             raise pullrpc.errors.PullError("no engine is at work")
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     deadline = time.monotonic() + _RELOAD_WAIT
     while not in_use(settings):
         if time.monotonic() > deadline:
@@ -891,12 +860,10 @@ def stop(config=None):
 
         salt-call --local -c /etc/qubes/remote qvm_remote.stop
     """
-    try:
+    with _told():
         settings = pullrpc.config.make_config(_settings(config))
         if not pullrpc.lock.signal_engine(settings.run_dir, signal.SIGUSR1):
             return False
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
     deadline = time.monotonic() + settings.stop_grace + _STOP_WAIT
     while pullrpc.lock.is_held(settings.run_dir):
         if time.monotonic() > deadline:
@@ -924,10 +891,8 @@ def keys(config=None):
 
         salt-call --local qvm_remote.keys
     """
-    try:
+    with _told():
         return _dom0(config).keyring.fingerprints()
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def status(config=None):
@@ -950,7 +915,7 @@ def status(config=None):
 
         salt-call --local qvm_remote.status
     """
-    try:
+    with _told():
         dom0 = _dom0(config)
         running = pullrpc.lock.is_held(dom0.config.run_dir)
         known = dom0.keyring.fingerprints()
@@ -963,8 +928,6 @@ def status(config=None):
             "commands": dom0.ledger.counts(),
             "keys": known,
         }
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def _published(settings):
@@ -994,7 +957,7 @@ def run_once(config=None):
         salt-call --local qvm_remote.run_once
     """
     settings = _settings(config)
-    try:
+    with _told():
         service = pullrpc.service.Service(
             pullrpc.dom0.shared(settings),
             verify=lambda vm, cid, command, token: verify(vm, cid, command, token, config=settings),
@@ -1003,8 +966,6 @@ def run_once(config=None):
             log=log.warning,
         )
         return service.run_once()
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(str(err)) from None
 
 
 def ping(vm, config=None):
@@ -1026,7 +987,7 @@ def ping(vm, config=None):
 
         salt-call --local qvm_remote.ping work
     """
-    try:
+    with _told(vm):
         pullrpc.ids.check_vm_name(vm)
         started = time.monotonic()
         session = pullrpc.session.Session(_dom0(config).config.for_vm(vm), vm)
@@ -1036,6 +997,4 @@ def ping(vm, config=None):
             session.bye()
         finally:
             session.close()
-    except pullrpc.errors.PullError as err:
-        raise CommandExecutionError(f"{vm}: {err}") from None
     return {"vm": vm, "milliseconds": round(waited * 1000)}

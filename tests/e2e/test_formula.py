@@ -198,6 +198,27 @@ def test_a_halted_vm_gets_its_key_when_it_runs_and_is_not_started_for_it(machine
     machine.shutdown("idle")
 
 
+def test_a_vm_that_is_shut_down_in_the_middle_of_an_apply_gets_its_key_later(machine):
+    machine.create("fleeting:debian-13")
+    machine.start("fleeting")
+    # It is in the list of running VMs, and is gone when it is asked.
+    shim = '#!/bin/sh\ncase "$*" in *" fleeting "*) qvm-shutdown fleeting ;; esac\nexec /usr/bin/qvm-run "$@"\n'
+    machine.put("/usr/local/bin/qvm-run", shim)
+    machine.dom0("chmod", "0755", "/usr/local/bin/qvm-run", check=True)
+    machine.set_pillar(_pillar(vms={"idle": {}, "fleeting": {}}))
+    states = machine.apply(sls="qvm-remote.vm")
+    machine.dom0("rm", "/usr/local/bin/qvm-run", check=True)
+    assert machine.dom0("qvm-check", "--running", "fleeting").returncode == 1
+    assert states["qvm-remote-vm-fleeting"]["result"] is True
+    assert "it is shut down and gets its key when it runs next" in states["qvm-remote-vm-fleeting"]["comment"]
+    assert _changed(machine.apply()) == {"qvm-remote-dom0-config", "qvm-remote-dom0-service"}
+    machine.start("fleeting")
+    machine.wait_served("fleeting")
+    machine.set_pillar(_pillar(vms={"idle": {}, "fleeting": {"state": "absent"}}))
+    assert _changed(machine.apply(sls="qvm-remote.vm")) == {"qvm-remote-vm-fleeting"}
+    machine.shutdown("fleeting")
+
+
 def test_one_vm_more_touches_that_vm_only(machine):
     machine.start("spare")
     before = machine.listing("work")
