@@ -28,6 +28,7 @@ import pullrpc.ids
 import pullrpc.lock
 import pullrpc.package
 import pullrpc.pillar
+import pullrpc.policy
 import pullrpc.provision
 import pullrpc.removal
 import pullrpc.service
@@ -213,6 +214,62 @@ def _pillar_key(vm):
     if key is None:
         raise pullrpc.errors.PillarError(f"pillar {_PILLAR}:vms:{vm}:key holds no key")
     return key
+
+
+def explain(vm, command, config=None):
+    """Say whether a VM's policy lets it run a command, and which rule decides.
+
+    Args:
+        vm: name of the VM.
+        command: the command line as it would be given to qvm-remote, or a list of its exact words.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``allowed`` (bool), ``reason``, ``rule`` (empty when none decided), ``words`` (list; None where a shell reads the line).
+
+    Raises:
+        CommandExecutionError: the VM's name or the settings can't be used, or the VMs of a tag can't be listed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
+    """
+    with _told():
+        policy = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force
+        if policy == pullrpc.policy.FULL:
+            words = None if isinstance(command, str) else tuple(command)
+        else:
+            try:
+                words = pullrpc.policy.split_plain(command) if isinstance(command, str) else tuple(command)
+            except pullrpc.errors.Refused as refused:
+                return {"allowed": False, "reason": str(refused), "rule": "", "words": None}
+        decision = pullrpc.policy.decide(policy, words, pullrpc.transport.vms_with_tag)
+        return {"allowed": decision.allowed, "reason": decision.reason, "rule": decision.rule, "words": words and list(words)}
+
+
+def access(vm, config=None):
+    """Say in one line what a VM may have run, and until when.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        str
+
+    Raises:
+        CommandExecutionError: the VM's name or the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.access work
+    """
+    with _told():
+        return pullrpc.policy.describe(_dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)))
 
 
 def given_fingerprint(vm):
@@ -904,7 +961,7 @@ def status(config=None):
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting),
         ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there
-        (fits, pending, lost, altered).
+        (fits, pending, lost, altered), and ``access``: what that VM may have run.
 
     Raises:
         CommandExecutionError: the settings or the ledger can't be used.
@@ -921,6 +978,7 @@ def status(config=None):
         known = dom0.keyring.fingerprints()
         for vm, shown in known.items():
             shown["in_vm"] = dom0.handover.known(vm)
+            shown["access"] = pullrpc.policy.describe(dom0.config.for_vm(vm))
         return {
             "version": pullrpc.__version__,
             "engine": "running" if running else "stopped",

@@ -507,6 +507,7 @@ def authorized(name, key="generate", rotate_days=None, settings=None):
         if rotate_days and not ret["changes"]:
             _have_fresh_key(ret, name, rotate_days, settings or {})
         _have_queue(ret, name, settings or {}, key)
+        ret["comment"] = _and(ret["comment"], f"it {__salt__['qvm_remote.access'](name, config=settings or {})}")
 
     return _state(name, work)
 

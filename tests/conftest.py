@@ -37,7 +37,7 @@ class Dom0Minion(SaltMinion):
         """Write the configuration without what connects a minion to the test run."""
         kept = {key: value for key, value in config.items() if key not in ("engines_dirs", "log_handlers_dirs")}
         kept["engines"] = [engine for engine in config["engines"] if engine != "pytest"]
-        if config["file_client"] == "local":
+        if config.get("file_client") == "local":
             # Only now: these are dom0's folders, and pytest-salt-factories makes those that it knows of on this machine.
             kept["file_roots"] = {"base": FILE_ROOTS}
         return super().write_config(kept)

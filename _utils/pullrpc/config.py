@@ -13,6 +13,7 @@ import re
 
 from .errors import ConfigError, PullError
 from .ids import check_vm_name
+from .policy import FULL, NONE, check_policy
 
 _MIB = 1 << 20
 #: (lowest, highest) of each whole-number setting.
@@ -37,9 +38,10 @@ _BOUNDS = {
     "tasks_max": (8, 1 << 20),
     "cpu_weight": (1, 10000),
     "nofile": (64, 1 << 20),
+    "until": (0, 1 << 40),
 }
 #: Words that a setting may have.
-_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate")}
+_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate"), "default_policy": (FULL, NONE)}
 #: A Linux user's name (useradd's rule, without the trailing dollar sign).
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 #: Characters of a path that neither a shell nor a unit file reads in a way of its own.
@@ -47,7 +49,7 @@ _PATH = re.compile(r"/[A-Za-z0-9_.+/-]*\Z")
 #: Folders that are made, kept and removed with qvm-remote, and so must be its own.
 _OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
-_ONLY_PER_VM = ("accept_v1", "key", "user")
+_ONLY_PER_VM = ("accept_v1", "key", "policy", "until", "user")
 _PER_VM = ("timeout_max", "stdin_max", "vm_parallel", *_ONLY_PER_VM)
 
 
@@ -82,6 +84,9 @@ class Config:
         key: where the VM's key comes from: ``own`` (the VM made it), ``given`` (from pillar), ``generate`` (dom0 makes it, and
             the engine hands it over again when the VM lost it); per VM only.
         user: who runs the agent in the VM, and whose home has the queue; per VM only.
+        default_policy: ``full`` or ``none``, for VMs without a policy.
+        policy: what the VM may have run (see pullrpc.policy), empty for the default; per VM only.
+        until: when the VM's access ends, seconds since the epoch, 0 for never; per VM only.
         vms: settings per VM; a VM named here is served (and refused, while it has no key).
     """
 
@@ -116,7 +121,15 @@ class Config:
     accept_v1: bool = False
     key: str = "own"
     user: str = "user"
+    default_policy: str = FULL
+    policy: str | dict = ""
+    until: int = 0
     vms: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def policy_in_force(self):
+        """The VM's policy, or the default one."""
+        return self.policy or self.default_policy
 
     def for_vm(self, vm):
         """The settings that hold for one VM.
@@ -209,6 +222,9 @@ def check_setting(name, value):
     defaults = {field.name: field.default for field in dataclasses.fields(Config) if field.name != "vms"}
     if name not in defaults:
         raise ConfigError("is no setting of qvm-remote")
+    if name == "policy":
+        check_policy(value)
+        return
     wanted = type(defaults[name])
     # bool is an int in Python; 'parallel: true' is a mistake all the same.
     if type(value) is not wanted:

@@ -19,12 +19,13 @@ from . import sandbox
 from .audit import AuditLog, describe_command
 from .config import make_config
 from .errors import AuditError, ConfigError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
-from .gate import authenticate, check_new
+from .gate import authenticate, check_new, check_policy
 from .handover import Handover
 from .keyring import Keyring
 from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .spool import ERR, META, OUT, Spool
 from .tokens import TOKEN_MAX, fingerprint, make_meta
+from .transport import vms_with_tag
 from .validate import check_size
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
@@ -149,7 +150,9 @@ class Dom0:
         config = self.config.for_vm(vm)
         keys = functools.partial(self.keyring.accepted, vm, config.max_age)
         request = authenticate(config, keys, vm, untrusted_cid, untrusted_command, untrusted_token)
-        return request, check_new(config, self.ledger, request)
+        seen = check_new(config, self.ledger, request)
+        # What is on its way already was allowed when it was claimed, and is looked at again before it runs.
+        return (request if seen else check_policy(config, self.ledger, vms_with_tag, request)), seen
 
     def accept(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
         """Take a request over: verify it here and now, keep it on disk with its stdin, and claim it.
@@ -228,12 +231,13 @@ class Dom0:
             # Its key may have been replaced since it was claimed; if it was revoked, there is none of them.
             request = authenticate(config, functools.partial(self.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
             key = request.key
+            request = check_policy(config, self.ledger, vms_with_tag, request)
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
             if err.code == "replay":
                 raise
-            return self._finish_without_run(vm, cid, str(err), "refused")
+            return self._finish_without_run(vm, cid, str(err), "refused", key)
         except (SpoolError, LedgerError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         if request.form == "ping":

@@ -10,11 +10,15 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from .errors import KeyringError, LedgerError, Refused
+from .errors import KeyringError, LedgerError, Refused, TransportError
 from .ids import check_cid, cid_time
 from .ledger import DELIVERED
+from .policy import FULL, NONE, decide, split_plain
 from .tokens import parse_token, token_matches
 from .validate import check_command, parse_argv
+
+#: How far dom0's clock may go back while a VM's access has an end, seconds: what keeping time by the network does.
+_CLOCK_SLACK = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +114,57 @@ def check_new(config, ledger, request, now=None):
         side = "old" if age > 0 else "ahead of dom0's clock"
         raise Refused("stale", f"the request is {abs(age):.0f} s {side}, dom0 takes at most {config.max_age} s; check the clocks and send it again")
     return None
+
+
+def check_policy(config, ledger, tagged, request, now=None):
+    """Check that a VM may have this command run, and say as what it is run.
+
+    Args:
+        config: Config that holds for this VM.
+        ledger: Ledger.
+        tagged: callable, see :func:`pullrpc.policy.decide`.
+        request: Request.
+        now: float, seconds since the epoch (default: dom0's clock).
+
+    Returns:
+        Request, the same one, or one whose line was read as the words of a single command.
+
+    Raises:
+        Refused: it may not (code ``policy``), its access has ended (``ended``), or dom0 can't tell (``clock``, ``ledger``, ``storage``).
+    """
+    if request.form == "ping":
+        # Runs nothing, and tells nothing but that the key fits.
+        return request
+    if config.until:
+        _check_until(config, ledger, request.vm, time.time() if now is None else now)
+    policy = config.policy_in_force
+    if policy == FULL:
+        return request
+    if policy == NONE:
+        raise Refused("policy", f"dom0 lets this qube run nothing (policy: none); in dom0's pillar, qvm-remote:vms:{request.vm}:policy allows it something")
+    if request.form == "script":
+        raise Refused("policy", "dom0 runs single commands for this qube, and no scripts; send one command at a time")
+    argv = request.argv if request.form == "argv" else split_plain(request.command)
+    try:
+        decision = decide(policy, argv, tagged)
+    except TransportError as err:
+        raise Refused("storage", f"dom0 can't tell whether this qube may run that: {err}") from None
+    if not decision.allowed:
+        raise Refused("policy", f"dom0's policy for this qube does not let it run that: {decision.reason} (in dom0: qvm_remote.explain {request.vm} COMMAND)")
+    return dataclasses.replace(request, argv=argv, form="argv")
+
+
+def _check_until(config, ledger, vm, now):
+    ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(config.until))
+    if now >= config.until:
+        raise Refused("ended", f"this qube's access to dom0 ended at {ended}")
+    try:
+        latest = ledger.saw_clock(vm, config.until, now)
+    except LedgerError as err:
+        raise Refused("ledger", str(err)) from err
+    if now < latest - _CLOCK_SLACK:
+        raise Refused(
+            "clock",
+            f"dom0's clock was set back by {latest - now:.0f} s since this qube got access until {ended}, which would make that longer; "
+            "mend the clock, or grant it anew with another end",
+        )

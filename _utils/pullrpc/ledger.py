@@ -31,11 +31,14 @@ CREATE TABLE IF NOT EXISTS command (
     done_at REAL,
     PRIMARY KEY (vm, cid)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clock (vm TEXT NOT NULL, until INTEGER NOT NULL, latest REAL NOT NULL, PRIMARY KEY (vm, until)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS forgotten (vm TEXT PRIMARY KEY, before INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
 """
 #: How long to wait for another process's write, seconds.
 _BUSY_WAIT = 10
+#: How much later it must be before the clock is noted again, seconds.
+_CLOCK_STEP = 10
 
 
 class Ledger:
@@ -274,6 +277,26 @@ class Ledger:
         with self._guarded():
             row = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
         return row[0] if row else 0
+
+    def saw_clock(self, vm, until, now):
+        """Note what dom0's clock shows while a VM has access for a time.
+
+        Args:
+            vm: str.
+            until: int, when its access ends, seconds since the epoch; another end is another grant.
+            now: float, seconds since the epoch.
+
+        Returns:
+            float, the latest time that was ever noted for this grant.
+
+        Raises:
+            LedgerError: it can't be read or written.
+        """
+        with self._guarded():
+            row = self._db.execute("SELECT latest FROM clock WHERE vm = ? AND until = ?", (vm, until)).fetchone()
+            if row is None or now > row[0] + _CLOCK_STEP:
+                self._db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?, ?)", (vm, until, now))
+            return max(now, row[0]) if row else now
 
     def _move(self, vm, cid, state, new_state):
         with self._guarded():

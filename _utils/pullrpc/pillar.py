@@ -8,6 +8,7 @@ The plan holds no key: a key that stands in pillar is asked for by itself (:func
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import re
 
 from .config import check_setting, make_config
@@ -53,8 +54,11 @@ _ENGINE = (
     "qvm_run",
     "qvm_ls",
 )
-_TOP = ("service", "minion", "transport", "max_age", "limits", "client", "defaults", "select", "vms", "unlisted", "clean", "engine")
-_VM = ("state", "key", "user", "accept_v1", "rotate_days", *_VM_LIMITS)
+_TOP = (
+    *("service", "minion", "transport", "max_age", "default_policy", "limits", "client", "defaults", "select", "vms"),
+    *("unlisted", "clean", "engine"),
+)
+_VM = ("state", "key", "user", "policy", "until", "accept_v1", "rotate_days", *_VM_LIMITS)
 _DAYS = (1, 3650)
 #: Ways to select VMs that are not named under ``vms``.
 _SELECTORS = ("tag", "template", "name")
@@ -210,7 +214,7 @@ def _size(value, path):
 
 def _engine_settings(pillar):
     settings = {}
-    for name in ("transport", "max_age"):
+    for name in ("transport", "max_age", "default_policy"):
         if name in pillar:
             settings[name] = _setting(name, pillar[name], name)
     for word, value in _part(pillar, "limits", tuple(_LIMITS)).items():
@@ -282,6 +286,8 @@ def _vm_mapping(own, path, allowed):
         _setting("user", own["user"], f"{path}:user")
     if "accept_v1" in own:
         _flag(own["accept_v1"], f"{path}:accept_v1")
+    if "policy" in own:
+        _setting("policy", own["policy"], f"{path}:policy")
     days = own.get("rotate_days")
     if days is not None and (type(days) is not int or not _DAYS[0] <= days <= _DAYS[1]):
         _fail(f"{path}:rotate_days", f"must be a number of days, {_DAYS[0]} to {_DAYS[1]}")
@@ -290,12 +296,25 @@ def _vm_mapping(own, path, allowed):
 
 
 def _vm_settings(own, path=""):
-    settings = {name: own[name] for name in ("user", "accept_v1") if name in own}
+    settings = {name: own[name] for name in ("user", "accept_v1", "policy") if name in own}
+    if own.get("until") is not None:
+        settings["until"] = _moment(own["until"], f"{path}:until")
     for word, name in _VM_LIMITS.items():
         if word in own:
             value = _size(own[word], f"{path}:{word}") if word in _SIZES else own[word]
             settings[name] = _setting(name, value, f"{path}:{word}")
     return settings
+
+
+def _moment(value, path):
+    """A time of pillar's in seconds since the epoch; Salt's YAML gives it as text, other renderers as a datetime."""
+    try:
+        moment = value if isinstance(value, datetime.datetime) else datetime.datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", value))
+    except (TypeError, ValueError):
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        _fail(path, "must be a time with its zone, like 2026-12-31T18:00:00Z or 2026-12-31T18:00:00+01:00")
+    return _setting("until", int(moment.timestamp()), path)
 
 
 def _is_digits(key):

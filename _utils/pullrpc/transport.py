@@ -56,11 +56,26 @@ def list_vms(tags=()):
     rows = [line.split("|") for line in _list("qvm-ls", "--raw-data", "--fields", "name,class,template")]
     if any(len(row) != 3 for row in rows):
         raise TransportError("can't list the qubes: qvm-ls answered in a form that is not known here")
-    tagged = {tag: set(_list("qvm-ls", "--raw-list", "--tags", tag)) for tag in tags}
+    tagged = {tag: vms_with_tag(tag) for tag in tags}
     return [
         {"name": name, "class": klass, "template": template.strip("-"), "tags": [tag for tag in tagged if name in tagged[tag]]}
         for name, klass, template in rows
     ]
+
+
+def vms_with_tag(tag):
+    """List the VMs that have a tag now.
+
+    Args:
+        tag: str, a constant of pillar's.
+
+    Returns:
+        set of str
+
+    Raises:
+        TransportError: they can't be listed.
+    """
+    return set(_list("qvm-ls", "--raw-list", "--tags", tag))
 
 
 def _running_by_program(program):

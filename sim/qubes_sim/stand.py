@@ -15,6 +15,8 @@ FORMULA = "/srv/formulas/base/qvm-remote-formula"
 FILE_ROOTS = ["/srv/salt", FORMULA, f"{FORMULA}/qvm-remote-formula"]
 _MINION = {"file_client": "local", "id": "dom0", "file_roots": {"base": FILE_ROOTS}, "pillar_roots": {"base": ["/srv/pillar"]}, "log_level": "warning"}
 _READY_WAIT = 60
+#: Where dom0's Salt is, wherever it is on this machine: a service may not see every place.
+_SALT = "/opt/salt"
 
 
 class Stand(Sim):
@@ -66,10 +68,10 @@ class Stand(Sim):
         """
         venv = os.path.dirname(os.path.dirname(sys.executable))
         salt = sorted({venv, sys.base_prefix} - {"/usr"})
-        self.up(templates=templates, dom0_binds=[*salt, *extra_binds, f"{ROOT}:{FORMULA}"], vm_binds=salt)
+        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds, f"{ROOT}:{FORMULA}"], vm_binds=salt)
         for name in ("salt-call", "salt-minion"):
             # A virtual environment does not see dom0's Python library by itself.
-            self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {venv}/bin/{name} \"$@\"\n")
+            self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n")
             self.dom0("chmod", "0755", f"/usr/bin/{name}", check=True)
         self.put(f"{LIBRARY}/salt", venv)
         self.put("/etc/salt/minion", json.dumps(_MINION))

@@ -2,6 +2,7 @@
 """Pillar: what it may say, what becomes of it, and that a mistake is one line which names the place."""
 
 import dataclasses
+import datetime
 import os
 
 import pytest
@@ -73,6 +74,20 @@ def _list_vms(tags):
         ({"engine": {"run_dir": "/run/qvm-remote x"}}, "engine:run_dir:", "letters, digits"),
         ({"engine": {"audit_log": "/var/log/%n.log"}}, "engine:audit_log:", "letters, digits"),
         ({"engine": {"state_dir": "/var"}}, "engine:state_dir:", "as in /qvm-remote"),
+        ({"default_policy": "some"}, "default_policy:", "one of full, none"),
+        ({"vms": {"work": {"policy": "some"}}}, "vms:work:policy:", "must be full, none, or a mapping"),
+        ({"vms": {"work": {"policy": {}}}}, "vms:work:policy:", "must be full, none, or a mapping"),
+        ({"vms": {"work": {"policy": {"alow": []}}}}, "vms:work:policy:", "with allow and deny"),
+        ({"vms": {"work": {"policy": {"allow": "observe"}}}}, "vms:work:policy:", "must be a list"),
+        ({"vms": {"work": {"policy": {"allow": ["watch"]}}}}, "vms:work:policy:", "allow, rule 0: a name must be observe"),
+        ({"vms": {"work": {"policy": {"allow": [["qvm-ls"], ["*"]]}}}}, "vms:work:policy:", "allow, rule 1: the first word must be the program"),
+        ({"vms": {"work": {"policy": {"allow": [["qvm-prefs", "work", "memory", 400]]}}}}, "vms:work:policy:", "numbers in quotes"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-ls", "**", "x"]]}}}}, "vms:work:policy:", "only be the last word"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-start", "@tag:"]]}}}}, "vms:work:policy:", "needs a tag's name"),
+        ({"vms": {"work": {"policy": {"allow": [{"manage": "a b"}]}}}}, "vms:work:policy:", "must be manage: TAG"),
+        ({"vms": {"work": {"until": "2026-12-31"}}}, "vms:work:until:", "a time with its zone"),
+        ({"vms": {"work": {"until": "2026-12-31T18:00:00"}}}, "vms:work:until:", "a time with its zone"),
+        ({"vms": {"work": {"until": 5}}}, "vms:work:until:", "a time with its zone"),
         ({"limits": {"output": "300M"}}, "", "spool_bytes_max must be at least that"),
         ({"vms": {"work": {"stdin": "500M"}}}, "", "vms: work: a command may leave"),
         ({"engine": {"timeout_max": 5}}, "engine:timeout_max:", "allowed here: spool_bytes_max"),
@@ -144,7 +159,7 @@ def test_the_example_has_every_setting_with_its_default():
     with open(os.path.join(_ROOT, "pillar.example"), encoding="utf-8") as file:
         example = salt.utils.yaml.safe_load(file)["qvm-remote"]
     plan = read_pillar(example, _list_vms)
-    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "user", "vms")}
+    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "policy", "until", "user", "vms")}
     assert {name: value for name, value in plan.settings.items() if name != "vms"} == known
     empty = read_pillar({})
     assert (plan.service, plan.minion, plan.unlisted, plan.clean_logs) == (empty.service, empty.minion, empty.unlisted, empty.clean_logs)
@@ -159,3 +174,11 @@ def test_days_of_rotation_for_all_hold_for_those_whose_key_dom0_makes():
 def test_no_disposable_is_selected():
     listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": []} for name, klass in (("disp1234", "DispVM"), ("work", "AppVM"))]
     assert list(read_pillar({"select": [{"template": "fedora-*"}]}, lambda tags: listed).vms) == ["work"]
+
+
+def test_an_end_of_access_is_a_moment_wherever_its_zone_is():
+    texts = ("2026-12-31T18:00:00Z", "2026-12-31T19:00:00+01:00", "2026-12-31T18:00+00:00")
+    ends = {read_pillar({"vms": {"work": {"until": text}}}).settings["vms"]["work"]["until"] for text in texts}
+    assert ends == {int(datetime.datetime(2026, 12, 31, 18, tzinfo=datetime.timezone.utc).timestamp())}
+    read = salt.utils.yaml.safe_load("{vms: {work: {until: 2026-12-31T18:00:00Z}}}")
+    assert {read_pillar(read).settings["vms"]["work"]["until"]} == ends

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 
+import pullrpc.keyring
 import pytest
 from pullrpc.audit import AuditLog
 from pullrpc.config import make_config
@@ -226,24 +227,34 @@ def test_a_staged_key_that_can_not_be_used_locks_nobody_out(keyring, handover, t
     assert not staged.exists()
 
 
-def test_a_vm_that_is_revoked_while_its_new_key_arrives_has_none(keyring):
-    for _ in range(300):
-        keyring.put("work", os.urandom(32).hex())
-        _, new = _stage(keyring)
-        start = threading.Barrier(2)
+def test_a_vm_that_is_revoked_while_its_new_key_arrives_has_none(keyring, monkeypatch):
+    _, new = _stage(keyring)
+    linked, removed_first, arrived = threading.Event(), threading.Event(), threading.Event()
+    rename, forget = os.rename, pullrpc.keyring.forget
 
-        def arrive(new=new, start=start):
-            start.wait()
-            keyring.handed("work", new)
+    def slow_rename(*paths, **options):
+        # Between the two steps of the key's arrival, the other thread may go on, if it can.
+        linked.set()
+        removed_first.wait(0.5)
+        rename(*paths, **options)
 
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            arriving = pool.submit(arrive)
-            start.wait()
-            assert keyring.remove("work") is True
-            arriving.result()
-        assert keyring.names() == []
-        with pytest.raises(KeyringError, match="no key for work"):
-            keyring.accepted("work", OVERLAP)
+    def slow_forget(path):
+        forget(path)
+        if path.endswith("/work.key"):
+            removed_first.set()
+            arrived.wait(0.5)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("pullrpc.keyring.os.rename", slow_rename)
+        monkeypatch.setattr("pullrpc.keyring.forget", slow_forget)
+        arriving = pool.submit(keyring.handed, "work", new)
+        arriving.add_done_callback(lambda _: arrived.set())
+        assert linked.wait(10)
+        assert keyring.remove("work") is True
+        arriving.result()
+    assert keyring.names() == []
+    with pytest.raises(KeyringError, match="no key for work"):
+        keyring.accepted("work", OVERLAP)
 
 
 def test_who_looks_at_the_moment_of_the_change_sees_the_new_key(keyring):

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a VM may have done, once dom0 knows that it is the VM that asks: rules over the exact words of one command.
+
+With any policy but ``full`` no shell is involved: what is compared with the rules is what is executed, word by word. Rules
+that can't be read let nothing through. Pure functions on plain data, so that they can be fuzzed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+
+from .errors import ConfigError, Refused
+
+FULL, NONE = "full", "none"
+#: Any one word that is no option; whatever follows, options included; the name of a VM that has this tag.
+_ANY, _REST, _TAG = "*", "**", "@tag:"
+_RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
+_PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
+_TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
+#: Characters that a shell takes as they are, outside of quotes and inside of double ones.
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-^")
+_QUOTED_SPECIAL = frozenset('$`\\!"')
+#: Sets of rules by name. ``observe`` only looks; ``manage`` starts, ends and sets up the VMs of one tag.
+SETS = {
+    "observe": (
+        ("qvm-ls", _REST),
+        ("qvm-check", _REST),
+        ("qvm-prefs", _ANY),
+        ("qvm-prefs", _ANY, _ANY),
+        ("qvm-features", _ANY),
+        ("qvm-features", _ANY, _ANY),
+        ("qvm-tags", _ANY),
+        ("qvm-tags", _ANY, "list"),
+        ("xl", "info"),
+        ("xl", "list"),
+        ("xl", "uptime"),
+        ("hostname",),
+        ("uptime",),
+        ("uname", _REST),
+    ),
+    "manage": (
+        ("qvm-start", _TAG),
+        ("qvm-shutdown", _TAG),
+        ("qvm-shutdown", "--wait", _TAG),
+        ("qvm-kill", _TAG),
+        ("qvm-pause", _TAG),
+        ("qvm-unpause", _TAG),
+        ("qvm-prefs", _TAG),
+        ("qvm-prefs", _TAG, _ANY),
+        ("qvm-prefs", _TAG, _ANY, _ANY),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the rules say of a command.
+
+    Attributes:
+        allowed: bool.
+        rule: str, the rule that decided, as pillar would have it; empty when none did.
+        reason: str, in words that help.
+    """
+
+    allowed: bool
+    rule: str
+    reason: str
+
+
+def check_policy(policy):
+    """Check a policy's form.
+
+    Args:
+        policy: whatever the settings say.
+
+    Raises:
+        ConfigError: it is none; the text says what is allowed.
+    """
+    if policy in (FULL, NONE):
+        return
+    if not isinstance(policy, dict) or not policy or any(name not in ("allow", "deny") for name in policy):
+        raise ConfigError("must be full, none, or a mapping with allow and deny")
+    for name, rules in policy.items():
+        if not isinstance(rules, list) or len(rules) > _RULES_MAX:
+            raise ConfigError(f"{name} must be a list of at most {_RULES_MAX} rules")
+        for at, rule in enumerate(rules):
+            try:
+                _expand(rule)
+            except ConfigError as err:
+                raise ConfigError(f"{name}, rule {at}: {err}") from None
+
+
+def _expand(rule):
+    """The word patterns that a rule stands for: itself, or those of a named set."""
+    if isinstance(rule, str):
+        if rule not in SETS or rule == "manage":
+            raise ConfigError("a name must be observe; the other set needs a tag (manage: TAG); single rules are lists of words")
+        return SETS[rule]
+    if isinstance(rule, dict):
+        if set(rule) != {"manage"} or not isinstance(rule["manage"], str) or not _TAG_NAME.match(rule["manage"]):
+            raise ConfigError("a mapping must be manage: TAG")
+        return tuple(tuple(word + rule["manage"] if word == _TAG else word for word in pattern) for pattern in SETS["manage"])
+    if not isinstance(rule, (list, tuple)) or not 1 <= len(rule) <= _WORDS_MAX:
+        raise ConfigError("must be a list of words, the first of them a program, or the name of a set")
+    for at, word in enumerate(rule):
+        if not isinstance(word, str) or len(word) > _WORD_MAX:
+            raise ConfigError("every word must be text (numbers in quotes)")
+        if word == _REST and at != len(rule) - 1:
+            raise ConfigError(f"{_REST} may only be the last word")
+        if word.startswith(_TAG) and not _TAG_NAME.match(word[len(_TAG) :]):
+            raise ConfigError(f"{_TAG} needs a tag's name behind it")
+    if not _PROGRAM.match(rule[0]):
+        raise ConfigError("the first word must be the program itself, without wildcards")
+    return (tuple(rule),)
+
+
+def decide(policy, argv, tagged):
+    """Say whether a command may run.
+
+    Args:
+        policy: as :func:`check_policy` takes it.
+        argv: tuple of str.
+        tagged: callable of a tag that gives the names of the VMs that have it; called only where a rule asks for one.
+
+    Returns:
+        Decision
+    """
+    if policy == FULL:
+        return Decision(True, FULL, "its policy is full: it may run anything")
+    if policy == NONE:
+        return Decision(False, NONE, "its policy is none: it may run nothing")
+    for name, allowed in (("deny", False), ("allow", True)):
+        for rule in policy.get(name, ()):
+            for pattern in _expand(rule):
+                if _matches(pattern, argv, tagged):
+                    shown = f"{name}: {' '.join(pattern)}"
+                    return Decision(allowed, shown, f"the rule '{shown}' {'allows' if allowed else 'forbids'} it")
+    return Decision(False, "", "no rule allows it")
+
+
+def _matches(pattern, argv, tagged):
+    rest = pattern[-1] == _REST
+    fixed = pattern[:-1] if rest else pattern
+    if len(argv) < len(fixed) or (len(argv) > len(fixed) and not rest):
+        return False
+    return all(_word_matches(word, given, tagged) for word, given in zip(fixed, argv))
+
+
+def _word_matches(word, given, tagged):
+    if word == _ANY:
+        # An option in a name's or value's place may turn the command into another.
+        return not given.startswith("-")
+    if word.startswith(_TAG):
+        return given in tagged(word[len(_TAG) :])
+    return word == given
+
+
+def describe(config, now=None):
+    """Say in one line what a VM may have run.
+
+    Args:
+        config: Config that holds for the VM.
+        now: float, seconds since the epoch (default: dom0's clock).
+
+    Returns:
+        str
+    """
+    policy = config.policy_in_force
+    if policy == FULL:
+        text = "may run anything in dom0, as root (policy: full)"
+    elif policy == NONE:
+        text = "may run nothing (policy: none)"
+    else:
+        text = f"may run what {len(policy.get('allow', ()))} rules allow and {len(policy.get('deny', ()))} do not forbid"
+    if not config.until:
+        return text
+    ended = (time.time() if now is None else now) >= config.until
+    return f"{text}, {'which ended' if ended else 'until'} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(config.until))}"
+
+
+def split_plain(line):
+    """Read a command line that needs no shell: words and quotes, nothing else.
+
+    Args:
+        line: str.
+
+    Returns:
+        tuple of str, at least one.
+
+    Raises:
+        Refused: a shell would do more with it than to split it (code ``policy``).
+    """
+    words, word, at = [], None, 0
+    while at < len(line):
+        char = line[at]
+        if char in "'\"":
+            end = line.find(char, at + 1)
+            text = line[at + 1 : end]
+            if end < 0 or (char == '"' and not _QUOTED_SPECIAL.isdisjoint(text)):
+                raise _needs_shell()
+            word, at = (word or "") + text, end
+        elif char in " \t":
+            if word is not None:
+                words.append(word)
+            word = None
+        elif char in _PLAIN or ord(char) > 0x7F:
+            word = (word or "") + char
+        else:
+            raise _needs_shell()
+        at += 1
+    if word is not None:
+        words.append(word)
+    if not words or not words[0] or "=" in words[0]:
+        raise _needs_shell()
+    return tuple(words)
+
+
+def _needs_shell():
+    return Refused(
+        "policy",
+        "dom0 runs single commands for this qube, and no shell: no pipes, redirections, variables, patterns or several commands; "
+        "send one command, with words in quotes where needed, or use --exec",
+    )

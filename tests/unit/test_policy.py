@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a VM may have run: rules over exact words, and that what is compared is what a shell would have read."""
+
+import os
+import subprocess
+import time
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given, settings
+from pullrpc.config import make_config
+from pullrpc.dom0 import Dom0
+from pullrpc.errors import ConfigError, LedgerError, Refused, TransportError
+from pullrpc.gate import Request, check_policy
+from pullrpc.ids import new_cid
+from pullrpc.ledger import Ledger
+from pullrpc.policy import SETS, decide, split_plain
+from pullrpc.tokens import make_token
+
+TAGS = {"mine": {"build", "test"}}
+POLICY = {
+    "allow": ["observe", {"manage": "mine"}, ["qvm-prefs", "work", "memory", "*"], ["echo", "**"]],
+    "deny": [["qvm-prefs", "@tag:mine", "netvm", "*"], ["qvm-kill", "test"]],
+}
+
+
+def _tagged(tag):
+    return TAGS.get(tag, set())
+
+
+def _allowed(*argv, policy=POLICY):
+    return decide(policy, argv, _tagged).allowed
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("qvm-ls",),
+        ("qvm-ls", "--raw-data", "--fields", "name"),
+        ("qvm-prefs", "vault", "label"),
+        ("qvm-prefs", "work", "memory", "400"),
+        ("qvm-prefs", "work", "memory", ""),
+        ("qvm-start", "build"),
+        ("qvm-prefs", "test", "label", "red"),
+        ("echo",),
+        ("echo", "-e", "a b"),
+    ],
+)
+def test_what_a_rule_allows_may_run(argv):
+    assert _allowed(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("qvm-prefs", "vault", "label", "red"),
+        ("qvm-prefs", "work", "memory"[:-1], "400"),
+        ("qvm-prefs", "work", "memory", "400", "500"),
+        ("qvm-prefs", "work", "memory", "--default"),
+        ("qvm-prefs", "--unset", "memory"),
+        ("qvm-prefs", "-D"),
+        ("qvm-start", "vault"),
+        ("qvm-start", "build", "vault"),
+        ("qvm-start", "@tag:mine"),
+        ("qvm-prefs", "build", "netvm", "sys-firewall"),
+        ("qvm-kill", "test"),
+        ("/usr/bin/qvm-ls",),
+        ("QVM-LS",),
+        ("qvm-ls ",),
+        ("bash", "-c", "qvm-ls"),
+        ("env", "qvm-ls"),
+        ("xl", "destroy", "5"),
+    ],
+)
+def test_all_else_may_not(argv):
+    assert not _allowed(*argv)
+
+
+def test_what_is_denied_is_denied_though_it_is_allowed_too():
+    assert _allowed("qvm-kill", "build")
+    decision = decide(POLICY, ("qvm-kill", "test"), _tagged)
+    assert (decision.allowed, decision.rule) == (False, "deny: qvm-kill test")
+
+
+def test_full_none_and_an_empty_list_are_what_they_say():
+    assert _allowed("rm", "-rf", "/", policy="full")
+    assert not _allowed("true", policy="none")
+    assert not _allowed("true", policy={"allow": []})
+    assert not _allowed("true", policy={"deny": [["false"]]})
+
+
+def test_no_set_but_manage_names_a_tag_and_observe_changes_nothing():
+    assert all(not word.startswith("@tag:") for rule in SETS["observe"] for word in rule)
+    for argv in (("qvm-prefs", "a", "b", "c"), ("qvm-tags", "a", "add", "b"), ("qvm-features", "a", "b", "c"), ("qvm-features", "--unset", "a", "b")):
+        assert not _allowed(*argv, policy={"allow": ["observe"]})
+
+
+def test_tags_that_can_not_be_looked_up_let_nothing_through(tmp_path):
+    def fail(tag):
+        raise TransportError("qvm-ls ended with exit code 1")
+
+    config = make_config({"vms": {"work": {"policy": POLICY}}}).for_vm("work")
+    with pytest.raises(Refused, match="can't tell"):
+        check_policy(config, None, fail, _request("qvm-start build"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("qvm-ls", ("qvm-ls",)),
+        ("  qvm-prefs   work\tmemory 400 ", ("qvm-prefs", "work", "memory", "400")),
+        ("echo 'a $b' \"c d\"e''", ("echo", "a $b", "c de")),
+        ("echo '' \"\"", ("echo", "", "")),
+        ("echo ünï", ("echo", "ünï")),
+        ("echo a=b --c=d", ("echo", "a=b", "--c=d")),
+    ],
+)
+def test_a_line_without_a_shells_signs_is_its_words(line, words):
+    assert split_plain(line) == words
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a; b", "a && b", "a | b", "a > b", "a $b", "a `b`", "a $(b)", 'a "$b"', 'a "`b`"', "a *", "a ?", "a [b]", "a {b,c}", "~/a", "a ~", "a # b"]
+    + ["a\\ b", "a 'b", 'a "b', "a=b c", "a=b", "a\nb", "!a", "a &", "(a)", "''", "   ", "a\rb", 'a "b\\c"'],
+)
+def test_a_line_that_needs_a_shell_is_refused(line):
+    with pytest.raises(Refused) as caught:
+        split_plain(line)
+    assert caught.value.code == "policy"
+    assert "no shell" in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet="abé=:,./-+@%^_'\" \t~*?$`\\!#&|;<>(){}[]\n", max_size=24))
+@example("a b'c'\"d\" '' e")
+def test_words_are_those_that_bash_reads(line):
+    try:
+        words = split_plain(line)
+    except Refused:
+        return
+    # Not a program of bash's own: only the words are looked at.
+    shown = subprocess.run(["bash", "--norc", "-c", f"printf '%s\\0' x {line}"], capture_output=True, check=True, cwd="/")
+    assert shown.stdout.decode().split("\0")[1:-1] == list(words)
+
+
+def _request(line, form="shell", argv=None):
+    return Request("work", new_cid(), line, argv, form, 5, b"", b"mac", b"k" * 32)
+
+
+def _config(**own):
+    return make_config({"vms": {"work": own}}).for_vm("work")
+
+
+def test_with_rules_a_line_becomes_the_words_that_were_compared():
+    allowed = check_policy(_config(policy=POLICY), None, _tagged, _request("echo 'a  b'"))
+    assert (allowed.form, allowed.argv) == ("argv", ("echo", "a  b"))
+    assert check_policy(_config(), None, _tagged, _request("a | b")).form == "shell"
+
+
+@pytest.mark.parametrize(
+    ("policy", "request_", "text"),
+    [
+        (POLICY, _request("echo a | sh"), "no shell"),
+        (POLICY, _request("echo a", "script"), "no scripts"),
+        (POLICY, _request("[]", "argv", ("rm", "x")), "qvm_remote.explain work"),
+        ("none", _request("true"), "qvm-remote:vms:work:policy"),
+    ],
+)
+def test_a_refusal_says_what_to_do(policy, request_, text):
+    with pytest.raises(Refused) as caught:
+        check_policy(_config(policy=policy), None, _tagged, request_)
+    assert caught.value.code == "policy"
+    assert text in str(caught.value)
+
+
+def test_a_ping_runs_nothing_and_is_always_answered():
+    request = _request("ping", "ping")
+    assert check_policy(_config(policy="none"), None, _tagged, request) is request
+
+
+def test_the_default_holds_for_vms_without_a_policy_alone():
+    config = make_config({"default_policy": "none", "vms": {"work": {"policy": "full"}, "dev": {}}})
+    assert [config.for_vm(vm).policy_in_force for vm in ("work", "dev", "other")] == ["full", "none", "none"]
+    with pytest.raises(ConfigError, match="single VMs only"):
+        make_config({"policy": "full"})
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(str(tmp_path / "ledger.sqlite"))
+
+
+def test_access_ends_by_itself(ledger):
+    config = _config(until=1000)
+    assert check_policy(config, ledger, _tagged, _request("true"), now=999.0)
+    with pytest.raises(Refused) as caught:
+        check_policy(config, ledger, _tagged, _request("true"), now=1000.0)
+    assert caught.value.code == "ended"
+    assert "1970-01-01T00:16:40Z" in str(caught.value)
+
+
+def test_a_clock_that_goes_back_does_not_prolong_it(ledger, tmp_path):
+    config = _config(until=100000)
+    assert check_policy(config, ledger, _tagged, _request("true"), now=90000.0)
+    assert check_policy(config, ledger, _tagged, _request("true"), now=89950.0)
+    # Also not over a restart.
+    again = Ledger(str(tmp_path / "ledger.sqlite"))
+    with pytest.raises(Refused) as caught:
+        check_policy(config, again, _tagged, _request("true"), now=80000.0)
+    assert caught.value.code == "clock"
+    # A grant with another end is another one, and does not bring the first one back.
+    assert check_policy(_config(until=85000), again, _tagged, _request("true"), now=80000.0)
+    with pytest.raises(Refused):
+        check_policy(config, again, _tagged, _request("true"), now=80000.0)
+
+
+def test_without_a_ledger_there_is_no_access_for_a_time(ledger):
+    ledger.close()
+    with pytest.raises((Refused, LedgerError)):
+        check_policy(_config(until=1000), ledger, _tagged, _request("true"), now=1.0)
+
+
+@pytest.fixture
+def dom0(tmp_path):
+    """dom0's side with a key for work, everything in a folder of this test."""
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "audit.log"}
+    folders = {name: str(tmp_path / folder) for name, folder in names.items()}
+    one = Dom0(make_config({**folders, "vms": {"work": {"policy": {"allow": [["echo", "**"]]}}}}))
+    one.keyring.put("work", os.urandom(32).hex())
+    one.folders = folders
+    return one
+
+
+def _accept(dom0, line):
+    cid = new_cid()
+    token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
+    return dom0.accept("work", cid.encode(), line, token, -1, lambda: ())[0]
+
+
+def test_no_shell_reads_a_line_that_rules_allowed(dom0):
+    cid = _accept(dom0, b"echo '$HOME;' \"a  b\"")
+    assert dom0.execute("work", cid)["status"] == "done"
+    parts = dom0.result("work", cid)[1]
+    assert b"".join(parts["out"][1]()) == b"$HOME; a  b\n"
+    with pytest.raises(Refused, match="does not let it"):
+        _accept(dom0, b"printf a")
+
+
+def test_a_command_whose_rule_is_gone_when_its_turn_comes_is_not_run(dom0):
+    cid = _accept(dom0, b"echo a")
+    dom0.config = make_config({**dom0.folders, "vms": {"work": {"policy": "none"}}})
+    assert dom0.execute("work", cid)["status"] == "refused"
+    err = b"".join(dom0.result("work", cid)[1]["err"][1]())
+    assert b"lets this qube run nothing" in err
+
+
+def test_a_command_whose_time_is_over_when_its_turn_comes_is_not_run(dom0):
+    cid = _accept(dom0, b"echo a")
+    dom0.config = make_config({**dom0.folders, "vms": {"work": {"until": int(time.time()) - 1}}})
+    assert dom0.execute("work", cid)["status"] == "refused"
