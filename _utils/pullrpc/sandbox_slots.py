@@ -149,7 +149,7 @@ class Slot:
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             report = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return report if isinstance(report, dict) else None
 

@@ -98,8 +98,8 @@ def _serve(line, spec, oom_score, niceness):
         _report(report)
         report = {"number": number}
         problems = remove_job(jobs, name)
-    _report({**report, "cleaned": problems, "fit": fit})
     os.close(jobs)
+    _report({**report, "cleaned": problems, "fit": fit})
     return fit
 
 
