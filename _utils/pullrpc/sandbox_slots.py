@@ -6,6 +6,7 @@ A slot that is not known to be as good as new is never used again: it is ended, 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import marshal
@@ -46,6 +47,7 @@ exec({code})
 """
 
 
+@functools.lru_cache(maxsize=1)
 def choose_backend():
     """Say how a supervisor is started here.
 
@@ -317,9 +319,14 @@ class Pool:
         """Called with the lock held."""
         if self._timer is None and (self._ending or len(self._idle) > 1):
             wait = 1.0 if self._ending else max(1.0, self._idle[0].idle_since + _IDLE_MAX - time.monotonic())
-            self._timer = threading.Timer(wait, self._tidy)
-            self._timer.daemon = True
-            self._timer.start()
+            timer = threading.Timer(wait, self._tidy)
+            timer.daemon = True
+            try:
+                timer.start()
+                self._timer = timer
+            except RuntimeError:
+                # No thread can be started now. The next one who comes by tries again; no command suffers.
+                return
 
 
 def _key(backend, limits):

@@ -41,6 +41,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _KEYCTL = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_OOM_SCORE, _OOM_PROTECTED = "/proc/self/oom_score_adj", b"-900"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +62,8 @@ def main():
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         # For the command each has its own; called here too, since the first call finds the function, which each child had to do again.
         _leave_keyring()
-    except (SetupError, OSError) as err:
+    except (SetupError, OSError, AttributeError) as err:
+        # The last one: this Python knows of no os.pidfd_open.
         _report({"broken": str(err)})
         os._exit(1)
     # Inherited by every command, and not to be changed from there.
@@ -294,32 +296,64 @@ class Supervision:
             stdin = self._own(_open_stdin(spec["stdin"]))
             ends = [self._open_stream(spec[name]) for name in ("out", "err")]
             work = self._own(os.open(os.path.join(spec["jobs"], spec["name"]), _DIRECTORY))
-            status, status_end = map(self._own, os.pipe2(os.O_CLOEXEC))
-        except OSError as err:
-            raise SetupError(f"{err.filename}: {err.strerror}" if err.filename else err.strerror) from err
-        # All that can be done here isn't done in the child, where each page that is written to must be copied first.
-        programs, argv, env = _prepare(spec["argv"], spec["env"])
-        started = time.monotonic()
+            programs, argv, env = _prepare(spec["argv"], spec["env"])
+            started = time.monotonic()
+            (self._spawn if spec["in_unit"] else self._fork)(work, (stdin, *ends), programs, argv, env)
+        except (OSError, ValueError) as err:
+            name = getattr(err, "filename", None)
+            raise SetupError(f"{name}: {err.strerror}" if name else str(err)) from err
+        for fd in (stdin, work, *ends):
+            self._disown(fd)
+        return started
+
+    def _fork(self, work, files, programs, argv, env):
+        """Start the command so that the kernel kills it when this process dies."""
+        status, status_end = map(self._own, os.pipe2(os.O_CLOEXEC))
         supervisor = os.getpid()
         pid = os.fork()
         if not pid:
             try:
-                _confine(spec, supervisor, work, self._oom_score)
-                for target, fd in enumerate((stdin, *ends)):
+                os.setsid()
+                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != supervisor:
+                    raise OSError(errno.ESRCH, "the supervisor is gone")
+                _confine(self._spec, work, self._oom_score)
+                for target, fd in enumerate(files):
                     os.dup2(fd, target)
                 os.write(status_end, _READY)
-                _become(programs, argv, env)
+                why = _execute(os.execve, programs, argv, env)
+                os._exit(_say_why_not(2, argv[0], why))
             except (OSError, ValueError, SetupError) as err:
                 os.write(status_end, str(err).encode())
             finally:
                 os._exit(_EXIT_NOT_EXECUTABLE)
         self._main = pid
-        for fd in (stdin, work, status_end, *ends):
-            self._disown(fd)
+        self._disown(status_end)
         said = _read_to_end(status)
+        self._disown(status)
         if said != _READY:
             raise SetupError(said.decode(errors="replace") or "the command's process ended before it was ready")
-        return started
+
+    def _spawn(self, work, files, programs, argv, env):
+        """Start the command in a unit: what outlives this process is killed by systemd, and all else is inherited.
+
+        A fork has the kernel copy this process's memory map, and then its pages one by one: more than half of what a short
+        command costs.
+        """
+        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)]
+
+        def spawn(program, argv, env):
+            self._main = os.posix_spawn(program, argv, env, file_actions=actions, setsid=True)
+
+        try:
+            _confine(self._spec, work, self._oom_score)
+            why = _execute(spawn, programs, argv, env)
+        finally:
+            os.chdir("/")
+            if self._oom_score is not None:
+                _write_file(_OOM_SCORE, _OOM_PROTECTED)
+        if why is not None:
+            self._main_status = _say_why_not(files[2], argv[0], why) << 8
 
     def _own(self, fd):
         self._fds.add(fd)
@@ -369,13 +403,15 @@ class Supervision:
 
     def _main_has_ended(self):
         """Bury orphans of the command; the command itself stays a zombie, which keeps its process group's number ours."""
-        while True:
+        while self._main is not None:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return False
             if ended.si_pid == self._main:
                 return True
             os.waitpid(ended.si_pid, os.WNOHANG)
+        # There was nothing to execute.
+        return True
 
     def _reap_all(self):
         """Bury whoever died; say whether nobody is left."""
@@ -633,18 +669,14 @@ def _bury(fd, name, parent_fd, graves, problems):
     graves.append(grave)
 
 
-def _confine(spec, supervisor, work, oom_score):
-    """In the child: everything that makes it the command's process rather than ours. Any failure ends it."""
-    os.setsid()
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        raise OSError(errno.ESRCH, "the supervisor is gone")
+def _confine(spec, work, oom_score):
+    """Make this process one that its command may inherit everything from. Any failure ends it."""
     _leave_keyring()
     _limit(resource.RLIMIT_NOFILE, spec["nofile"])
     if spec["data_max"]:
         _limit(resource.RLIMIT_DATA, spec["data_max"])
     if oom_score is not None:
-        _write_file("/proc/self/oom_score_adj", oom_score)
+        _write_file(_OOM_SCORE, oom_score)
     os.fchdir(work)
 
 
@@ -666,7 +698,10 @@ def _limit(what, value):
 
 
 def _prepare(argv, env):
-    """The paths where a command may be, its argument vector and its environment, as exec wants them."""
+    """The paths where a command may be, its argument vector and its environment, as exec wants them.
+
+    Not left to the child of a fork, in which each page that is written to must be copied first.
+    """
     argv = [os.fsencode(word) for word in argv]
     env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
     if b"/" in argv[0]:
@@ -675,16 +710,23 @@ def _prepare(argv, env):
     return [path for path in paths if os.path.lexists(path)] or paths[:1], argv, env
 
 
-def _become(programs, argv, env):
+def _execute(execute, programs, argv, env):
+    """Execute the first program that can be; say why none was, as an errno, or None."""
     why = errno.ENOENT
     for program in programs:
         try:
-            os.execve(program, argv, env)
+            execute(program, argv, env)
+            return None
         except OSError as err:
             # As execvp(3) has it: what is found but can't be run is told of only if no other folder has it.
             why = err.errno if why in _NOT_FOUND else why
-    os.write(2, b"qvm-remote: " + argv[0] + b": " + os.strerror(why).encode() + b"\n")
-    os._exit(_EXIT_NOT_FOUND if why in _NOT_FOUND else _EXIT_NOT_EXECUTABLE)
+    return why
+
+
+def _say_why_not(fd, name, why):
+    """Say on the command's stderr why it isn't executed; give its exit code."""
+    os.write(fd, b"qvm-remote: " + name + b": " + os.strerror(why).encode() + b"\n")
+    return _EXIT_NOT_FOUND if why in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
 
 
 def _open_stdin(path):
@@ -696,9 +738,9 @@ def _open_stdin(path):
 def _protect_from_oom():
     """Make the kernel prefer the command when memory is short; return what the command gets, None if it can't be set."""
     try:
-        with open("/proc/self/oom_score_adj", "rb", buffering=0) as file:
+        with open(_OOM_SCORE, "rb", buffering=0) as file:
             before = file.read(16)
-        _write_file("/proc/self/oom_score_adj", b"-900")
+        _write_file(_OOM_SCORE, _OOM_PROTECTED)
     except OSError:
         # Not root: then both have the same score.
         return None
