@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The sandbox: runs one command with a clean environment, bounded output and a time limit, and ends all it started.
 
-A program of ours (supervisor) stands between the engine and the command; where systemd is PID 1 it runs in a transient
-unit with resource limits. A command that can't be confined is not run. Since commands run as root, this keeps order
-and bounds mistakes; it is no wall against a command that means to break out: whom dom0 authorizes, it trusts.
+A program of ours (supervisor) stands between the engine and the command; it serves one after another (see sandbox_slots).
+Where systemd is PID 1 it runs in a transient unit with resource limits. A command that can't be confined is not run. Since
+commands run as root, this keeps order and bounds mistakes; it is no wall against a command that means to break out: whom
+dom0 authorizes, it trusts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import logging
 import os
-import select
-import shutil
 import signal
 import stat
-import subprocess
-import sys
-import threading
 import time
 
-from . import sandbox_subreaper, sandbox_systemd, supervisor
+from . import sandbox_slots, supervisor
 from .errors import PullError, SandboxError
 from .ids import check_cid, check_vm_name
 
@@ -33,10 +29,9 @@ _EXIT_TIMEOUT, _EXIT_CANCELLED = 124, 130
 _BACKSTOP = 10.0
 #: How long the removal of the command's folder may hold up its result, seconds.
 _CLEAN_WAIT = 5.0
-_REPORT_MAX = 1 << 16
-#: The supervisor's source, read once: Salt's cache, where this package lies, may be wiped at any time.
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py"), "rb") as _file:
-    _SUPERVISOR = _file.read()
+_ENDED_FROM_OUTSIDE = "the sandbox was ended from outside; the command was killed with it"
+#: So that what is said of one command is never taken for another's.
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +105,15 @@ class Outcome:
     seconds: float
 
 
-def start(job, limits):
+def start(job, limits, on_output=None):
     """Start a command.
 
     Args:
         job: Job.
         limits: Limits.
+        on_output: callable of (int, int), the bytes that ``out_path`` and ``err_path`` hold by now. Called within
+            :meth:`Handle.wait`, by its thread, when they have grown, some 20 ms after that; not for the first 20 ms of a
+            command, nor for what came just before its end. Once it raises, that is logged, and it is not called again.
 
     Returns:
         Handle
@@ -136,50 +134,51 @@ def start(job, limits):
         # Not removed here: a folder that is there already belongs to a command that runs.
         raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
     try:
-        argv, program = _make_folder(jobs, name, job)
-        backend = choose_backend()
-        spec = {
-            "jobs": jobs,
-            "name": name,
-            "argv": argv,
-            "env": _environment(job, limits, os.path.join(jobs, name, supervisor.WORK)),
-            "stdin": job.stdin_path,
-            "out": job.out_path,
-            "err": job.err_path,
-            "output_max": limits.output_max,
-            "timeout": job.timeout,
-            "grace": limits.kill_grace,
-            "nofile": limits.nofile,
-            "data_max": backend.data_max(limits),
-            "watch_parent": backend.IS_CHILD,
-        }
-        command = backend.wrap([_python(), "-I", "-S", program], name, job.timeout, limits)
-        # A session of its own: a signal to the minion's process group is the engine's to handle.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={"PATH": limits.path},
-            start_new_session=True,
-        )
+        argv = _with_script(jobs, name, job)
+        slot = sandbox_slots.pool().take(limits)
     except OSError as err:
-        _remove_folder(jobs, name)
+        _remove_job(jobs, name)
         raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
-    handle = Handle(process, spec)
+    except SandboxError:
+        _remove_job(jobs, name)
+        raise
+    spec = {
+        "number": next(_numbers),
+        "jobs": jobs,
+        "name": name,
+        "argv": argv,
+        "env": _environment(job, limits, os.path.join(jobs, name)),
+        "stdin": job.stdin_path,
+        "out": job.out_path,
+        "err": job.err_path,
+        "output_max": limits.output_max,
+        "timeout": job.timeout,
+        "grace": limits.kill_grace,
+        "nofile": limits.nofile,
+        "data_max": slot.backend.data_max(limits),
+        "in_unit": slot.backend.IN_UNIT,
+        "progress": on_output is not None,
+    }
+    handle = Handle(slot, spec, on_output)
     handle.begin()
     return handle
 
 
-def choose_backend():
-    """Say how the supervisor is started here.
+def warm(limits):
+    """See to it that the next command with these limits need not wait for its supervisor to start.
 
-    Returns:
-        module: sandbox_systemd where systemd is PID 1, else sandbox_subreaper.
+    Args:
+        limits: Limits.
+
+    Raises:
+        SandboxError: none can be started.
     """
-    # The manager's own socket, by which root's systemd-run asks it: the folder of transient units may be there without a manager.
-    return sandbox_systemd if os.path.exists("/run/systemd/private") and shutil.which("systemd-run") else sandbox_subreaper
+    sandbox_slots.pool().warm(limits)
+
+
+def close_idle():
+    """End the supervisors that have no command; for the end of the service."""
+    sandbox_slots.pool().close()
 
 
 def sweep(run_dir):
@@ -195,20 +194,23 @@ def sweep(run_dir):
         SandboxError: the folder can't be used.
     """
     jobs = _jobs_folder(run_dir)
-    left = os.listdir(jobs)
+    left = {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(jobs)}
     for name in left:
-        _remove_folder(jobs, name)
+        _remove_job(jobs, name)
     return len(left)
+
+
+class _Broken(Exception):
+    """The supervisor is gone, or can't be relied on."""
 
 
 class Handle:
     """A command that runs."""
 
-    def __init__(self, process, spec):
-        self._process = process
+    def __init__(self, slot, spec, on_output):
+        self._slot = slot
         self._spec = spec
-        self._write_lock = threading.Lock()
-        self._buffer = b""
+        self._on_output = on_output
         self._pid = None
 
     def begin(self):
@@ -217,24 +219,17 @@ class Handle:
         Raises:
             SandboxError: it ended at once.
         """
-        try:
-            self._process.stdin.write(json.dumps(self._spec).encode("ascii") + b"\n")
-            self._process.stdin.flush()
-        except OSError as err:
+        self._slot.served += 1
+        if not self._slot.send(self._spec):
             self._give_up()
-            raise SandboxError("the sandbox could not be started") from err
+            raise SandboxError("the sandbox could not be started")
 
     def cancel(self):
-        """End the command soon; may be called from any thread, and more than once."""
-        with self._write_lock:
-            try:
-                os.write(self._process.stdin.fileno(), supervisor.CANCEL)
-            except (OSError, ValueError):
-                # It has ended already.
-                return
+        """End the command soon; may be called from any thread, more than once, and when it has ended."""
+        self._slot.send({"cancel": self._spec["number"]})
 
     def wait(self):
-        """Wait for the command's end.
+        """Wait for the command's end; to be called once.
 
         Returns:
             Outcome
@@ -244,25 +239,39 @@ class Handle:
         """
         deadline = time.monotonic() + self._spec["timeout"] + self._spec["grace"] + _BACKSTOP
         try:
-            report = self._await_report(deadline)
-            cleaned = self._next_line(time.monotonic() + _CLEAN_WAIT) if report else None
-        finally:
-            self._close()
-        if report is None:
+            report = self._await_end(deadline)
+            if "cleaned" not in report:
+                report = {**report, **self._next_report(time.monotonic() + _CLEAN_WAIT, {})}
+            answer = self._answer(report)
+        except (_Broken, KeyError, TypeError, ValueError) as err:
             self._give_up()
-            raise SandboxError("the sandbox was ended from outside; the command was killed with it")
-        for problem in (cleaned or {}).get("cleaned", ()):
+            raise SandboxError(str(err) if isinstance(err, _Broken) else _ENDED_FROM_OUTSIDE) from err
+        except BaseException:
+            # Whatever interrupted this thread: the command ends with its supervisor.
+            sandbox_slots.pool().retire(self._slot)
+            raise
+        if report.get("fit") is True:
+            sandbox_slots.pool().put(self._slot)
+        else:
+            sandbox_slots.pool().retire(self._slot)
+        if isinstance(answer, SandboxError):
+            raise answer
+        return answer
+
+    def _answer(self, report):
+        """What a report means: an Outcome, or the error to raise."""
+        for problem in report.get("cleaned", ()):
             log.warning("%s: could not be removed: %s", self._spec["name"], problem)
-        if "error" in report:
-            raise SandboxError(report["error"])
         if report["left"]:
             log.warning("%s: %d processes could not be killed", self._spec["name"], report["left"])
+        if "error" in report:
+            return SandboxError(report["error"])
+        if report["stopped"] == "orphaned":
+            return SandboxError("the sandbox lost its engine; the command was killed")
         return self._outcome(report)
 
     def _outcome(self, report):
         stopped, limit = report["stopped"], self._spec["output_max"]
-        if stopped == "orphaned":
-            raise SandboxError("the sandbox lost its engine; the command was killed")
         code = 0 if report["status"] is None else os.waitstatus_to_exitcode(report["status"])
         died_of = -code if code < 0 else None
         if stopped:
@@ -281,49 +290,44 @@ class Handle:
             seconds=report["seconds"],
         )
 
-    def _await_report(self, deadline):
+    def _await_end(self, deadline):
+        """The supervisor's report of the command's end."""
         while True:
-            line = self._next_line(deadline)
-            if line is None or "started" not in line:
-                return line
-            self._pid = line["started"]
+            report = self._next_report(deadline)
+            if "stopped" in report or "error" in report:
+                return report
+            if "progress" in report:
+                self._tell(report["progress"])
+            self._pid = report.get("started", self._pid)
 
-    def _next_line(self, deadline):
-        """The supervisor's next report; None when none comes."""
-        fd = self._process.stdout.fileno()
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poller.poll(left * 1000):
-                return None
-            chunk = os.read(fd, _REPORT_MAX)
-            if not chunk or len(self._buffer) > _REPORT_MAX:
-                return None
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+    def _next_report(self, deadline, default=None):
+        """What the supervisor says next of this command; the default, if there is one, when that is nothing."""
+        report = self._slot.next_report(deadline)
+        if report is None and default is not None:
+            return default
+        if report is None or report.get("number") != self._spec["number"]:
+            raise _Broken((report or {}).get("broken", _ENDED_FROM_OUTSIDE))
+        return report
 
-    def _close(self):
-        with self._write_lock:
-            self._process.stdin.close()
-        self._process.stdout.close()
+    def _tell(self, progress):
+        # If more has been read already, that says it all.
+        if self._on_output is None or self._slot.has_report():
+            return
         try:
-            self._process.wait(_CLEAN_WAIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._on_output(*progress)
+        except Exception:  # noqa: BLE001 - whatever goes wrong with showing output must not end the command.
+            log.warning("%s: its output could not be passed on while it runs", self._spec["name"], exc_info=True)
+            self._on_output = None
 
     def _give_up(self):
-        """Kill what a broken supervisor left: the command's session, and whoever left it but has the command's environment."""
-        self._process.kill()
-        self._process.wait()
+        """Kill what a broken supervisor left: its unit, the command's session, and whoever left it but has the command's environment."""
+        self._slot.kill()
         env = self._spec["env"]
         marks = {f"{name}={env[name]}".encode() for name in ("QVM_REMOTE_VM", "QVM_REMOTE_ID")}
         for pid, _, _, session in supervisor.processes():
             if pid != os.getpid() and (session == self._pid or _has_environment(pid, marks)):
                 _kill(pid)
-        _remove_folder(self._spec["jobs"], self._spec["name"])
+        _remove_job(self._spec["jobs"], self._spec["name"])
 
 
 def _has_environment(pid, marks):
@@ -346,8 +350,7 @@ def _jobs_folder(run_dir):
     jobs = os.path.join(run_dir, "jobs")
     try:
         for folder in (run_dir, jobs):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            info = os.lstat(folder)
+            info = _look_or_make(folder)
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise SandboxError(f"{folder} must be a folder that only root can write to")
     except OSError as err:
@@ -355,36 +358,32 @@ def _jobs_folder(run_dir):
     return jobs
 
 
-def _make_folder(jobs, name, job):
-    """Fill the command's folder: its working directory, and beside (not in) that its script, and the supervisor.
+def _look_or_make(folder):
+    try:
+        return os.lstat(folder)
+    except FileNotFoundError:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        return os.lstat(folder)
 
-    Returns:
-        (list of str, str): the command's argument vector, the supervisor's path.
-    """
-    folder = os.path.join(jobs, name)
-    os.mkdir(os.path.join(folder, supervisor.WORK), 0o700)
-    program = os.path.join(folder, "supervisor.py")
-    _write_new(program, _SUPERVISOR)
+
+def _with_script(jobs, name, job):
+    """The command's argument vector; its script is written beside (not into) its working directory."""
     if job.script is None:
-        return list(job.argv), program
-    path = os.path.join(folder, supervisor.SCRIPT)
-    _write_new(path, job.script)
-    return [*job.argv, path], program
-
-
-def _write_new(path, data):
+        return list(job.argv)
+    path = os.path.join(jobs, name + supervisor.SCRIPT)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        file.write(data)
+        file.write(job.script)
+    return [*job.argv, path]
 
 
-def _remove_folder(jobs, name):
+def _remove_job(jobs, name):
     try:
         fd = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        for problem in supervisor.remove_tree(fd, name):
+        for problem in supervisor.remove_job(fd, name):
             log.warning("%s: could not be removed: %s", name, problem)
     finally:
         os.close(fd)
@@ -406,9 +405,3 @@ def _environment(job, limits, work):
         "QVM_REMOTE_VM": job.vm,
         "QVM_REMOTE_ID": job.cid,
     }
-
-
-def _python():
-    # Inside a frozen Salt, sys.executable need not be an interpreter.
-    name = os.path.basename(sys.executable or "")
-    return sys.executable if name.startswith("python") else "/usr/bin/python3"

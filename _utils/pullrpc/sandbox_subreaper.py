@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where systemd is not PID 1: the supervisor is our child; subreaper, process groups and rlimits do what cgroups would."""
 
-#: The supervisor is a child of the engine, so that it can see it die.
-IS_CHILD = True
+#: Whether the supervisor has a unit of its own, whose limits hold for all that runs in it.
+IN_UNIT = False
 
 
-def wrap(command, name, timeout, limits):
+def fixed(limits):
+    """What of the limits holds for all commands of a supervisor.
+
+    Args:
+        limits: sandbox.Limits.
+
+    Returns:
+        tuple
+    """
+    return ()
+
+
+def wrap(command, name, limits):
     """The command line that starts the supervisor.
 
     Args:
         command: list of str.
-        name: str, the job's.
-        timeout: int, seconds.
+        name: str, the supervisor's.
         limits: sandbox.Limits.
 
     Returns:
@@ -30,3 +41,11 @@ def data_max(limits):
         int
     """
     return limits.memory_max
+
+
+def kill(name):
+    """Kill the supervisor's unit: there is none.
+
+    Args:
+        name: str, the supervisor's.
+    """

@@ -1,32 +1,46 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where systemd is PID 1 (dom0): the supervisor runs in a transient unit of its own, in ``qvm-remote.slice``.
+"""Where systemd is PID 1 (dom0): each supervisor runs in a transient unit of its own, in ``qvm-remote.slice``.
 
-systemd then bounds memory, processes and CPU of all that the command starts, and ends what the supervisor can't.
+systemd then bounds memory, processes and CPU of all that its command starts (one at a time, so the unit's limits are the
+command's), and ends what the supervisor can't.
 """
 
-import os
+import logging
+import subprocess
 
-#: The supervisor is a child of systemd; it sees the engine's end by the end of its stdin.
-IS_CHILD = False
+log = logging.getLogger(__name__)
+
+#: Whether the supervisor has a unit of its own, whose limits hold for all that runs in it.
+IN_UNIT = True
 _SLICE = "qvm-remote.slice"
-#: systemd's own time limit comes this long after the supervisor's, which keeps partial output, seconds.
-_AFTER = 5
+#: How long systemd may take to kill a unit, seconds.
+_KILL_WAIT = 5.0
 
 
-def wrap(command, name, timeout, limits):
+def fixed(limits):
+    """What of the limits holds for all commands of a supervisor.
+
+    Args:
+        limits: sandbox.Limits.
+
+    Returns:
+        tuple
+    """
+    return (limits.memory_max, limits.tasks_max, limits.cpu_weight)
+
+
+def wrap(command, name, limits):
     """The command line that starts the supervisor.
 
     Args:
         command: list of str.
-        name: str, the job's: letters, digits, ``_``, ``.`` and ``-`` only.
-        timeout: int, seconds.
+        name: str, the supervisor's: letters, digits and ``-`` only.
         limits: sandbox.Limits.
 
     Returns:
         list of str
     """
     properties = {
-        "RuntimeMaxSec": int(timeout + limits.kill_grace) + _AFTER,
         "TasksMax": limits.tasks_max,
         "MemoryMax": limits.memory_max,
         "CPUWeight": limits.cpu_weight,
@@ -34,8 +48,7 @@ def wrap(command, name, timeout, limits):
         "TimeoutStopSec": 2,
         "OOMPolicy": "continue",
     }
-    unit = f"qvm-remote-{name}-{os.urandom(4).hex()}"
-    options = ["--pipe", "--wait", "--collect", "--quiet", "--service-type=exec", f"--slice={_SLICE}", f"--unit={unit}"]
+    options = ["--pipe", "--wait", "--collect", "--quiet", "--service-type=exec", f"--slice={_SLICE}", f"--unit={_unit(name)}"]
     return ["systemd-run", *options, *(f"--property={key}={value}" for key, value in properties.items()), "--", *command]
 
 
@@ -49,3 +62,20 @@ def data_max(limits):
         int
     """
     return 0
+
+
+def kill(name):
+    """Kill all that runs in the supervisor's unit.
+
+    Args:
+        name: str, the supervisor's.
+    """
+    command = ["systemctl", "kill", "--signal=KILL", _unit(name)]
+    try:
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_KILL_WAIT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        log.warning("%s: could not be killed: %s", _unit(name), err)
+
+
+def _unit(name):
+    return f"qvm-remote-{name}.service"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program between the engine and one command: starts it, keeps its output, and ends everything it left behind.
+"""The program between the engine and its commands: runs one after another, keeps their output, ends all they left behind.
 
-A process of its own: reads one line of JSON (and later one byte to cancel) from stdin, writes lines of JSON to stdout.
-It never lets the command touch those two, holds its output in memory, waits for background processes, or outlives the engine.
-Imports little and nothing of this package: it is started anew for each command, with ``python -I -S``.
+A process of its own: reads lines of JSON from stdin (what to run, what to cancel), writes lines of JSON to stdout.
+It never lets a command touch those two, holds output in memory, waits for background processes, outlives the engine, or
+takes a command while anything of the last one is left. Imports little, and nothing of this package: it runs with ``python -I -S``.
 """
 
 import ctypes
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -18,22 +19,29 @@ import sys
 import termios
 import time
 
-#: Byte that cancels the command. The end of stdin means that the engine is gone.
-CANCEL = b"c"
-#: Names in a job's folder: the command's working directory, and its script.
-WORK, SCRIPT = "tmp", "script"
+#: What is added to a job's name for the file that holds its script; its working directory has the bare name.
+SCRIPT = ".script"
 #: As a shell has it: found but not to be executed, not found.
 _EXIT_NOT_EXECUTABLE, _EXIT_NOT_FOUND = 126, 127
+_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 _CHUNK = 1 << 18
-#: How often to look whether the engine still lives, seconds: a copy of its end of stdin may survive it in a forked process.
-_TICK = 1.0
+_SPEC_CHUNK = 1 << 16
+#: How often growing output is told of, and how long a command has lived before it first is, seconds.
+_PROGRESS = 0.02
 #: Pause between two rounds of killing, seconds.
 _ROUND = 0.005
 #: Most problems that are named after the clean-up; one is enough to tell what happened.
 _PROBLEMS_MAX = 5
+#: Files in memory (/dev/shm, /tmp) that a command left count against its unit's memory; with more, no other command runs there, bytes.
+_HELD_MAX = 1 << 20
 #: Written by the child when all its limits are in force, just before it becomes the command.
 _READY = b"ready"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+#: Number of the system call, which the C library doesn't have.
+_KEYCTL = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_OOM_SCORE, _OOM_PROTECTED = "/proc/self/oom_score_adj", b"-900"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,83 +55,199 @@ class KeepError(Exception):
 
 
 def main():
-    """Run one command; the process ends here.
+    """Serve the engine whose pid and start time are the arguments until it says ``quit`` or is gone; the process ends here."""
+    try:
+        line = Line(int(sys.argv[1]), int(sys.argv[2]))
+        oom_score = _protect_from_oom()
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        # For the command each has its own; called here too, since the first call finds the function, which each child had to do again.
+        _leave_keyring()
+    except (SetupError, OSError, AttributeError) as err:
+        # The last one: this Python knows of no os.pidfd_open.
+        _report({"broken": str(err)})
+        os._exit(1)
+    # Inherited by every command, and not to be changed from there.
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    # It would write to every page that a fork has just shared. There is little to collect, and no process lives for long.
+    gc.disable()
+    while True:
+        spec = line.next_spec()
+        if spec is None or not _serve(line, spec, oom_score, niceness):
+            os._exit(0)
 
-    Exits with 0 once a report was written, whatever the command did.
-    """
-    parent = os.getppid()
-    spec = json.loads(_read_line(0))
-    supervision = Supervision(spec, parent if spec["watch_parent"] else None)
+
+def _serve(line, spec, oom_score, niceness):
+    """Run one command and report on it; say whether this process is fit for another."""
+    number, name = spec["number"], spec["name"]
     # Opened now: whatever the command mounts over that path later, this is still the folder that the engine made.
     jobs = os.open(spec["jobs"], _DIRECTORY)
+    supervision = Supervision(line, spec, oom_score)
     try:
         report = supervision.run()
     except (SetupError, KeepError) as err:
         report = {"error": str(err)}
     finally:
-        supervision.end_everything()
-    _report(report)
-    _report({"cleaned": remove_tree(jobs, spec["name"])})
-    os._exit(0)
+        left = supervision.end_everything()
+        supervision.close()
+    report.update(number=number, left=left)
+    same = os.getpriority(os.PRIO_PROCESS, 0) == niceness
+    fit = same and not left and "error" not in report and line.stop is None and not (spec["in_unit"] and _unit_holds_memory())
+    problems = []
+    if not remove_plain(jobs, name):
+        # That may take a while, and the result need not wait for it.
+        _report(report)
+        report = {"number": number}
+        problems = remove_job(jobs, name)
+    os.close(jobs)
+    _report({**report, "cleaned": problems, "fit": fit})
+    return fit
+
+
+class Line:
+    """The connection with the engine, and all else that this process has to hear: signals, the engine's end.
+
+    Args:
+        engine: int, the engine's pid.
+        since: int, when that process started, as :func:`start_time` gives it.
+
+    Attributes:
+        stop: why this process has to end: None, "orphaned" (the engine is gone) or "cancel" (the init system wants it).
+        poller: select.poll, watches all of it; a command's pipes are added.
+
+    Raises:
+        SetupError, OSError: the engine can't be watched.
+    """
+
+    def __init__(self, engine, since):
+        self.stop = None
+        self._buffer = b""
+        self._messages = []
+        # A copy of the engine's end of stdin may survive it in a process it forked, so the end of stdin doesn't tell all.
+        self._engine_fd = os.pidfd_open(engine)
+        if start_time(engine) != since:
+            raise SetupError("the engine is gone")
+        self._wake_fd, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(signum, signal.SIG_DFL)
+        # Heard and not ignored: exec makes a signal that is heard the command's default again, and leaves one that is ignored.
+        for signum in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signum, lambda *_: None)
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, self._on_stop_signal)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self.poller = select.poll()
+        for fd in (0, self._wake_fd, self._engine_fd):
+            self.poller.register(fd, select.POLLIN)
+
+    def next_spec(self):
+        """Wait for the next command.
+
+        Returns:
+            dict, as ``sandbox.start`` made it; None: there will be none.
+        """
+        while self.stop is None:
+            while self._messages:
+                message = self._messages.pop(0)
+                # A cancel that is heard here came after the end of what it meant.
+                if "argv" in message:
+                    return message
+            for fd, _ in self.poller.poll():
+                self.hear(fd)
+        return None
+
+    def hear(self, fd):
+        """Take in what one of the descriptors that are watched always has to say."""
+        if fd == self._engine_fd:
+            self.stop = "orphaned"
+        elif fd == self._wake_fd:
+            self.clear_wake()
+        else:
+            self._read()
+
+    def hears_cancel_of(self, number):
+        """Say whether the engine wants the command that runs ended.
+
+        Args:
+            number: int, the command's.
+
+        Returns:
+            bool
+        """
+        cancelled = {"cancel": number} in self._messages
+        self._messages.clear()
+        return cancelled
+
+    def pause(self, seconds):
+        """Wait for a signal, but no longer than some seconds."""
+        select.select([self._wake_fd], [], [], seconds)
+        self.clear_wake()
+
+    def clear_wake(self):
+        """Forget which signals came; whoever waits for one looks at what it was to tell."""
+        try:
+            os.read(self._wake_fd, 4096)
+        except BlockingIOError:
+            pass
+
+    def _read(self):
+        chunk = os.read(0, _SPEC_CHUNK)
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        self._messages += map(json.loads, lines)
+        if not chunk or {"quit": True} in self._messages:
+            self.stop = "orphaned"
+
+    def _on_stop_signal(self, *_):
+        # The init system ends the engine and us alike: the same as a cancel, so that the engine can tell what happened.
+        self.stop = self.stop or "cancel"
 
 
 class Supervision:
     """One command, from start to end.
 
     Args:
+        line: Line.
         spec: dict, as ``sandbox.start`` made it.
-        parent: int or None, pid of the engine if this process is its child.
+        oom_score: bytes or None, what the command gets as its oom_score_adj.
     """
 
-    def __init__(self, spec, parent):
+    def __init__(self, line, spec, oom_score):
+        self._line = line
         self._spec = spec
-        self._parent = parent
+        self._oom_score = oom_score
         self._main = None
         self._main_status = None
-        self._stop = None
+        self._fds = set()
         self._streams = []
-        self._wake_fd, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, self._on_stop_signal)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def run(self):
         """Start the command and see it end.
 
         Returns:
             dict, the report: ``status`` (wait status or None), ``stopped`` (None, "timeout", "cancel" or "orphaned"), ``seconds``,
-            ``out`` and ``err`` (bytes written in all), ``left`` (processes that could not be killed).
+            ``out`` and ``err`` (bytes written in all).
 
         Raises:
             SetupError: the command was not started.
             KeepError: its output can't be kept; it was ended.
         """
-        oom_score = _protect_from_oom()
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        started = self._start(oom_score)
+        started = self._start()
         try:
-            _report({"started": self._main})
-            stopped = self._attend(started + self._spec["timeout"])
+            _report({"number": self._spec["number"], "started": self._main})
+            stopped = self._attend(started)
             seconds = time.monotonic() - started
             if stopped is None:
                 self._drain()
-            left = self.end_everything()
+            self.end_everything()
             self._drain()
             for stream in self._streams:
-                stream.close()
+                stream.secure()
         except OSError as err:
             raise KeepError(f"the command was ended because its output can't be kept: {err.strerror}") from err
         out, err = self._streams
-        return {
-            "status": self._main_status,
-            "stopped": stopped,
-            "seconds": seconds,
-            "out": out.seen,
-            "err": err.seen,
-            "left": left,
-        }
+        return {"status": self._main_status, "stopped": stopped, "seconds": seconds, "out": out.seen, "err": err.seen}
 
     def end_everything(self):
         """Kill the command and every process that descends from it.
@@ -142,99 +266,152 @@ class Supervision:
             _signal_group(self._main, signal.SIGKILL)
         if self._reap_all():
             return 0
-        _hurry()
-        while True:
-            for signum in (signal.SIGSTOP, signal.SIGKILL):
-                for group in {pgid for _, _, pgid, _ in descendants(os.getpid())}:
-                    _signal_group(group, signum)
-            if self._reap_all():
-                return 0
-            if time.monotonic() >= deadline:
-                return len(descendants(os.getpid()))
-            select.select([self._wake_fd], [], [], _ROUND)
-            self._clear_wake()
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        _set_niceness(-20)
+        try:
+            while True:
+                # Outrun by its priority: processes that fork faster than they are found.
+                for signum in (signal.SIGSTOP, signal.SIGKILL):
+                    for group in {pgid for _, _, pgid, _ in descendants(os.getpid())}:
+                        _signal_group(group, signum)
+                if self._reap_all():
+                    return 0
+                if time.monotonic() >= deadline:
+                    return len(descendants(os.getpid()))
+                self._line.pause(_ROUND)
+        finally:
+            _set_niceness(niceness)
 
-    def _start(self, oom_score):
+    def close(self):
+        """Close all that was opened for the command."""
+        for stream in self._streams:
+            self._unwatch(stream.pipe)
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    def _start(self):
         spec = self._spec
         try:
-            stdin = _open_stdin(spec["stdin"])
-            self._streams = [_Stream(spec[name], spec["output_max"]) for name in ("out", "err")]
-            work = os.open(os.path.join(spec["jobs"], spec["name"], WORK), _DIRECTORY)
-            status, status_end = os.pipe2(os.O_CLOEXEC)
-        except OSError as err:
-            raise SetupError(f"{err.filename}: {err.strerror}" if err.filename else err.strerror) from err
-        started = time.monotonic()
+            stdin = self._own(_open_stdin(spec["stdin"]))
+            ends = [self._open_stream(spec[name]) for name in ("out", "err")]
+            work = self._own(os.open(os.path.join(spec["jobs"], spec["name"]), _DIRECTORY))
+            programs, argv, env = _prepare(spec["argv"], spec["env"])
+            started = time.monotonic()
+            (self._spawn if spec["in_unit"] else self._fork)(work, (stdin, *ends), programs, argv, env)
+        except (OSError, ValueError) as err:
+            name = getattr(err, "filename", None)
+            raise SetupError(f"{name}: {err.strerror}" if name else str(err)) from err
+        for fd in (stdin, work, *ends):
+            self._disown(fd)
+        return started
+
+    def _fork(self, work, files, programs, argv, env):
+        """Start the command so that the kernel kills it when this process dies."""
+        status, status_end = map(self._own, os.pipe2(os.O_CLOEXEC))
         supervisor = os.getpid()
         pid = os.fork()
         if not pid:
             try:
-                _confine(spec, supervisor, work, oom_score)
-                for target, fd in enumerate((stdin, *(stream.write_end for stream in self._streams))):
+                os.setsid()
+                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != supervisor:
+                    raise OSError(errno.ESRCH, "the supervisor is gone")
+                _confine(self._spec, work, self._oom_score)
+                for target, fd in enumerate(files):
                     os.dup2(fd, target)
                 os.write(status_end, _READY)
-                _become(spec["argv"], spec["env"])
+                why = _execute(os.execve, programs, argv, env)
+                os._exit(_say_why_not(2, argv[0], why))
             except (OSError, ValueError, SetupError) as err:
                 os.write(status_end, str(err).encode())
             finally:
                 os._exit(_EXIT_NOT_EXECUTABLE)
         self._main = pid
-        for fd in (stdin, work, status_end, *(stream.write_end for stream in self._streams)):
-            os.close(fd)
+        self._disown(status_end)
         said = _read_to_end(status)
+        self._disown(status)
         if said != _READY:
             raise SetupError(said.decode(errors="replace") or "the command's process ended before it was ready")
-        return started
 
-    def _attend(self, deadline):
+    def _spawn(self, work, files, programs, argv, env):
+        """Start the command in a unit: what outlives this process is killed by systemd, and all else is inherited.
+
+        A fork has the kernel copy this process's memory map, and then its pages one by one: more than half of what a short
+        command costs.
+        """
+        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)]
+
+        def spawn(program, argv, env):
+            self._main = os.posix_spawn(program, argv, env, file_actions=actions, setsid=True)
+
+        try:
+            _confine(self._spec, work, self._oom_score)
+            why = _execute(spawn, programs, argv, env)
+        finally:
+            os.chdir("/")
+            if self._oom_score is not None:
+                _write_file(_OOM_SCORE, _OOM_PROTECTED)
+        if why is not None:
+            self._main_status = _say_why_not(files[2], argv[0], why) << 8
+
+    def _own(self, fd):
+        self._fds.add(fd)
+        return fd
+
+    def _disown(self, fd):
+        self._fds.remove(fd)
+        os.close(fd)
+
+    def _open_stream(self, path):
+        """Make one output's file and pipe; give the pipe's end that is the command's."""
+        file = self._own(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        pipe, end = map(self._own, os.pipe2(os.O_CLOEXEC))
+        self._streams.append(_Stream(file, pipe, self._spec["output_max"]))
+        return end
+
+    def _attend(self, started):
         """Move output until the command has ended or must end; say why it must."""
         pumps = {stream.pipe: stream for stream in self._streams}
-        poller = select.poll()
-        for fd in (0, self._wake_fd, *pumps):
-            poller.register(fd, select.POLLIN)
+        for fd in pumps:
+            self._line.poller.register(fd, select.POLLIN)
+        deadline = started + self._spec["timeout"]
+        progress = _Progress(self._spec, self._streams, started)
         while True:
             if self._main_has_ended():
                 return None
-            if self._stop:
-                return self._stop
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if self._line.hears_cancel_of(self._spec["number"]):
+                return "cancel"
+            if self._line.stop:
+                return self._line.stop
+            now = time.monotonic()
+            if now >= deadline:
                 return "timeout"
-            if self._parent is not None and os.getppid() != self._parent:
-                return "orphaned"
-            for fd, _ in poller.poll(int(min(left, _TICK) * 1000) + 1):
-                if fd == 0:
-                    self._hear_control()
-                elif fd == self._wake_fd:
-                    self._clear_wake()
+            wake = min(deadline, progress.tell(now))
+            for fd, _ in self._line.poller.poll(int((wake - now) * 1000) + 1):
+                if fd not in pumps:
+                    self._line.hear(fd)
                 elif not pumps[fd].pump():
-                    poller.unregister(fd)
+                    self._unwatch(fd)
 
-    def _hear_control(self):
-        said = os.read(0, 64)
-        if not said:
-            self._stop = "orphaned"
-        elif CANCEL in said:
-            self._stop = "cancel"
-
-    def _on_stop_signal(self, *_):
-        # The init system ends the engine and us alike: the same as a cancel, so that the engine can tell what happened.
-        self._stop = self._stop or "cancel"
-
-    def _clear_wake(self):
+    def _unwatch(self, fd):
         try:
-            os.read(self._wake_fd, 4096)
-        except BlockingIOError:
-            pass
+            self._line.poller.unregister(fd)
+        except KeyError:
+            # Not any more, or not yet.
+            return
 
     def _main_has_ended(self):
         """Bury orphans of the command; the command itself stays a zombie, which keeps its process group's number ours."""
-        while True:
+        while self._main is not None:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return False
             if ended.si_pid == self._main:
                 return True
             os.waitpid(ended.si_pid, os.WNOHANG)
+        # There was nothing to execute.
+        return True
 
     def _reap_all(self):
         """Bury whoever died; say whether nobody is left."""
@@ -256,13 +433,20 @@ class Supervision:
 class _Stream:
     """One output of the command: a pipe, and the file that keeps its beginning."""
 
-    def __init__(self, path, limit):
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        self.pipe, self.write_end = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self.pipe, False)
+    #: One for all: it holds nothing from one call to the next.
+    _buffer = memoryview(bytearray(_CHUNK))
+
+    def __init__(self, file, pipe, limit):
+        self._file = file
+        self.pipe = pipe
+        os.set_blocking(pipe, False)
         self._limit = limit
-        self._buffer = memoryview(bytearray(_CHUNK))
         self.seen = 0
+
+    @property
+    def kept(self):
+        """How many bytes the file holds."""
+        return min(self.seen, self._limit)
 
     def pump(self):
         """Take what is there, once; say whether more may come."""
@@ -278,12 +462,10 @@ class _Stream:
                 return
             waiting -= taken
 
-    def close(self):
+    def secure(self):
         """Make sure that the file is on disk."""
         if self.seen:
-            os.fsync(self._file)
-        os.close(self._file)
-        os.close(self.pipe)
+            os.fdatasync(self._file)
 
     def _take(self, most):
         try:
@@ -295,6 +477,31 @@ class _Stream:
         while kept:
             kept = kept[os.write(self._file, kept) :]
         return size
+
+
+class _Progress:
+    """Tells the engine how far the files of the output have grown, when it asked for that."""
+
+    def __init__(self, spec, streams, started):
+        self._number = spec["number"]
+        self._streams = streams if spec["progress"] else ()
+        self._told = [0] * len(self._streams)
+        self._next = started + _PROGRESS
+
+    def tell(self, now):
+        """Tell what is new, if it is time; say when to come again if nothing happens till then."""
+        kept = [stream.kept for stream in self._streams]
+        if kept == self._told:
+            return float("inf")
+        if now >= self._next:
+            self._next = now + _PROGRESS
+            # An engine that doesn't listen must not hold up the command: it hears the next one.
+            if not _has_room(1):
+                return self._next
+            _report({"number": self._number, "progress": kept})
+            self._told = kept
+            return float("inf")
+        return self._next
 
 
 def processes():
@@ -334,6 +541,64 @@ def descendants(root):
     for process in found:
         found.extend(children.get(process[0], ()))
     return found
+
+
+def start_time(pid):
+    """When a process started; with its pid it names one process for as long as the machine runs.
+
+    Args:
+        pid: int.
+
+    Returns:
+        int, clock ticks since boot.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        stat = file.read(1024)
+    return int(stat[stat.rfind(b")") + 2 :].split()[19])
+
+
+def remove_plain(jobs_fd, name):
+    """Remove what was made for a job if that is simple: nothing but its script, and an empty working directory.
+
+    Args:
+        jobs_fd: int, descriptor of the directory that holds it.
+        name: str, the job's.
+
+    Returns:
+        bool, whether nothing is left.
+    """
+    try:
+        os.rmdir(name, dir_fd=jobs_fd)
+        os.unlink(name + SCRIPT, dir_fd=jobs_fd)
+    except FileNotFoundError as err:
+        return err.filename != name
+    except OSError:
+        return False
+    return True
+
+
+def remove_job(jobs_fd, name):
+    """Remove all that was made for a job, whatever the command made of it.
+
+    Args:
+        jobs_fd: int, descriptor of the directory that holds it, writable by its owner only.
+        name: str, the job's.
+
+    Returns:
+        list of str: what could not be removed, and why; the first few.
+    """
+    problems = remove_tree(jobs_fd, name)
+    try:
+        os.unlink(name + SCRIPT, dir_fd=jobs_fd)
+    except FileNotFoundError:
+        return problems
+    except OSError:
+        # Then it is a directory by now.
+        problems += remove_tree(jobs_fd, name + SCRIPT)
+    return problems
 
 
 def remove_tree(parent_fd, name):
@@ -404,39 +669,64 @@ def _bury(fd, name, parent_fd, graves, problems):
     graves.append(grave)
 
 
-def _confine(spec, supervisor, work, oom_score):
-    """In the child: everything that makes it the command's process rather than ours. Any failure ends it."""
-    os.setsid()
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        raise OSError(errno.ESRCH, "the supervisor is gone")
-    for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(signum, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _confine(spec, work, oom_score):
+    """Make this process one that its command may inherit everything from. Any failure ends it."""
+    _leave_keyring()
     _limit(resource.RLIMIT_NOFILE, spec["nofile"])
     if spec["data_max"]:
         _limit(resource.RLIMIT_DATA, spec["data_max"])
     if oom_score is not None:
-        _write_file("/proc/self/oom_score_adj", oom_score)
-    os.umask(0o077)
+        _write_file(_OOM_SCORE, oom_score)
     os.fchdir(work)
+
+
+def _leave_keyring():
+    """Get a session keyring of its own, so that the keys of one command (a Kerberos ticket, say) are not the next one's."""
+    if _KEYCTL is None or _libc.syscall(ctypes.c_long(_KEYCTL), _KEYCTL_JOIN_SESSION_KEYRING, None) >= 0:
+        return
+    # A kernel without keyrings, or a container that may not use any.
+    if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM):
+        raise OSError(ctypes.get_errno(), f"keyring: {os.strerror(ctypes.get_errno())}")
 
 
 def _limit(what, value):
     """Set a limit; only root may raise one, anybody else keeps the lower of both."""
-    _, hard = resource.getrlimit(what)
-    if hard != resource.RLIM_INFINITY and os.geteuid() != 0:
-        value = min(value, hard)
+    if os.geteuid() != 0:
+        _, hard = resource.getrlimit(what)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(what, (value, value))
 
 
-def _become(argv, env):
+def _prepare(argv, env):
+    """The paths where a command may be, its argument vector and its environment, as exec wants them.
+
+    Not left to the child of a fork, in which each page that is written to must be copied first.
+    """
     argv = [os.fsencode(word) for word in argv]
-    try:
-        os.execvpe(argv[0], argv, env)
-    except OSError as err:
-        os.write(2, b"qvm-remote: " + argv[0] + b": " + err.strerror.encode() + b"\n")
-        os._exit(_EXIT_NOT_FOUND if err.errno in (errno.ENOENT, errno.ENOTDIR) else _EXIT_NOT_EXECUTABLE)
+    env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+    if b"/" in argv[0]:
+        return [argv[0]], argv, env
+    paths = [os.path.join(folder, argv[0]) for folder in env[b"PATH"].split(b":")]
+    return [path for path in paths if os.path.lexists(path)] or paths[:1], argv, env
+
+
+def _execute(execute, programs, argv, env):
+    """Execute the first program that can be; say why none was, as an errno, or None."""
+    why = errno.ENOENT
+    for program in programs:
+        try:
+            execute(program, argv, env)
+            return None
+        except OSError as err:
+            # As execvp(3) has it: what is found but can't be run is told of only if no other folder has it.
+            why = err.errno if why in _NOT_FOUND else why
+    return why
+
+
+def _say_why_not(fd, name, why):
+    """Say on the command's stderr why it isn't executed; give its exit code."""
+    os.write(fd, b"qvm-remote: " + name + b": " + os.strerror(why).encode() + b"\n")
+    return _EXIT_NOT_FOUND if why in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
 
 
 def _open_stdin(path):
@@ -448,21 +738,35 @@ def _open_stdin(path):
 def _protect_from_oom():
     """Make the kernel prefer the command when memory is short; return what the command gets, None if it can't be set."""
     try:
-        with open("/proc/self/oom_score_adj", "rb", buffering=0) as file:
+        with open(_OOM_SCORE, "rb", buffering=0) as file:
             before = file.read(16)
-        _write_file("/proc/self/oom_score_adj", b"-900")
+        _write_file(_OOM_SCORE, _OOM_PROTECTED)
     except OSError:
         # Not root: then both have the same score.
         return None
     return before
 
 
-def _hurry():
-    """Outrun processes that fork faster than they are found."""
+def _set_niceness(value):
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, -20)
+        os.setpriority(os.PRIO_PROCESS, 0, value)
     except PermissionError:
+        # Not root. Whether it is as before is looked at before the next command.
         return
+
+
+def _unit_holds_memory():
+    """Say whether files in memory that the command left behind count against what the next one may use, or if that can't be told."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+        roots = {"": "/sys/fs/cgroup", "memory": "/sys/fs/cgroup/memory"}
+        paths = [f"{roots[controllers]}{path}/memory.stat" for _, controllers, path in groups if controllers in roots]
+        with open(next(filter(os.path.exists, paths)), encoding="ascii") as file:
+            found = dict(line.split() for line in file)
+        return int(found["shmem"]) > _HELD_MAX
+    except (OSError, StopIteration, KeyError):
+        return True
 
 
 def _signal_group(group, signum):
@@ -487,25 +791,19 @@ def _write_file(path, data):
         os.close(fd)
 
 
-def _read_line(fd):
-    data = bytearray()
-    while not data.endswith(b"\n"):
-        chunk = os.read(fd, _CHUNK)
-        if not chunk:
-            # The engine was gone before it said what to run.
-            os._exit(0)
-        data += chunk
-    return data
-
-
 def _read_to_end(fd):
     data = b""
     while True:
         chunk = os.read(fd, 4096)
         if not chunk:
-            os.close(fd)
             return data
         data += chunk
+
+
+def _has_room(fd):
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    return bool(poller.poll(0))
 
 
 def _report(message):

@@ -56,11 +56,39 @@ def test_the_hardened_service_does_its_work(dom0):
     assert dom0.dom0("nsenter", "-t", pid, "-m", "touch", "/etc/made-by-the-service").returncode != 0
 
 
-def test_a_command_has_a_unit_of_its_own_that_goes_with_it(dom0):
-    groups = _remote(dom0, "cat /proc/self/cgroup").stdout.decode()
-    assert "/qvm.slice/qvm-remote.slice/qvm-remote-work-" in groups
-    assert "qvm-remote.service" not in groups
-    _until(lambda: b"qvm-remote-work-" not in dom0.dom0("systemctl", "list-units", "--all", "--no-legend", "--plain").stdout)
+def _slots(dom0):
+    shown = dom0.dom0("systemctl", "list-units", "--all", "--no-legend", "--plain", "qvm-remote-slot-*").stdout.decode()
+    return {line.split()[0] for line in shown.splitlines()}
+
+
+def _slot_of(shown):
+    return next(line for line in shown.stdout.decode().splitlines() if "/qvm.slice/qvm-remote.slice/qvm-remote-slot-" in line)
+
+
+def test_a_command_has_a_unit_for_itself_that_the_next_one_may_have(dom0):
+    groups = _remote(dom0, "cat /proc/self/cgroup")
+    assert "qvm-remote.service" not in groups.stdout.decode()
+    assert _slot_of(_remote(dom0, "cat /proc/self/cgroup")) == _slot_of(groups)
+    text = "cat /proc/self/cgroup; touch /tmp/here-{0}; while [ ! -e /tmp/here-{1} ]; do sleep 0.05; done"
+    with dom0.popen_vm("work", "qvm-remote", "-n", text.format(1, 2), stdout=subprocess.PIPE) as first:
+        second = _remote(dom0, "-n", text.format(2, 1))
+        assert _slot_of(second).encode() not in first.communicate(timeout=30)[0]
+    dom0.dom0("rm", "/tmp/here-1", "/tmp/here-2", check=True)
+
+
+def test_what_a_command_leaves_in_memory_is_not_taken_from_the_next_one(dom0):
+    for _ in range(4):
+        # Two of these are more than a command may use.
+        done = _remote(dom0, "-n", "head -c 150M /dev/zero > /dev/shm/left-$QVM_REMOTE_ID && echo kept")
+        assert done.stdout == b"kept\n"
+    _remote(dom0, "rm /dev/shm/left-*")
+
+
+def test_a_command_that_stops_its_supervisor_is_ended_with_its_unit(dom0):
+    done = _remote(dom0, "-t", "1", "-n", "setsid env -i sleep 7616 & kill -STOP $PPID; sleep 7616", timeout=90)
+    assert done.returncode == 125
+    _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7616").returncode == 1)
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
 
 def test_memory_is_bounded_for_all_processes_of_a_command(dom0):
@@ -97,6 +125,7 @@ def test_a_reload_loses_nothing_and_a_stop_says_what_it_interrupted(dom0):
         assert running.returncode == 125
     assert dom0.dom0("pgrep", "-fx", "sleep 7614").returncode == 1
     assert _show(dom0, "ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
+    _until(lambda: not _slots(dom0))
     dom0.dom0("systemctl", "start", "qvm-remote", timeout=60, check=True)
     dom0.wait_served("work")
 
