@@ -9,7 +9,7 @@ import os
 import tarfile
 
 #: The modules of this package that client and agent import.
-_SHARED = ("__init__", "errors", "files", "frames", "ids", "layout", "tokens")
+_SHARED = ("__init__", "digests", "errors", "files", "frames", "ids", "layout", "tokens")
 _LIBRARY = "usr/lib/qvm-remote"
 #: All that these files and folders are is the client's.
 CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}")
