@@ -20,7 +20,5 @@ def test_an_hmac_is_that_of_the_standard_library(key, message):
 @pytest.mark.parametrize("size", [0, 1000, 1 << 20])
 def test_small_and_large_are_hashed_alike_where_openssl_is_not_loaded(size):
     program = "import sys; sys.path.insert(0, sys.argv[1]); from pullrpc.digests import sha256; print(sha256(bytes(int(sys.argv[2]))).hex())"
-    done = subprocess.run(
-        [sys.executable, "-IS", "-c", program, digests.__file__.rpartition("/pullrpc/")[0], str(size)], capture_output=True, check=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program, digests.__file__.rpartition("/pullrpc/")[0], str(size)], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == hashlib.sha256(bytes(size)).hexdigest()
