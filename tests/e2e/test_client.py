@@ -73,3 +73,8 @@ def test_log_shows_what_was_asked(dom0):
     assert dom0.remote("-n", "echo for the log").returncode == 0
     last = dom0.remote("log", "1").stdout
     assert b"exit=0 done echo for the log\n" in last
+
+
+def test_no_start_of_the_client_compiles_its_source(stand):
+    listed = "cd /usr/lib/qvm-remote && for f in */*.py; do ls ${f%/*}/__pycache__/$(basename $f .py).*.pyc || exit 1; done"
+    assert stand.vm("work", "sh", "-c", listed).returncode == 0
