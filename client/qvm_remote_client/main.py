@@ -220,6 +220,8 @@ def _run(queue, options, known, form, command, use_stdin):
     request.submit()
     if options.verbose:
         sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
+    # Imported here: while dom0 works, it costs nobody time.
+    from . import journal
 
     def show(part, data):
         progress.end()
@@ -228,7 +230,7 @@ def _run(queue, options, known, form, command, use_stdin):
     try:
         result = request.wait(progress.tick, show)
     except (OSError, PullError):
-        _log(queue, request.cid, form, command, EXIT_FAILED, "no result")
+        journal.append(queue, request.cid, form, command, EXIT_FAILED, "no result")
         raise
     finally:
         progress.end()
@@ -239,7 +241,7 @@ def _run(queue, options, known, form, command, use_stdin):
             sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
     finally:
         # Whether or not somebody read all of it.
-        _log(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
+        journal.append(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
         request.keep(_HISTORY_DAYS)
     return exit_code
 
@@ -307,12 +309,6 @@ def _on_signals_give_up(request, progress):
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, give_up)
-
-
-def _log(queue, cid, form, command, exit_code, status):
-    from . import journal
-
-    journal.append(queue, cid, form, command, exit_code, status)
 
 
 class _Progress:
