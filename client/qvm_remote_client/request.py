@@ -78,9 +78,12 @@ def vm_name():
     # A VM is renamed or cloned while it is shut down, and with that this folder is gone: a name that stands here is true.
     kept = f"/run/user/{os.geteuid()}/qvm-remote-name"
     try:
-        return read_bounded(kept, 64).decode("ascii")
+        name = read_bounded(kept, 64).decode("ascii")
     except (OSError, ValueError, PullError):
-        name = _ask_qubesdb()
+        name = ""
+    if name:
+        return name
+    name = _ask_qubesdb()
     if not name:
         return os.uname().nodename.split(".")[0]
     try:
