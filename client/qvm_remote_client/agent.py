@@ -256,19 +256,23 @@ class Agent:
             os.close(fd)
 
     def _result(self, request, payload):
+        """Complete a result. dom0 says so again if it did not see the answer."""
         cid = _checked(request["id"])
+        if not request["inline"] and not any(map(os.path.lexists, (self._queue.running(cid), self._queue.pending(cid)))):
+            # The request is gone: all was done the first time, and the client may have taken it.
+            self._forget_request(cid)
+            return {}, b""
         start = 0
         for part in ("out", "err", "meta"):
-            size = int(request[part])
-            if request["inline"]:
-                write_whole(self._queue.results(f"{cid}.{part}"), payload[start : start + size])
+            size, path = int(request[part]), self._queue.results(f"{cid}.{part}")
+            if request["inline"] or size == 0:
+                write_whole(path, payload[start : start + size])
                 start += size
-                continue
-            if size == 0:
-                write_whole(self._part(cid, part), b"")
-            if os.stat(self._part(cid, part)).st_size != size:
-                raise PullError("a part of a result is missing")
-            os.rename(self._part(cid, part), self._queue.results(f"{cid}.{part}"))
+            elif os.path.exists(self._part(cid, part)):
+                _check_whole(self._part(cid, part), size)
+                os.rename(self._part(cid, part), path)
+            else:
+                _check_whole(path, size)
         write_whole(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
         self._forget_request(cid)
         knock(self._queue.bell(cid))
@@ -341,6 +345,11 @@ class Agent:
         """Whether a name begins with the id of a command that dom0 has: what that wrote long ago is still wanted."""
         cid = name.partition(".")[0]
         return bool(cid) and os.path.lexists(self._queue.running(cid))
+
+
+def _check_whole(path, size):
+    if not os.path.exists(path) or os.stat(path).st_size != size:
+        raise PullError("a part of a result is missing")
 
 
 def _checked(cid):

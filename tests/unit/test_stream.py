@@ -64,14 +64,15 @@ class Qube:
         assert answer.pop("n") == self._number
         return answer
 
-    def start(self, *words, **options):
+    def start(self, *words, take=True, **options):
         """Start a client, take its request: (process, command id)."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         client = subprocess.Popen([*QVM_REMOTE, *words], env=self.env, bufsize=0, **{**pipes, **options})
         self.clients.append(client)
         items = self.ask("poll", wait=WAIT, max=1, inline=1 << 16)["items"]
         cid = items[0][0]
-        assert self.ask("take", id=cid) == {}
+        if take:
+            assert self.ask("take", id=cid) == {}
         return client, cid
 
     def cancelled(self):
@@ -344,6 +345,35 @@ def test_a_result_is_refused_while_a_part_of_it_is_missing(qube):
     assert client.poll() is None
     output.result(inline=output.parts)
     assert rest(client) == (0, b"good, and more", b"")
+
+
+def test_a_result_that_was_half_stored_is_completed(qube):
+    client, cid = qube.start("-n", "x")
+    output = Output(qube, cid)
+    output.put("out", b"good")
+    assert read(client.stdout, 4) == b"good"
+    os.rename(qube.path(f".{cid}.out.part"), qube.path(f"{cid}.out"))
+    assert output.result() == {}
+    assert rest(client) == (0, b"", b"")
+    assert os.listdir(qube.path("")) == []
+
+
+def test_a_result_sent_again_after_its_client_took_it_is_stored_nowhere(qube):
+    client, cid = qube.start("-n", "x")
+    output = Output(qube, cid)
+    output.put("err", b"good")
+    output.result()
+    assert rest(client) == (0, b"", b"good")
+    assert output.result() == {}
+    assert os.listdir(qube.path("")) == []
+
+
+def test_a_result_is_stored_even_if_the_session_broke_before_the_request_was_taken(qube):
+    client, cid = qube.start("-n", "x", take=False)
+    output = Output(qube, cid)
+    output.put("out", b"good")
+    assert output.result() == {}
+    assert rest(client) == (0, b"good", b"")
 
 
 def test_dom0_learns_that_a_client_is_gone(qube):
