@@ -4,12 +4,13 @@
 
 import os
 import shutil
+import subprocess
 import sys
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(_ROOT, "_utils"))
 
-from pullrpc.package import client_files  # noqa: E402
+from pullrpc.package import COMPILE, client_files  # noqa: E402
 
 
 def main(destination="/"):
@@ -23,6 +24,9 @@ def main(destination="/"):
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         shutil.copyfile(source, path)
         os.chmod(path, mode)
+    # A package's build compiles by itself, with the Python that it is for.
+    if os.path.realpath(destination) == "/":
+        subprocess.run(["/bin/sh", "-c", COMPILE], check=True)
 
 
 if __name__ == "__main__":

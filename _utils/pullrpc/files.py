@@ -4,6 +4,7 @@
 Every file appears by rename: whoever sees a name sees all of its content.
 """
 
+import errno
 import os
 
 from .errors import PullError
@@ -57,15 +58,39 @@ def _write(path, data, mode, sync):
     temp = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
+        try:
+            write_fully(fd, data)
             if sync:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(fd)
+        finally:
+            os.close(fd)
         os.rename(temp, path)
     except BaseException:
         forget(temp)
         raise
+
+
+def write_fully(fd, data):
+    """Write all of some bytes; wait where the other side is slow to read them.
+
+    Args:
+        fd: int.
+        data: bytes.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            # Whoever started us made it non-blocking. Imported here: hardly anybody does.
+            import select
+
+            poller = select.poll()
+            poller.register(fd, select.POLLOUT)
+            poller.poll()
 
 
 def forget(*paths):
@@ -96,8 +121,15 @@ def read_bounded(path, limit):
         PullError: it is longer than the limit, or no regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+    data = b""
+    try:
+        while len(data) <= limit:
+            chunk = os.read(fd, limit + 1 - len(data))
+            if not chunk:
+                break
+            data += chunk
+    finally:
+        os.close(fd)
     if len(data) > limit:
         raise PullError(f"{os.path.basename(path)} is longer than {limit} bytes")
     return data
@@ -108,15 +140,19 @@ def knock(path):
 
     Args:
         path: str.
+
+    Returns:
+        bool, False when the FIFO is there, but whoever made it has left.
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except OSError as err:
         # Nobody listens; whoever waits without a bell looks by itself now and then.
-        return
+        return err.errno != errno.ENXIO
     try:
         os.write(fd, b"!")
     except (BlockingIOError, BrokenPipeError):
         pass
     finally:
         os.close(fd)
+    return True

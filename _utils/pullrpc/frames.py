@@ -5,7 +5,6 @@ Both sides use it. What is read is bounded before it is read: a reader never hol
 payload of the size its caller allowed, whatever the other side sends.
 """
 
-import json
 import os
 import select
 import time
@@ -33,6 +32,9 @@ def encode_frame(header, payload=b""):
     Raises:
         FrameError: it would be over a bound.
     """
+    # Imported here, as below: a client needs nothing of this file but a bound, and is to start at once.
+    import json
+
     raw = json.dumps(header, separators=(",", ":")).encode("ascii")
     if len(raw) > HEADER_MAX or len(payload) > PAYLOAD_MAX:
         raise FrameError("a frame over its bound was to be sent")
@@ -132,6 +134,8 @@ class FrameReader:
 
 
 def _parse_header(untrusted_header):
+    import json
+
     try:
         header = json.loads(untrusted_header.decode("ascii"))
     except (ValueError, RecursionError):

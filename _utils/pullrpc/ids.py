@@ -4,7 +4,6 @@
 Checked byte by byte against an allow-list before any other use; nothing is ever repaired or normalised.
 """
 
-import datetime
 import os
 import time
 
@@ -86,6 +85,9 @@ def cid_time(cid):
     Raises:
         Refused: its digits are no date (code ``id``).
     """
+    # Imported here: only dom0 needs it, and the client starts sooner without.
+    import datetime
+
     day, clock = cid.split("-")[:2]
     try:
         when = datetime.datetime(

@@ -76,6 +76,18 @@ class Queue:
         """Path of a name in ``queue/results``."""
         return os.path.join(self.base, "queue", "results", name)
 
+    def part(self, cid, part):
+        """Path of a part of a result that is not whole yet: ``out``, ``err`` or ``meta``."""
+        return self.results(f".{cid}.{part}.part")
+
+    def stream(self, cid):
+        """Path of the list of the pieces that a running command has written so far, a line each: ``<seq> <part> <size> <mac>``."""
+        return self.results(f".{cid}.stream")
+
+    def bell(self, cid):
+        """Path of the FIFO that wakes the client of a command."""
+        return self.results(f"{cid}.bell")
+
     def rejected(self, name=""):
         """Path of a name in ``queue/rejected``: what lay in ``pending`` under a name that is no command id."""
         return os.path.join(self.base, "queue", "rejected", name)

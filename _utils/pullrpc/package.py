@@ -9,10 +9,13 @@ import os
 import tarfile
 
 #: The modules of this package that client and agent import.
-_SHARED = ("__init__", "errors", "files", "frames", "ids", "layout", "tokens")
+_SHARED = ("__init__", "digests", "errors", "files", "frames", "ids", "layout", "tokens")
 _LIBRARY = "usr/lib/qvm-remote"
 #: All that these files and folders are is the client's.
 CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}")
+#: What root's shell does once the files are there. A user can't write bytecode there, and would compile the source at each
+#: start. What an older version left goes first: by their times, all that was ever unpacked looks alike.
+COMPILE = f"umask 022; rm -rf /{_LIBRARY}/*/__pycache__; /usr/bin/python3 -m compileall -q /{_LIBRARY} >/dev/null 2>&1 || :"
 
 
 def client_files(client_dir):

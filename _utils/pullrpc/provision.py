@@ -9,12 +9,13 @@ import contextlib
 
 from .agentless import Agentless
 from .errors import TransportError
+from .package import COMPILE
 from .session import NoAgent, Session
 from .transport import features, list_vms, run_bounded, running_vms, set_feature, set_running
 
 #: How long a template may take to unpack or remove the client, seconds.
 _CLIENT_WAIT = 120
-_UNPACK = "tar --extract --no-same-owner --directory=/"
+_UNPACK = f"tar --extract --no-same-owner --directory=/ && {{ {COMPILE}; }}"
 #: Feature of a template that says which client it has: with a clone it is copied, with the template it goes, as the client does.
 _FEATURE = "qvm-remote-client"
 _HAS_CLIENT = ("TemplateVM", "StandaloneVM")

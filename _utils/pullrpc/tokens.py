@@ -6,10 +6,8 @@ The digest of stdin stands in the token line, so that dom0 can check the token b
 of stdin. No function here ever puts a key or a MAC into an exception.
 """
 
-import hashlib
-import hmac
-
 from . import PROTOCOL
+from .digests import equal, hmac_sha256, sha256
 from .errors import KeyringError, Refused
 
 #: How the command's bytes are to be read: a line for the shell, a script, a JSON array of exact arguments,
@@ -71,13 +69,13 @@ def fingerprint(key):
     Returns:
         str, 16 hex digits in groups of four; the same on both sides.
     """
-    digest = hmac.new(key, encode(f"{PROTOCOL} fingerprint"), "sha256").hexdigest()
+    digest = hmac_sha256(key, encode(f"{PROTOCOL} fingerprint")).hex()
     return ":".join(digest[i : i + 4] for i in range(0, 16, 4))
 
 
 def _request_mac(key, vm, cid, timeout, form, command, stdin_digest):
-    fields = (f"{PROTOCOL} request", vm, cid, str(timeout), form, hashlib.sha256(command).digest(), stdin_digest)
-    return hmac.new(key, encode(*fields), "sha256").digest()
+    fields = (f"{PROTOCOL} request", vm, cid, str(timeout), form, sha256(command), stdin_digest)
+    return hmac_sha256(key, encode(*fields))
 
 
 def make_token(key, vm, cid, timeout, form, command, stdin_digest=_EMPTY_DIGEST):
@@ -167,16 +165,16 @@ def token_matches(key, vm, cid, token, command):
         # qvm-remote 1.x keys its HMAC with the hex digits, and covers the id alone.
         return any(
             [
-                hmac.compare_digest(hmac.new(digits.encode("ascii"), cid.encode("ascii"), "sha256").digest(), token.mac)
+                equal(hmac_sha256(digits.encode("ascii"), cid.encode("ascii")), token.mac)
                 for digits in (key.hex(), key.hex().upper())
             ]
         )
     mac = _request_mac(key, vm, cid, token.timeout, token.form, command, token.stdin_digest)
-    return hmac.compare_digest(mac, token.mac)
+    return equal(mac, token.mac)
 
 
 def _result_mac(key, cid, out_digest, err_digest, body):
-    return hmac.new(key, encode(f"{PROTOCOL} result", cid, out_digest, err_digest, body), "sha256").hexdigest()
+    return hmac_sha256(key, encode(f"{PROTOCOL} result", cid, out_digest, err_digest, body)).hex()
 
 
 def make_meta(key, cid, out_digest, err_digest, fields):
@@ -209,4 +207,20 @@ def read_meta(key, cid, out_digest, err_digest, untrusted_meta):
     first, _, body = untrusted_meta.partition(b"\n")
     expected = b"mac " + _result_mac(key, cid, out_digest, err_digest, body).encode("ascii")
     fields = dict(line.partition(" ")[::2] for line in body.decode("ascii", "replace").splitlines())
-    return fields, hmac.compare_digest(first, expected)
+    return fields, equal(first, expected)
+
+
+def chunk_mac(key, cid, seq, part, data):
+    """Prove a piece of a running command's output; dom0 makes it, the VM's client makes it again and compares (:func:`digests.equal`).
+
+    Args:
+        key: bytes.
+        cid: str.
+        seq: int, counted from 0 over both parts together: it proves order and that none is missing.
+        part: str, ``out`` or ``err``.
+        data: bytes.
+
+    Returns:
+        str, 64 hex digits.
+    """
+    return hmac_sha256(key, encode(f"{PROTOCOL} chunk", cid, str(seq), part, sha256(data))).hex()

@@ -4,6 +4,7 @@
 It only moves files between dom0's requests and the queue; it holds no key and decides nothing.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -12,14 +13,18 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError, SessionBroken
-from pullrpc.files import forget, knock, read_bounded, write_whole
+from pullrpc.files import forget, knock, read_bounded, write_fully, write_whole
 from pullrpc.frames import HEADER_MAX, PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
 from pullrpc.ids import is_cid
 from pullrpc.layout import REQUEST_PARTS
 from pullrpc.tokens import fingerprint, parse_key
 
-#: How often the queue is looked through without a knock at the doorbell, seconds.
+#: How often the queue is looked at without a knock at the doorbell, seconds.
 _SCAN_EVERY = 2.0
+#: Without a knock, and while its folder looks unchanged, the queue is listed all the same this often, seconds.
+_LIST_EVERY = 20.0
+#: A folder changed this lately may change again without showing it: file systems count time in ticks. Nanoseconds.
+_SETTLES_AFTER = 1_000_000_000
 #: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
 _ITEMS_MAX = 24
 _CANCELS_MAX = 16
@@ -112,20 +117,26 @@ class Agent:
         lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(limits.items()))
         write_whole(self._queue.limits, lines.encode("ascii"))
         self._tidy()
-        return {"v": 2, "agent": __version__}, b""
+        return {"v": 2, "agent": __version__, "stream": 1}, b""
 
     def _poll(self, request, payload):
         deadline = time.monotonic() + min(300, max(0, int(request["wait"])))
         room = min(_ITEMS_MAX, int(request["max"]))
+        seen, list_at = None, 0
         while True:
             self._open_bell()
-            items, cancels = self._scan(room)
             now = time.monotonic()
+            before = os.stat(self._queue.pending()).st_mtime_ns
+            if before != seen or now >= list_at:
+                items, cancels = self._scan(room)
+                seen = before if time.time_ns() - before > _SETTLES_AFTER else None
+                list_at = now + _LIST_EVERY
             if items or cancels or now >= deadline or self._reader.pending():
                 break
             ready = wait_readable([self._reader.fileno(), self._bell], min(deadline, now + _SCAN_EVERY))
             if self._bell in ready:
                 os.read(self._bell, 65536)
+                seen = None
             if self._reader.fileno() in ready:
                 break
         return self._describe(items, cancels, min(PAYLOAD_MAX, int(request["inline"])))
@@ -196,9 +207,10 @@ class Agent:
         path = self._queue.pending(_checked(request["id"]) + suffix)
         size = min(PAYLOAD_MAX, int(request["size"]))
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            file.seek(int(request["offset"]))
-            return {}, file.read(size)
+        try:
+            return {}, os.pread(fd, size, int(request["offset"]))
+        finally:
+            os.close(fd)
 
     def _take(self, request, payload):
         cid = _checked(request["id"])
@@ -210,33 +222,60 @@ class Agent:
         return {}, b""
 
     def _put(self, request, payload):
-        path = self._part(_checked(request["id"]), request["part"])
-        offset = int(request["offset"])
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if offset else os.O_TRUNC), 0o600)
-        with os.fdopen(fd, "wb") as file:
-            if os.fstat(file.fileno()).st_size != offset:
+        """Store a piece of a result; one that comes with a proof is also told to the client, which waits for it.
+
+        dom0 sends a piece again if it did not see the answer: it must do no harm to store it twice.
+        """
+        cid, part, offset = _checked(request["id"]), request["part"], int(request["offset"])
+        fd = os.open(self._part(cid, part), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if size < offset:
                 raise PullError("a part of a result is missing")
-            file.seek(offset)
-            file.write(payload)
-        return {}, b""
+            os.lseek(fd, offset, os.SEEK_SET)
+            # Written before what lies behind it is cut off: the client may be reading the same bytes.
+            write_fully(fd, payload)
+            if size > offset + len(payload):
+                os.ftruncate(fd, offset + len(payload))
+        finally:
+            os.close(fd)
+        if "mac" not in request:
+            return {}, b""
+        self._note_piece(cid, f"{int(request['seq'])} {part} {len(payload)} {request['mac']}\n".encode("ascii"))
+        return ({} if knock(self._queue.bell(cid)) else {"gone": 1}), b""
+
+    def _note_piece(self, cid, line):
+        fd = os.open(self._queue.stream(cid), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            written = os.write(fd, line)
+            if written < len(line):
+                # The disk is full. Without its beginning, the same line can be written there again.
+                os.ftruncate(fd, os.fstat(fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
 
     def _result(self, request, payload):
+        """Complete a result. dom0 says so again if it did not see the answer."""
         cid = _checked(request["id"])
+        if not request["inline"] and not any(map(os.path.lexists, (self._queue.running(cid), self._queue.pending(cid)))):
+            # The request is gone: all was done the first time, and the client may have taken it.
+            self._forget_request(cid)
+            return {}, b""
         start = 0
         for part in ("out", "err", "meta"):
-            size = int(request[part])
-            if request["inline"]:
-                write_whole(self._queue.results(f"{cid}.{part}"), payload[start : start + size])
+            size, path = int(request[part]), self._queue.results(f"{cid}.{part}")
+            if request["inline"] or size == 0:
+                write_whole(path, payload[start : start + size])
                 start += size
-                continue
-            if size == 0:
-                write_whole(self._part(cid, part), b"")
-            if os.stat(self._part(cid, part)).st_size != size:
-                raise PullError("a part of a result is missing")
-            os.rename(self._part(cid, part), self._queue.results(f"{cid}.{part}"))
+            elif os.path.exists(self._part(cid, part)):
+                _check_whole(self._part(cid, part), size)
+                os.rename(self._part(cid, part), path)
+            else:
+                _check_whole(path, size)
         write_whole(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
         self._forget_request(cid)
-        knock(self._queue.results(f"{cid}.bell"))
+        knock(self._queue.bell(cid))
         return {}, b""
 
     def _drop(self, request, payload):
@@ -250,10 +289,12 @@ class Agent:
     def _part(self, cid, part):
         if part not in ("out", "err", "meta"):
             raise PullError("no such part of a result")
-        return self._queue.results(f".{cid}.{part}.part")
+        return self._queue.part(cid, part)
 
     def _forget_request(self, cid):
         forget(*(self._queue.pending(cid + suffix) for suffix in (*REQUEST_PARTS, ".cancel")), self._queue.running(cid))
+        # Left where dom0's result is another than what it had streamed, or where the client gave up.
+        forget(self._queue.stream(cid), *(self._queue.part(cid, part) for part in ("out", "err", "meta")))
 
     def _open_bell(self):
         if self._lock is None:
@@ -295,14 +336,23 @@ class Agent:
                     age = now - entry.stat(follow_symlinks=False).st_mtime
                 except FileNotFoundError:
                     continue
-                half_written = entry.name.startswith(".") and age > 86400
+                half_written = entry.name.startswith(".") and age > 86400 and not self._runs(entry.name[1:])
                 unfetched = folder != self._queue.pending() and age > _RESULTS_KEPT
                 if (half_written or unfetched) and not entry.is_dir(follow_symlinks=False):
                     forget(entry.path)
+
+    def _runs(self, name):
+        """Whether a name begins with the id of a command that dom0 has: what that wrote long ago is still wanted."""
+        cid = name.partition(".")[0]
+        return bool(cid) and os.path.lexists(self._queue.running(cid))
+
+
+def _check_whole(path, size):
+    if not os.path.exists(path) or os.stat(path).st_size != size:
+        raise PullError("a part of a result is missing")
 
 
 def _checked(cid):
     if not isinstance(cid, str) or not is_cid(cid.encode("utf-8", "surrogatepass")):
         raise PullError("not a command id")
     return cid
-

@@ -4,13 +4,15 @@
 Options are read by hand: argparse takes longer to import than dom0 takes to answer.
 """
 
+# The module signal names these by enum, which takes half as long to import as Python takes to start.
+import _signal as signal
 import os
-import signal
 import sys
 import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError
+from pullrpc.files import write_fully
 from pullrpc.layout import Queue
 
 from . import request as requests
@@ -22,6 +24,7 @@ _TIMEOUT_DEFAULT = 300
 _HISTORY_DAYS = 30
 #: Begin to show that we are alive after this many seconds.
 _SHOW_AFTER = 1.5
+_STREAMS = {"out": 1, "err": 2}
 _SUBCOMMANDS = ("agent", "help", "key", "log", "ping", "queue", "status")
 
 _HELP = """\
@@ -73,15 +76,28 @@ def main(argv):
     Returns:
         int, the exit code.
     """
+    _open_closed_streams()
     try:
-        return _dispatch(argv)
+        exit_code = _dispatch(argv)
+        sys.stdout.flush()
+        return exit_code
     except PullError as err:
         sys.stderr.write(f"qvm-remote: error: {err}\n")
         return EXIT_FAILED
     except BrokenPipeError:
-        # Whoever read our output went away: end as a program killed by SIGPIPE does, without a traceback at exit.
+        # Whoever read our output went away: end as a program killed by SIGPIPE does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except OSError as err:
+        sys.stderr.write(f"qvm-remote: error: {err.strerror}{f': {err.filename}' if err.filename else ''}\n")
+        return EXIT_FAILED
+
+
+def _open_closed_streams():
+    """Have no file of the queue take the number of a standard stream that we were started without."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _dispatch(argv):
@@ -92,8 +108,9 @@ def _dispatch(argv):
         return _subcommand(words[0], words[1:], options)
     queue = Queue()
     queue.make_folders()
-    form, command, use_stdin = _command_of(options, words, queue)
-    return _run(queue, options, form, command, use_stdin)
+    known = requests.limits(queue)
+    form, command, use_stdin = _command_of(options, words, known["command_max"])
+    return _run(queue, options, known, form, command, use_stdin)
 
 
 def _read_options(argv):
@@ -143,9 +160,8 @@ def _seconds(text):
     return int(text)
 
 
-def _command_of(options, words, queue):
+def _command_of(options, words, limit):
     """What to send: (form, command bytes, whether stdin goes to the command)."""
-    limit = requests.limits(queue)["command_max"]
     if options.exec or options.script:
         if options.exec and options.script:
             raise PullError("--exec and -s exclude each other")
@@ -153,10 +169,10 @@ def _command_of(options, words, queue):
             raise PullError("--exec needs a program; see: qvm-remote --help")
         # Like 'ssh HOST bash -s -- ARG... < script': the script is the shell's stdin.
         words = words if options.exec else ["/bin/bash", "-s", "--", *words]
-        # Imported here: only this form needs it.
-        import json
+        # Imported here: only this form needs it. The whole module json takes longer to import than Python takes to start.
+        from _json import encode_basestring_ascii as quoted
 
-        command, form, use_stdin = json.dumps([_text(word) for word in words]).encode("ascii"), "argv", True
+        command, form, use_stdin = f"[{', '.join(quoted(_text(word)) for word in words)}]".encode("ascii"), "argv", True
         if options.script and (options.no_stdin or os.isatty(0)):
             raise PullError("-s reads the script from stdin; give one: qvm-remote -s ARG... < script.sh")
     elif words:
@@ -191,8 +207,7 @@ def _read_script(limit):
     return data
 
 
-def _run(queue, options, form, command, use_stdin):
-    known = requests.limits(queue)
+def _run(queue, options, known, form, command, use_stdin):
     timeout = options.timeout or min(_TIMEOUT_DEFAULT, known["timeout_max"])
     if timeout > known["timeout_max"]:
         raise PullError(f"-t {timeout} is over the limit of {known['timeout_max']} s that dom0 sets for this qube (timeout_max)")
@@ -205,18 +220,29 @@ def _run(queue, options, form, command, use_stdin):
     request.submit()
     if options.verbose:
         sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
+    # Imported here: while dom0 works, it costs nobody time.
+    from . import journal
+
+    def show(part, data):
+        progress.end()
+        write_fully(_STREAMS[part], data)
+
     try:
-        result = request.wait(progress.tick)
-    except requests.NoResult as err:
-        _log(queue, request.cid, form, command, EXIT_FAILED, "no result")
-        raise err
+        result = request.wait(progress.tick, show)
+    except (OSError, PullError):
+        journal.append(queue, request.cid, form, command, EXIT_FAILED, "no result")
+        raise
     finally:
-        progress.clear()
-    exit_code = _show(result, options)
-    _log(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
-    if options.verbose:
-        sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
-    request.keep(result, _HISTORY_DAYS)
+        progress.end()
+    exit_code = EXIT_FAILED
+    try:
+        exit_code = _show(result, options)
+        if options.verbose:
+            sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
+    finally:
+        # Whether or not somebody read all of it.
+        journal.append(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
+        request.keep(_HISTORY_DAYS)
     return exit_code
 
 
@@ -228,8 +254,11 @@ def _show(result, options):
         if reason:
             sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, or dom0 has none)\n")
         return EXIT_FAILED
-    for path, fd in ((result.out_path, 1), (result.err_path, 2)):
-        _copy(path, fd)
+    if result.shown["out"] is not None:
+        _copy(result.out_path, 1, result.shown["out"])
+    if None in result.shown.values() and not options.quiet:
+        sys.stderr.write("qvm-remote: the output above is incomplete\n")
+    _copy(result.err_path, 2, result.shown["err"] or 0)
     fields = result.fields
     if fields.get("status") == "timeout":
         sys.stderr.write(f"qvm-remote: timed out after {fields.get('timeout')} s; the command was killed\n")
@@ -253,33 +282,33 @@ def _safe_text(path):
     return text[len(prefix) :] if text.startswith(prefix) else text
 
 
-def _copy(path, fd):
-    with open(path, "rb") as file:
+def _copy(path, fd, start):
+    """Write a file's bytes from ``start`` on to a descriptor."""
+    try:
+        source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.lseek(source, start, os.SEEK_SET)
         while True:
-            chunk = file.read(1 << 18)
+            chunk = os.read(source, 1 << 18)
             if not chunk:
                 return
-            view = memoryview(chunk)
-            while view:
-                view = view[os.write(fd, view) :]
+            write_fully(fd, chunk)
+    finally:
+        os.close(source)
 
 
 def _on_signals_give_up(request, progress):
     def give_up(number, _frame):
         request.give_up()
-        progress.clear()
+        progress.end()
         sys.stderr.write("qvm-remote: interrupted; dom0 is asked to kill the command\n")
         # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
         os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, give_up)
-
-
-def _log(queue, cid, form, command, exit_code, status):
-    from . import journal
-
-    journal.append(queue, cid, form, command, exit_code, status)
 
 
 class _Progress:
@@ -304,7 +333,9 @@ class _Progress:
             sys.stderr.flush()
             self._shown = True
 
-    def clear(self):
+    def end(self):
+        """Take the line away, and show none again: from now on the terminal is the output's."""
+        self._shows = False
         if self._shown:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
@@ -360,14 +391,15 @@ def _ping(queue, words, options):
     started = time.monotonic()
     request.submit()
     try:
-        result = request.wait(progress.tick)
+        # dom0 answers a ping at once, in one piece.
+        result = request.wait(progress.tick, lambda part, data: None)
     finally:
-        progress.clear()
+        progress.end()
     waited = (time.monotonic() - started) * 1000
     if result.authentic and result.exit_code == 0:
         sys.stdout.write(f"dom0 answered in {waited:.0f} ms\n")
-        request.keep(result, _HISTORY_DAYS)
+        request.keep(_HISTORY_DAYS)
         return 0
     exit_code = _show(result, options)
-    request.keep(result, _HISTORY_DAYS)
+    request.keep(_HISTORY_DAYS)
     return exit_code

@@ -5,14 +5,13 @@ Whatever happens, a submitted request ends in its result or in a NoResult that s
 a request that is given up is taken back from the queue, or dom0 is asked to cancel it.
 """
 
-import fcntl
-import hashlib
 import os
 import select
 import time
 
+from pullrpc.digests import hasher
 from pullrpc.errors import PullError
-from pullrpc.files import forget, knock, read_bounded, write_whole
+from pullrpc.files import forget, knock, read_bounded, write_fully, write_whole
 from pullrpc.ids import new_cid
 from pullrpc.layout import REQUEST_PARTS, RESULT_PARTS
 from pullrpc.tokens import META_MAX, make_token, parse_key, read_meta
@@ -26,6 +25,7 @@ _RECONNECT_WAIT = 60
 #: Without a knock, look for the answer this often, seconds.
 _LOOK_EVERY = 0.25
 _CHUNK = 1 << 18
+_STDOUT = 1
 
 
 class NoResult(PullError):
@@ -35,16 +35,19 @@ class NoResult(PullError):
 class Result:
     """dom0's answer.
 
-    Attributes: cid, exit_code (int), authentic (bool), fields (dict of str to str), out_path, err_path (str).
+    Attributes:
+        exit_code (int), authentic (bool), fields (dict of str to str), out_path, err_path (str).
+        shown (dict of ``out`` and ``err`` to int): how many bytes of it have been shown already; None when what was shown
+            is not how the result begins.
     """
 
-    def __init__(self, cid, exit_code, authentic, fields, out_path, err_path):
-        self.cid = cid
+    def __init__(self, exit_code, authentic, fields, path, shown):
         self.exit_code = exit_code
         self.authentic = authentic
         self.fields = fields
-        self.out_path = out_path
-        self.err_path = err_path
+        self.out_path = path + ".out"
+        self.err_path = path + ".err"
+        self.shown = shown
 
 
 def limits(queue):
@@ -72,12 +75,30 @@ def vm_name():
     Returns:
         str, from qubesdb where there is one, else the host name.
     """
+    # A VM is renamed or cloned while it is shut down, and with that this folder is gone: a name that stands here is true.
+    kept = f"/run/user/{os.geteuid()}/qvm-remote-name"
+    try:
+        name = read_bounded(kept, 64).decode("ascii")
+    except (OSError, ValueError, PullError):
+        name = ""
+    if name:
+        return name
+    name = _ask_qubesdb()
+    if not name:
+        return os.uname().nodename.split(".")[0]
+    try:
+        write_whole(kept, name.encode("ascii"))
+    except (OSError, ValueError):
+        # There is no such folder: asking costs one program start each time.
+        pass
+    return name
+
+
+def _ask_qubesdb():
     for program in ("/usr/bin/qubesdb-read", "/usr/sbin/qubesdb-read"):
         if os.access(program, os.X_OK):
-            name = _output_of([program, "/name"])
-            if name:
-                return name
-    return os.uname().nodename.split(".")[0]
+            return _output_of([program, "/name"])
+    return ""
 
 
 def _output_of(argv):
@@ -123,6 +144,9 @@ def connected(queue):
     Returns:
         bool
     """
+    # Imported here: a quick answer comes before this is asked.
+    import fcntl
+
     try:
         fd = os.open(queue.agent_lock, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -161,6 +185,7 @@ class Request:
         self._timeout = timeout
         self._stdin_digest = b""
         self._bell = None
+        self._stream = None
         self.cid = new_cid()
 
     def add_stdin(self, fd, limit, tick):
@@ -174,29 +199,32 @@ class Request:
         Raises:
             PullError: it is longer than dom0 takes.
         """
-        digest = hashlib.sha256()
-        size = 0
         path = self._queue.pending(f".{self.cid}.in")
+        _wait_for_input(fd, tick)
+        chunk = os.read(fd, _CHUNK)
+        if not chunk:
+            return
+        digest = hasher(len(chunk))
+        size = 0
         try:
             out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(out, "wb") as file:
-                while True:
-                    _wait_for_input(fd, tick)
-                    chunk = os.read(fd, _CHUNK)
-                    if not chunk:
-                        break
+            try:
+                while chunk:
                     size += len(chunk)
                     if size > limit:
                         raise PullError(f"stdin is longer than the {limit} bytes that dom0 takes; send a smaller part, or use -n to send none")
                     digest.update(chunk)
-                    file.write(chunk)
+                    write_fully(out, chunk)
+                    _wait_for_input(fd, tick)
+                    chunk = os.read(fd, _CHUNK)
+            finally:
+                os.close(out)
         except BaseException:
             forget(path)
             raise
-        if size:
-            self._stdin_digest = digest.digest()
-        else:
-            forget(path)
+        self._stdin_digest = digest.digest()
+        # dom0 may have handed over a new one while stdin was read.
+        self._key = load_key(self._queue)
 
     def submit(self):
         """Put the request into the queue; from here on dom0 may take it.
@@ -204,10 +232,8 @@ class Request:
         Raises:
             PullError: the disk is full, or the queue can't be written; nothing was submitted.
         """
-        # Read once more: dom0 may have handed over a new one while stdin was read.
-        self._key = load_key(self._queue)
         token = make_token(self._key, vm_name(), self.cid, self._timeout, self._form, self._command, self._stdin_digest)
-        bell = self._queue.results(f"{self.cid}.bell")
+        bell = self._queue.bell(self.cid)
         try:
             os.mkfifo(bell, 0o600)
             self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -220,44 +246,84 @@ class Request:
             raise PullError(f"can't write to the queue {self._queue.pending()}: {err.strerror}") from err
         knock(self._queue.doorbell)
 
-    def wait(self, tick):
+    def wait(self, tick, show):
         """Wait for dom0's answer.
 
         Args:
             tick: callable, called several times a second with one word: ``queued``, ``running`` or ``unconnected``.
+            show: callable, called with ``out`` or ``err`` and bytes: what the command has written, proven by dom0.
 
         Returns:
             Result
 
         Raises:
             NoResult: it can't be waited for any longer; the request was taken back, or dom0 is asked to cancel it.
+            BrokenPipeError: nobody reads our output any more; the same was done.
         """
-        started = last_connected = time.monotonic()
-        max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT
         poller = select.poll()
         poller.register(self._bell, select.POLLIN)
+        # No event is asked for: poll tells by itself when a pipe's reader, or a terminal, is gone.
+        poller.register(_STDOUT, 0)
+        started = last_connected = looked = time.monotonic()
         while True:
-            if os.path.exists(self._queue.results(f"{self.cid}.exit")):
+            for fd, events in poller.poll(_LOOK_EVERY * 1000):
+                if fd == self._bell:
+                    os.read(fd, 4096)
+                elif events & select.POLLNVAL:
+                    poller.unregister(fd)
+                elif not self._has_result():
+                    self.give_up()
+                    raise BrokenPipeError
+            if self._has_result():
                 return self._read_result()
+            self._show_new(show)
             now = time.monotonic()
+            if now - looked < _LOOK_EVERY:
+                continue
+            looked = now
             taken = not os.path.exists(self._queue.pending(self.cid))
             if connected(self._queue):
                 last_connected = now
-            if not taken and now - last_connected > _CONNECT_WAIT:
-                self.give_up()
-                raise NoResult(
-                    f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and did not run. "
-                    "Is qvm-remote running in dom0, and this qube authorized there?"
-                )
-            if not taken and now - started > max_wait:
+            self._check_patience(taken, now - started, now - last_connected)
+            tick("unconnected" if now - last_connected > 1 else "running" if taken else "queued")
+
+    def _has_result(self):
+        return os.path.exists(self._queue.results(f"{self.cid}.exit"))
+
+    def _check_patience(self, taken, waited, unconnected):
+        if not taken and unconnected > _CONNECT_WAIT:
+            self.give_up()
+            raise NoResult(
+                f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and did not run. "
+                "Is qvm-remote running in dom0, and this qube authorized there?"
+            )
+        if not taken and waited > _CONNECT_WAIT:
+            max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT
+            if waited > max_wait:
                 self.give_up()
                 raise NoResult(f"dom0 did not take the request within {max_wait} s; it was taken back and did not run")
-            if taken and now - last_connected > _RECONNECT_WAIT:
-                self.give_up()
-                raise NoResult("dom0 took the request, but its session ended and did not come back; the command may have run")
-            tick("unconnected" if now - last_connected > 1 else "running" if taken else "queued")
-            if poller.poll(_LOOK_EVERY * 1000):
-                os.read(self._bell, 4096)
+        if taken and unconnected > _RECONNECT_WAIT:
+            self.give_up()
+            raise NoResult("dom0 took the request, but its session ended and did not come back; the command may have run")
+
+    def _show_new(self, show):
+        """Show what the command has written since; give the request up if it was tampered with, or nobody reads it."""
+        try:
+            if self._stream is None:
+                if not os.path.lexists(self._queue.stream(self.cid)):
+                    return
+                # Imported here: a command that ends at once has no stream.
+                from .stream import Stream
+
+                self._stream = Stream(self._queue, self.cid, self._key)
+            for part, data in self._stream.pieces():
+                show(part, data)
+        except FileNotFoundError:
+            # The result has come in this moment, and taken it away.
+            return
+        except (OSError, PullError):
+            self.give_up()
+            raise
 
     def give_up(self):
         """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""
@@ -269,11 +335,10 @@ class Request:
         self._take_back()
         knock(self._queue.doorbell)
 
-    def keep(self, result, keep_days):
+    def keep(self, keep_days):
         """Move a finished request and its result into the history, and drop days that are too old.
 
         Args:
-            result: Result.
             keep_days: int.
         """
         day = os.path.join(self._queue.history, f"{self.cid[:4]}-{self.cid[4:6]}-{self.cid[6:8]}")
@@ -295,16 +360,29 @@ class Request:
 
     def _read_result(self):
         path = self._queue.results(self.cid)
+        shown = self._stream.shown if self._stream is not None else {}
         try:
             exit_code = int(read_bounded(path + ".exit", 8))
             untrusted_meta = read_bounded(path + ".meta", META_MAX) if os.path.exists(path + ".meta") else b""
-            digests = _digest(path + ".out"), _digest(path + ".err")
+            # What was shown is taken as how each part begins; if dom0 proves that, no byte of it is hashed twice.
+            digests = [_digest(f"{path}.{part}", *shown.get(part, ())) for part in ("out", "err")]
+            counts = [shown[part][0] if part in shown else 0 for part in ("out", "err")]
+            fields, authentic = self._check(exit_code, digests, untrusted_meta)
+            if shown and not authentic:
+                # dom0 may have put a reason in its place.
+                whole = [_digest(f"{path}.{part}") for part in ("out", "err")]
+                fields, authentic = self._check(exit_code, whole, untrusted_meta)
+                counts = [count if digest == other else None for count, digest, other in zip(counts, digests, whole)]
         except (OSError, ValueError, PullError) as err:
             self._hang_up()
             raise NoResult(f"the result of {self.cid} is damaged: {err}") from err
+        return Result(exit_code, authentic, fields, path, dict(zip(("out", "err"), counts)))
+
+    def _check(self, exit_code, digests, untrusted_meta):
+        if None in digests:
+            return {}, False
         fields, authentic = read_meta(self._key, self.cid, *digests, untrusted_meta)
-        authentic = authentic and fields.get("id") == self.cid and fields.get("exit") == str(exit_code)
-        return Result(self.cid, exit_code, authentic, fields, path + ".out", path + ".err")
+        return fields, authentic and fields.get("id") == self.cid and fields.get("exit") == str(exit_code)
 
     def _take_back(self):
         names = [self.cid, *(self.cid + suffix for suffix in REQUEST_PARTS if suffix), f".{self.cid}.in"]
@@ -312,10 +390,13 @@ class Request:
         self._hang_up()
 
     def _hang_up(self):
-        forget(self._queue.results(f"{self.cid}.bell"))
+        forget(self._queue.bell(self.cid))
         if self._bell is not None:
             os.close(self._bell)
             self._bell = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def _wait_for_input(fd, tick):
@@ -325,16 +406,25 @@ def _wait_for_input(fd, tick):
         tick("stdin")
 
 
-def _digest(path):
-    digest = hashlib.sha256()
-    if not os.path.exists(path):
-        return digest.digest()
-    with open(path, "rb") as file:
+def _digest(path, begun=0, digest=None):
+    """Hash a part of a result, going on where some of it has been hashed; None when there is less than that."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return hasher(0).digest() if begun == 0 else None
+    try:
+        size = os.fstat(fd).st_size
+        if size < begun:
+            return None
+        digest = digest.copy() if digest else hasher(size)
+        os.lseek(fd, begun, os.SEEK_SET)
         while True:
-            chunk = file.read(_CHUNK)
+            chunk = os.read(fd, _CHUNK)
             if not chunk:
                 return digest.digest()
             digest.update(chunk)
+    finally:
+        os.close(fd)
 
 
 def _drop_old_days(history, keep_days):

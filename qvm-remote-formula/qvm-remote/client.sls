@@ -28,6 +28,7 @@ qvm-remote-client-library:
     - name: /usr/lib/qvm-remote/qvm_remote_client
     - source: salt://client/qvm_remote_client
     - include_pat: '*.py'
+    - exclude_pat: '*__pycache__*'
     - clean: true
     - user: root
     - group: root
@@ -43,5 +44,15 @@ qvm-remote-client-protocol-{{ module }}:
     - user: root
     - group: root
     - mode: '0644'
+{%-   endfor %}
+
+# A user can't write bytecode there, and would compile the source at each start.
+qvm-remote-client-bytecode:
+  cmd.run:
+    - name: umask 022; /usr/bin/python3 -m compileall -q /usr/lib/qvm-remote >/dev/null 2>&1 || true
+    - onchanges:
+      - file: qvm-remote-client-library
+{%-   for module in client["protocol"] %}
+      - file: qvm-remote-client-protocol-{{ module }}
 {%-   endfor %}
 {%- endif %}

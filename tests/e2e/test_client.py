@@ -73,3 +73,20 @@ def test_log_shows_what_was_asked(dom0):
     assert dom0.remote("-n", "echo for the log").returncode == 0
     last = dom0.remote("log", "1").stdout
     assert b"exit=0 done echo for the log\n" in last
+
+
+def test_no_start_of_the_client_compiles_its_source(stand):
+    listed = "cd /usr/lib/qvm-remote && for f in */*.py; do ls ${f%/*}/__pycache__/$(basename $f .py).*.pyc || exit 1; done"
+    assert stand.vm("work", "sh", "-c", listed).returncode == 0
+
+
+def test_a_qube_is_asked_for_its_name_once_after_each_start(vm, stand):
+    stand.vm("plain", "sh", "-c", "mkdir -p -m 0755 /run/user && mkdir -m 0700 /run/user/$(id -u user) && chown user: /run/user/*", user="root", check=True)
+    vm("key", "gen", "--force")
+    assert vm("key", "show").stdout.startswith(b"plain ")
+    assert stand.vm("plain", "sh", "-c", "cat /run/user/*/qvm-remote-name").stdout == b"plain"
+    stand.vm("plain", "sh", "-c", "printf other > /run/user/$(id -u)/qvm-remote-name", check=True)
+    assert vm("key", "show").stdout.startswith(b"other ")
+    stand.shutdown("plain")
+    stand.start("plain")
+    assert vm("key", "show").stdout.startswith(b"plain ")
