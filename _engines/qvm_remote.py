@@ -21,13 +21,15 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm`` a
 ``qvm-remote/<vm>/-/key-handed``           a pending or new key reached the VM
 ``qvm-remote/<vm>/-/key-mended``           the VM had lost or altered its key; it has it again
 ``qvm-remote/<vm>/-/key-lost``             the VM has no key any more; also ``key-altered``, ``key-not-handed``
-``qvm-remote/<vm>/<id>/accepted``          verified and claimed; it will run once
+``qvm-remote/<vm>/<id>/accepted`` (*)      verified and claimed; it will run once
 ``qvm-remote/<vm>/<id>/refused``           it will not run; ``code``: id, size, key, token, stale, replay, ...
-``qvm-remote/<vm>/<id>/running``           it begins
+``qvm-remote/<vm>/<id>/running`` (*)       it begins
 ``qvm-remote/<vm>/<id>/done``              it ended; ``exit``, ``status``, ``seconds``
-``qvm-remote/<vm>/<id>/delivered``         its result is in the VM
+``qvm-remote/<vm>/<id>/delivered`` (*)     its result is in the VM
 ``qvm-remote/<vm>/<id>/cancelled``         its client gave up
 ========================================== ===========================================================================
+
+(*) with the setting ``events: all`` only: to fire one takes dom0 about as long as to run a small command.
 """
 
 import logging
@@ -53,7 +55,13 @@ _BUSY_RETRY = 2.0
 #: The minion that started us may die without a word: look this often, seconds.
 _PARENT_CHECK = 1.0
 #: Events that wait for the bus; beyond that they are dropped: events inform, they never delay a command.
-_EVENTS_MAX = 1000
+_EVENTS_MAX = 5000
+#: Fired this much later, seconds: a command's own steps need not share the interpreter with what tells of them.
+_EVENTS_AFTER = 0.03
+#: After an event the thread rests so many times as long as that took, so that a burst of commands has the interpreter for itself.
+_EVENTS_REST = 3
+#: Steps of a command that are told of only where all events are wanted.
+_STEPS = ("accepted", "running", "delivered")
 
 
 def __virtual__():
@@ -117,8 +125,14 @@ def _make_service(config, signals, events):
         except CommandExecutionError as err:
             raise pullrpc.errors.PullError(str(err)) from None
 
+    dom0 = pullrpc.dom0.shared(config)
+
+    def emit(vm, cid, what, data):
+        if what not in _STEPS or dom0.config.events == "all":
+            events.put(vm, cid, what, data)
+
     setup = os.environ.get("QVM_REMOTE_SETUP", "")
-    service = pullrpc.service.Service(pullrpc.dom0.shared(config), run_verify, run_execute, events.put, log.warning, take_over, setup)
+    service = pullrpc.service.Service(dom0, run_verify, run_execute, emit, log.warning, take_over, setup)
     signals.set_service(service)
     return service
 
@@ -214,8 +228,11 @@ class _Events:
                 item = self._queue.get()
                 if item is None:
                     return
+                time.sleep(_EVENTS_AFTER if self._queue.empty() else 0)
                 tag, data = item
+                began = time.monotonic()
                 bus.fire_event(data, tag)
                 if self._has_master:
                     # The minion passes what it finds under this tag on to its master.
                     bus.fire_master(data, tag)
+                time.sleep(min(_EVENTS_AFTER, _EVENTS_REST * (time.monotonic() - began)))

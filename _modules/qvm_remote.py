@@ -32,7 +32,6 @@ import pullrpc.policy
 import pullrpc.provision
 import pullrpc.removal
 import pullrpc.service
-import pullrpc.session
 import pullrpc.tokens
 import pullrpc.transport
 import salt.utils.files
@@ -43,8 +42,6 @@ log = logging.getLogger(__name__)
 __virtualname__ = "qvm_remote"
 #: A key file: 64 digits and a newline; one byte more shows that it is too long.
 _KEY_READ_MAX = 66
-#: How long a VM may take to show its key, seconds.
-_KEY_WAIT = 20
 #: How long the engine may take to work under new settings, seconds.
 _RELOAD_WAIT = 10
 #: How long the engine may take to end, once what runs had its time, seconds.
@@ -174,7 +171,7 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
         if key_file:
             untrusted_key = pullrpc.files.read_bounded(key_file, _KEY_READ_MAX)
         elif from_vm:
-            untrusted_key = _key_of(dom0.config.for_vm(vm), vm)
+            untrusted_key = pullrpc.provision.read_key(dom0.config.for_vm(vm), vm)
         elif from_pillar:
             untrusted_key = _pillar_key(vm)
         else:
@@ -188,13 +185,6 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
     return {"vm": vm, "fingerprint": shown}
-
-
-def _key_of(settings, vm):
-    code, untrusted_key = pullrpc.transport.run_bounded(settings, vm, "qvm-remote key show --secret", [], _KEY_READ_MAX, _KEY_WAIT)
-    if code:
-        raise pullrpc.errors.TransportError(f"{vm} showed no key; is it running, and was 'qvm-remote key gen' run there?")
-    return untrusted_key
 
 
 def _read_stdin():
@@ -394,8 +384,9 @@ def _runs(settings, vm):
 
 
 def _hand(dom0, vm):
-    with pullrpc.provision.look_into(dom0.config.for_vm(vm), vm) as (session, _):
-        dom0.handover.hand(session, vm)
+    key = dom0.keyring.newest(vm)
+    pullrpc.provision.hand_key(dom0.config.for_vm(vm), vm, key)
+    dom0.handover.handed(vm, key)
 
 
 def _hand_if_there(dom0, vm):
@@ -462,9 +453,9 @@ def inspect(vm, config=None):
         dom0 = _dom0(config)
         if not _runs(dom0.config, vm):
             return {"running": False, "key": dom0.handover.known(vm) or "none", "problems": []}
-        with pullrpc.provision.look_into(dom0.config.for_vm(vm), vm) as (_, found):
-            seen = dom0.handover.judge(vm, found) if dom0.keyring.exists(vm) else "none"
-            return {"running": True, "key": seen, "problems": list(found.problems)}
+        found = pullrpc.provision.inspect(dom0.config.for_vm(vm), vm)
+        seen = dom0.handover.judge(vm, found) if dom0.keyring.exists(vm) else "none"
+        return {"running": True, "key": seen, "problems": list(found.problems)}
     except (pullrpc.errors.SessionBroken, pullrpc.errors.TransportError) as err:
         if _still_runs(dom0.config, vm):
             raise CommandExecutionError(f"{vm}: {err}") from None
@@ -1047,12 +1038,5 @@ def ping(vm, config=None):
     """
     with _told(vm):
         pullrpc.ids.check_vm_name(vm)
-        started = time.monotonic()
-        session = pullrpc.session.Session(_dom0(config).config.for_vm(vm), vm)
-        try:
-            session.hello()
-            waited = time.monotonic() - started
-            session.bye()
-        finally:
-            session.close()
+        waited = pullrpc.provision.ping(_dom0(config).config.for_vm(vm), vm)
     return {"vm": vm, "milliseconds": round(waited * 1000)}

@@ -19,9 +19,9 @@ from qubes_sim.stand import FILE_ROOTS, Stand  # noqa: E402
 #: The same file roots, outside of a simulated dom0.
 FUNCTIONAL_ROOTS = [ROOT, os.path.join(ROOT, "qvm-remote-formula")]
 #: Settings of the engine under test: waits are short, so that tests of time limits are.
-ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60}
+ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "events": "all"}
 #: The same in pillar's words; the engine runs in a minion of the tests' own, not in the service.
-PILLAR = {"service": {"running": False}, "max_age": 60, "engine": {name: ENGINE[name] for name in ("discover_interval", "poll_wait", "answer_wait")}}
+PILLAR = {"service": {"running": False}, "max_age": 60, "engine": {name: ENGINE[name] for name in ("discover_interval", "poll_wait", "answer_wait", "events")}}
 
 
 def pytest_unconfigure():

@@ -8,12 +8,13 @@ the script travels on stdin, never on a command line.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
 
+from .aio import Bell
 from .errors import AgentUnable, FrameError, KeyringError, SessionBroken
-from .frames import wait_readable
 from .layout import PROBLEMS
 from .session import CANCELS_MAX, INLINE_MAX, ITEMS_MAX, Found, Item
 from .tokens import fingerprint, parse_key
@@ -138,6 +139,8 @@ class Agentless:
     kind = "agentless"
     #: Most that one :meth:`fetch` gives, bytes.
     fetch_max = 1 << 22
+    #: A command's output reaches the VM when it has ended.
+    streams = False
 
     def __init__(self, config, vm):
         self._config = config
@@ -146,8 +149,11 @@ class Agentless:
         self._next = self._begun
         self._told = []
         self._has_agent = False
+        #: One turn at a time; whoever has something to say ends the pause before the next look.
+        self._turn = asyncio.Lock()
+        self._wanted = Bell()
 
-    def hello(self):
+    async def hello(self):
         """Say what dom0 takes, so that a client there can refuse what is over it.
 
         Raises:
@@ -157,90 +163,95 @@ class Agentless:
         lines = "".join(f"{name} {getattr(self._config, name)}\\n" for name in names)
         self._told.append(f"printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
 
-    def inspect(self):
+    async def inspect(self):
         """See :meth:`pullrpc.session.Session.inspect`."""
-        code, untrusted_output = self._run([_INSPECT.encode("ascii")], 1024, self._config.answer_wait)
+        code, untrusted_output = await self._run([_INSPECT.encode("ascii")], 1024, self._config.answer_wait)
         if code:
             raise SessionBroken("the qube can't be asked (is it running?)")
         return _read_found(untrusted_output)
 
-    def set_key(self, key):
+    async def set_key(self, key):
         """See :meth:`pullrpc.session.Session.set_key`."""
-        code, _ = self._run([_SET_KEY.format(digits=key.hex()).encode("ascii")], 64, self._config.answer_wait)
+        code, _ = await self._run([_SET_KEY.format(digits=key.hex()).encode("ascii")], 64, self._config.answer_wait)
         if code:
             raise AgentUnable("the qube could not store its key (is its disk full, or ~/.qvm-remote a symbolic link?)")
 
-    def poll(self, wait, room, wake_fd):
+    async def poll(self, wait, room):
         """See :meth:`pullrpc.session.Session.poll`; here the waiting is done in dom0, at a fixed pace."""
         if self._has_agent and time.monotonic() - self._begun > _LIFETIME_MIN:
             raise SessionBroken("the qube has an agent now")
-        if wait and wait_readable([wake_fd], min(self._next, time.monotonic() + wait)) and time.monotonic() < self._next:
+        if wait and await self._wanted.wait(min(self._next - time.monotonic(), wait)) and time.monotonic() < self._next:
             return [], []
-        script = _BEGIN + "".join(self._told) + f"set -- {room} {INLINE_MAX}\n" + _LIST
-        code, untrusted_output = self._run([script.encode("ascii")], _LISTING_MAX, self._config.answer_wait)
+        news = self._news()
+        script = _BEGIN + news + f"set -- {room} {INLINE_MAX}\n" + _LIST
+        code, untrusted_output = await self._run([script.encode("ascii")], _LISTING_MAX, self._config.answer_wait)
         self._next = time.monotonic() + self._config.agentless_interval
         if code == _NO_QUEUE:
+            self._told.insert(0, news)
             return [], []
         if code:
             raise SessionBroken("the qube can't be asked (is it running, is its disk full?)")
-        self._told.clear()
         items, cancels, untrusted_claim = _read_listing(untrusted_output)
         # The agent of qvm-remote 1.x is none: under it, "agent" is a command for dom0.
         self._has_agent = untrusted_claim and not self._config.accept_v1
         return items, cancels
 
-    def fetch(self, cid, part, offset, size):
+    async def fetch(self, cid, part, offset, size):
         """See :meth:`pullrpc.session.Session.fetch`."""
         name = cid + {"command": "", "auth": ".auth", "in": ".in"}[part]
         size = min(size, self.fetch_max)
         script = f"{_BEGIN}[ -L {name} ] || tail -c +{offset + 1} {name} | head -c {size}\n"
-        code, data = self._run([script.encode("ascii")], size, self._config.answer_wait + size // _RATE_MIN)
+        code, data = await self._run([script.encode("ascii")], size, self._config.answer_wait + size // _RATE_MIN)
         if code:
             raise SessionBroken("a command could not be fetched")
         return data
 
-    def take(self, cid):
-        """Remember to tell the VM, in the next turn, that dom0 has a command."""
-        self._told.append(f"mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n")
+    async def take(self, cids):
+        """Remember to tell the VM, in the next turn, that dom0 has some commands."""
+        self._told += [f"mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n" for cid in cids]
 
-    def drop(self, cid):
-        """Remember to tell the VM that a cancelled command is done with."""
-        self._told.append(f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n")
+    async def drop(self, cids):
+        """Remember to tell the VM that cancelled commands are done with."""
+        self._told += [f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n" for cid in cids]
 
-    def deliver(self, results):
+    async def deliver(self, results):
         """See :meth:`pullrpc.session.Session.deliver`; all results go in one run."""
         results = list(results)
-        total = sum(size for _, _, parts in results for size, _ in parts.values())
-        code, untrusted_output = self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
+        total = sum(size for result in results for size, _ in result.parts.values())
+        self._wanted.ring()
+        code, untrusted_output = await self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
+        self._wanted.clear()
         if code or untrusted_output != b"END\n":
             raise SessionBroken("the qube could not take its results (is its disk full?)")
-        self._told.clear()
-        for cid, _, _ in results:
-            yield cid
+        for result in results:
+            yield result.cid
 
-    def bye(self):
+    async def bye(self):
         """Tell the VM what is left to tell."""
         if self._told:
-            self._run([(_BEGIN + "".join(self._told)).encode("ascii")], 0, self._config.answer_wait)
-            self._told.clear()
+            await self._run([(_BEGIN + self._news()).encode("ascii")], 0, self._config.answer_wait)
 
-    def abort(self):
-        """Nothing is open between turns, and a turn has its own deadline."""
-
-    def close(self):
+    async def close(self):
         """Nothing is open between turns."""
         return 0
 
-    def _run(self, data, output_max, wait):
-        return run_bounded(self._config, self._vm, _SHELL, data, output_max, wait)
+    async def _run(self, data, output_max, wait):
+        async with self._turn:
+            return await run_bounded(self._config, self._vm, _SHELL, data, output_max, wait)
+
+    def _news(self):
+        """What is to be told, once: a turn that fails ends this conversation."""
+        told, self._told = self._told, []
+        return "".join(told)
 
     def _delivery(self, results):
-        yield (_BEGIN + "".join(self._told) + "set -e\n").encode("ascii")
-        for cid, exit_code, parts in results:
+        yield (_BEGIN + self._news() + "set -e\n").encode("ascii")
+        for result in results:
+            cid, exit_code, parts = result.cid, result.exit_code, result.parts
             for part in ("out", "err", "meta"):
                 half = f"../results/.{cid}.{part}.part"
                 yield f": > {half}\n".encode("ascii")
-                for chunk in parts[part][1]():
+                for chunk in parts[part][1](0):
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
                         yield f"base64 -d >> {half} <<'END'\n".encode("ascii") + piece + b"END\n"

@@ -41,7 +41,7 @@ _BOUNDS = {
     "until": (0, 1 << 40),
 }
 #: Words that a setting may have.
-_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate"), "default_policy": (FULL, NONE)}
+_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate"), "default_policy": (FULL, NONE), "events": ("ends", "all")}
 #: A Linux user's name (useradd's rule, without the trailing dollar sign).
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 #: Characters of a path that neither a shell nor a unit file reads in a way of its own.
@@ -77,6 +77,7 @@ class Config:
         answer_wait: how long any other answer may take.
         discover_interval: how often running VMs are listed.
         agentless_interval: how often a VM without the agent is asked.
+        events: ``ends`` (how commands ended, sessions, keys) or ``all`` (each step of a command, too).
         stop_grace: how long running commands may go on once the engine is told to stop.
         memory_max, tasks_max, cpu_weight, nofile: limits of one command.
         path: PATH of commands.
@@ -112,6 +113,7 @@ class Config:
     answer_wait: int = 20
     discover_interval: int = 5
     agentless_interval: int = 2
+    events: str = "ends"
     stop_grace: int = 3
     memory_max: int = 1024 * _MIB
     tasks_max: int = 512
@@ -125,6 +127,10 @@ class Config:
     policy: str | dict = ""
     until: int = 0
     vms: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        # No setting, so that it is none of the fields; the instance is frozen all the same.
+        object.__setattr__(self, "_of_vm", {})
 
     @property
     def policy_in_force(self):
@@ -140,7 +146,10 @@ class Config:
         Returns:
             Config, without the other VMs' settings: it changes when this VM's do, and only then.
         """
-        return dataclasses.replace(self, **{**self.vms.get(vm, {}), "vms": {}})
+        # Asked for several times for each command.
+        if vm not in self._of_vm:
+            self._of_vm[vm] = dataclasses.replace(self, **{**self.vms.get(vm, {}), "vms": {}})
+        return self._of_vm[vm]
 
 
 def make_config(settings=None):

@@ -18,19 +18,22 @@ import time
 from . import sandbox
 from .audit import AuditLog, describe_command
 from .config import make_config
-from .errors import AuditError, ConfigError, KeyringError, LedgerError, PullError, Refused, SandboxError, SpoolError
+from .errors import AuditError, ConfigError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_new, check_policy
 from .handover import Handover
 from .keyring import Keyring
 from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .spool import ERR, META, OUT, Spool
-from .tokens import TOKEN_MAX, fingerprint, make_meta
+from .tokens import TOKEN_MAX, chunk_mac, fingerprint, make_meta
 from .transport import vms_with_tag
 from .validate import check_size
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
+#: How long a request counts as verified: from the execution module's check to the engine's next step, seconds.
+_VERIFIED_HOLDS = 0.5
+_NONE_VERIFIED = (float("-inf"), None, None, None)
 _NOT_WAITING = "this command is not waiting to run; nothing is ever run twice"
 _INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
@@ -100,8 +103,12 @@ class Dom0:
         self.spool = Spool(os.path.join(config.state_dir, "spool"))
         self.audit = AuditLog(config.audit_log)
         self.handover = Handover(os.path.join(config.state_dir, "handover"), self.keyring, self.audit)
+        #: The request that each thread verified last: when, under which settings, its bytes, and what it is.
+        self._verified = threading.local()
         self._running = {}
         self._cancelled_early = set()
+        #: Told of what a command that runs has written so far: callable of vm, cid, bytes of stdout and of stderr; or None.
+        self.on_output = None
         self._lock = threading.Lock()
         self._ledger_lock = threading.Lock()
 
@@ -151,27 +158,37 @@ class Dom0:
         keys = functools.partial(self.keyring.accepted, vm, config.max_age)
         request = authenticate(config, keys, vm, untrusted_cid, untrusted_command, untrusted_token)
         seen = check_new(config, self.ledger, request)
-        # What is on its way already was allowed when it was claimed, and is looked at again before it runs.
-        return (request if seen else check_policy(config, self.ledger, vms_with_tag, request)), seen
+        if seen:
+            # It was allowed when it was claimed, and is looked at again before it runs.
+            return request, seen
+        request = check_policy(config, self.ledger, vms_with_tag, request)
+        self._verified.last = (time.monotonic(), config, (vm, untrusted_cid, untrusted_command, untrusted_token), request)
+        return request, None
 
-    def accept(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size, fetch_stdin):
-        """Take a request over: verify it here and now, keep it on disk with its stdin, and claim it.
+    def _verify_once(self, *untrusted_request):
+        """The same, unless it has just been done for exactly these bytes and under these settings."""
+        at, config, verified, request = getattr(self._verified, "last", _NONE_VERIFIED)
+        if verified == untrusted_request and time.monotonic() - at < _VERIFIED_HOLDS and config is self.config.for_vm(verified[0]):
+            return request, None
+        return self.verify(*untrusted_request)
+
+    def admit(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size):
+        """Take a request in: verify it here and now, and keep it on disk. It is not claimed yet.
 
         Args:
             vm: str.
             untrusted_cid, untrusted_command, untrusted_token: bytes.
             untrusted_stdin_size: int, bytes; -1 when the VM shows no stdin.
-            fetch_stdin: callable without arguments that yields the stdin in parts, no more than that size in all.
 
         Returns:
-            (str, bool): its id, and False when it is on its way already and nothing was done.
+            Request; None when it is on its way already and nothing was done.
 
         Raises:
-            Refused: it may not run, stdin is too large or not what was signed, there is no room, or it can't be recorded.
+            Refused: it may not run, stdin is too large or not what was signed, there is no room, or it can't be kept.
         """
-        request, seen = self.verify(vm, untrusted_cid, untrusted_command, untrusted_token)
+        request, seen = self._verify_once(vm, untrusted_cid, untrusted_command, untrusted_token)
         if seen:
-            return request.cid, False
+            return None
         config = self.config.for_vm(vm)
         check_size(untrusted_stdin_size, config.stdin_max, "stdin")
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
@@ -180,14 +197,82 @@ class Dom0:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
             self._note_use(vm, request.key, config.max_age)
-            self._store_and_claim(request, untrusted_command, untrusted_token, max(0, untrusted_stdin_size), fetch_stdin)
-        except (SpoolError, AuditError, LedgerError, KeyringError) as err:
-            self.spool.remove(vm, request.cid)
-            raise Refused("storage", str(err)) from err
-        except PullError:
-            self.spool.remove(vm, request.cid)
-            raise
-        return request.cid, True
+            self.spool.store_request(vm, request.cid, untrusted_command, untrusted_token)
+        except (SpoolError, LedgerError, KeyringError) as err:
+            raise self._dismiss(request, Refused("storage", str(err))) from err
+        return request
+
+    def stdin_writer(self, request):
+        """Begin to keep the stdin of a request that was admitted.
+
+        Args:
+            request: Request.
+
+        Returns:
+            spool.StdinWriter, to be closed by :meth:`end_stdin`.
+
+        Raises:
+            Refused: there is no room on the disk.
+        """
+        try:
+            return self.spool.stdin_writer(request.vm, request.cid)
+        except SpoolError as err:
+            raise self._dismiss(request, Refused("storage", str(err))) from err
+
+    def end_stdin(self, request, writer):
+        """Have done with a request's stdin.
+
+        Args:
+            request: Request.
+            writer: spool.StdinWriter.
+
+        Raises:
+            Refused: it is not what was signed, or could not be kept.
+        """
+        try:
+            digest = writer.close()
+        except SpoolError as err:
+            raise self._dismiss(request, Refused("storage", str(err))) from err
+        if digest != request.stdin_digest:
+            raise self._dismiss(request, Refused("stdin", "stdin is not what was signed"))
+
+    def dismiss(self, request):
+        """Keep nothing of a request that was admitted and can't be claimed.
+
+        Args:
+            request: Request.
+        """
+        self.spool.remove(request.vm, request.cid)
+
+    def _dismiss(self, request, refused):
+        self.dismiss(request)
+        return refused
+
+    def claim(self, admitted):
+        """Claim requests that were admitted; on return the claims are on disk, all by one write.
+
+        Args:
+            admitted: list of (Request, size of its stdin in bytes).
+
+        Returns:
+            dict of id to Refused, for those that are not claimed; nothing is kept of them.
+        """
+        refused, recorded = {}, []
+        for request, stdin_size in admitted:
+            shown = {"form": request.form, "timeout": request.timeout, "stdin": stdin_size, **describe_command(request.command)}
+            try:
+                self.audit.write("accepted", request.vm, request.cid, **shown)
+                recorded.append(request)
+            except AuditError as err:
+                refused[request.cid] = self._dismiss(request, Refused("storage", str(err)))
+        try:
+            claimed = self.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in recorded])
+        except LedgerError as err:
+            return {**refused, **{request.cid: self._dismiss(request, Refused("storage", str(err))) for request in recorded}}
+        for request, is_claimed in zip(recorded, claimed):
+            if not is_claimed:
+                refused[request.cid] = self._dismiss(request, Refused("replay", "this id was used before; nothing is ever run twice"))
+        return refused
 
     def _note_use(self, vm, key, overlap):
         # A key that the VM signs with was handed to it, whether or not we saw it arrive.
@@ -195,15 +280,6 @@ class Dom0:
         # While commands of this VM wait here, others may wait there, signed with the old key as well.
         if self.keyring.has_old(vm) and not self.ledger.waiting(vm):
             self.keyring.retire_old(vm, key, overlap)
-
-    def _store_and_claim(self, request, command, token_line, stdin_size, fetch_stdin):
-        vm, cid = request.vm, request.cid
-        self.spool.store_request(vm, cid, command, token_line)
-        if request.stdin_digest and self.spool.store_stdin(vm, cid, fetch_stdin()) != request.stdin_digest:
-            raise Refused("stdin", "stdin is not what was signed")
-        self.audit.write("accepted", vm, cid, form=request.form, timeout=request.timeout, stdin=stdin_size, **describe_command(request.command))
-        if not self.ledger.claim(vm, cid, request.token_mac):
-            raise Refused("replay", "this id was used before; nothing is ever run twice")
 
     def execute(self, vm, cid):
         """Run a claimed command and keep its result.
@@ -291,6 +367,14 @@ class Dom0:
         if self.ledger.start(vm, cid):
             self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
 
+    def warm(self):
+        """Have a supervisor wait for the first command.
+
+        Raises:
+            SandboxError: the sandbox can't be set up.
+        """
+        sandbox.warm(_limits(self.config))
+
     def recover(self):
         """Finish what an engine that died left claimed or running. Nothing is run again.
 
@@ -348,7 +432,7 @@ class Dom0:
             vm, cid: str.
 
         Returns:
-            (int, dict) or None: exit code, and ``out``, ``err`` and ``meta`` as (size in bytes, callable that yields bytes);
+            (int, dict) or None: exit code, and ``out``, ``err`` and ``meta`` as (size in bytes, callable of an offset that yields bytes);
             None when there is nothing (any more) to deliver.
 
         Raises:
@@ -372,11 +456,46 @@ class Dom0:
             what: str, the word for the audit log.
 
         Raises:
-            LedgerError: it can't be recorded.
+            LedgerError, AuditError: it can't be recorded.
         """
-        self.ledger.delivered(vm, cid)
-        self.spool.remove(vm, cid)
-        self.audit.write(what, vm, cid)
+        self.close_deliveries([(vm, cid)], what)
+
+    def close_deliveries(self, results, what="delivered"):
+        """The same for several results, in one step of the ledger.
+
+        Args:
+            results: list of (vm, cid).
+            what: str, the word for the audit log.
+
+        Raises:
+            LedgerError, AuditError: it can't be recorded.
+        """
+        self.ledger.delivered(results)
+        for vm, cid in results:
+            self.spool.remove(vm, cid)
+            self.audit.write(what, vm, cid)
+
+    def chunk(self, vm, cid, seq, part, offset, size):
+        """A piece of what a command that runs has written so far, with dom0's proof.
+
+        Args:
+            vm, cid: str.
+            seq: int, pieces before it.
+            part: str, ``out`` or ``err``.
+            offset, size: int, bytes.
+
+        Returns:
+            (bytes, str): the piece and its MAC; None when the command does not run any more.
+
+        Raises:
+            SpoolError: it can't be read.
+        """
+        with self._lock:
+            running = self._running.get((vm, cid))
+        if running is None:
+            return None
+        data = self.spool.piece(vm, cid, part, offset, size)
+        return data, chunk_mac(running.key, cid, seq, part, data)
 
     def drop_old_key(self, vm):
         """Remove a VM's replaced key once it works no more, and no command that was accepted under it waits.
@@ -453,16 +572,8 @@ class Dom0:
             err_path=self.spool.path(vm, cid, ERR),
             timeout=request.timeout,
         )
-        limits = sandbox.Limits(
-            run_dir=config.run_dir,
-            output_max=config.output_max,
-            memory_max=config.memory_max,
-            tasks_max=config.tasks_max,
-            cpu_weight=config.cpu_weight,
-            nofile=config.nofile,
-            path=config.path,
-        )
-        running = _Running(sandbox.start(job, limits))
+        on_output = functools.partial(self.on_output, vm, cid) if self.on_output else None
+        running = _Running(sandbox.start(job, _limits(config), on_output), request.key)
         with self._lock:
             self._running[vm, cid] = running
             if (vm, cid) in self._cancelled_early:
@@ -541,6 +652,18 @@ class Dom0:
             return None
 
 
+def _limits(config):
+    return sandbox.Limits(
+        run_dir=config.run_dir,
+        output_max=config.output_max,
+        memory_max=config.memory_max,
+        tasks_max=config.tasks_max,
+        cpu_weight=config.cpu_weight,
+        nofile=config.nofile,
+        path=config.path,
+    )
+
+
 def _meta(key, cid, out, err, exit_code, status):
     return _meta_of(key, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, {})
 
@@ -552,8 +675,9 @@ def _meta_of(key, cid, digests, exit_code, status, extra):
 class _Running:
     """A command in the sandbox, and why it was told to stop if it was."""
 
-    def __init__(self, handle):
+    def __init__(self, handle, key):
         self.handle = handle
+        self.key = key
         self.why_stopped = None
 
     def stop(self, why):
@@ -570,7 +694,19 @@ def in_memory(err, meta):
     Returns:
         dict, as :meth:`Dom0.result` gives it.
     """
-    return {part: (len(data), lambda data=data: [data] if data else []) for part, data in (("out", b""), ("err", err), ("meta", meta))}
+    return {part: of_bytes(data) for part, data in (("out", b""), ("err", err), ("meta", meta))}
+
+
+def of_bytes(data):
+    """Make a part of a result from what is at hand.
+
+    Args:
+        data: bytes.
+
+    Returns:
+        (int, callable of an offset that yields bytes)
+    """
+    return len(data), lambda offset: [data[offset:]] if data[offset:] else []
 
 
 def _reason_line(reason):

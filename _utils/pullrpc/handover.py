@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How a key that dom0 has gets to its VM, and how dom0 sees that it is still there.
+"""Which key a VM is to get, and whether it still has it. Never talks to a VM.
 
 A key travels through a session alone. A VM that is shut down is never started for it: the key is *pending* until the
 VM runs. What was seen last is noted beside the ledger (fingerprints only), for whoever asks for the status.
@@ -71,51 +71,53 @@ class Handover:
             return PENDING
         return ALTERED if found.fingerprint else LOST
 
-    def look(self, session, vm, policy):
-        """Look at the key in a VM; hand it over if it is pending, or gone and dom0's to make.
+    def wanted(self, vm):
+        """The key that a VM is to have.
 
         Args:
-            session: Session or Agentless.
             vm: str, a checked name.
+
+        Returns:
+            bytes; None when dom0 has none for it.
+
+        Raises:
+            KeyringError: dom0 must not use it.
+        """
+        return self._keyring.newest(vm) if self._keyring.exists(vm) else None
+
+    def look(self, vm, found, key, policy):
+        """See what a VM has; note it, or say that it is to be handed the key: it is pending, or gone and dom0's to make.
+
+        Args:
+            vm: str, a checked name.
+            found: Found.
+            key: bytes, as :meth:`wanted` gave it; while the VM took its time, another one may have been staged.
             policy: str, the VM's setting ``key``.
 
         Returns:
-            str, the event to tell: ``key-handed``, ``key-mended``, ``key-lost``, ``key-altered``; None when there is no news.
+            (bool, str): whether to hand it over, and the event to tell (once it is): ``key-handed``, ``key-mended``, ``key-lost``,
+            ``key-altered``; None when there is no news.
 
         Raises:
-            SessionBroken, TransportError, KeyringError, AuditError
+            KeyringError: it can't be noted.
         """
-        if not self._keyring.exists(vm):
-            return None
         before = self._note(vm)
-        # Read once: while the VM takes its time, another key may be staged.
-        key = self._keyring.newest(vm)
-        seen = self._judge(vm, session.inspect(), fingerprint(key))
+        seen = self._judge(vm, found, fingerprint(key))
         if seen == PENDING or (seen in (LOST, ALTERED) and policy == "generate"):
-            self._hand(session, vm, key)
-            return "key-handed" if seen == PENDING else "key-mended"
+            return True, "key-handed" if seen == PENDING else "key-mended"
         self._see(vm, seen, key)
-        return f"key-{seen}" if seen != FITS and before.get("seen") != seen else None
+        return False, f"key-{seen}" if seen != FITS and before.get("seen") != seen else None
 
-    def hand(self, session, vm):
-        """Give a VM its key.
+    def handed(self, vm, key):
+        """Record that a VM was given its key.
 
         Args:
-            session: Session or Agentless.
             vm: str, a checked name.
-
-        Returns:
-            str, the key's fingerprint.
+            key: bytes.
 
         Raises:
-            SessionBroken, TransportError, KeyringError, AuditError
+            KeyringError, AuditError: it can't be recorded.
         """
-        key = self._keyring.newest(vm)
-        self._hand(session, vm, key)
-        return fingerprint(key)
-
-    def _hand(self, session, vm, key):
-        session.set_key(key)
         self._audit.write("key-handed", vm, fingerprint=fingerprint(key))
         self._see(vm, FITS, key)
 

@@ -17,6 +17,7 @@ import os
 import stat
 import time
 
+from .digests import sha256
 from .errors import KeyringError, PullError
 from .files import forget, sync_folder, write_durably
 from .ids import check_vm_name
@@ -28,6 +29,8 @@ _STAGED, _OLD = ".key.new", ".key.old"
 _AFTER_FIRST_USE = 30
 #: A key file is 64 digits and a newline; one byte more shows that it is too long.
 _READ_MAX = 66
+#: How long it is believed who else has which key, seconds, and how long after a change of the folder its time may stand still.
+_OWNERS_HOLD, _MTIME_STEP = 5.0, 1.0
 
 
 class Keyring:
@@ -39,6 +42,8 @@ class Keyring:
 
     def __init__(self, folder):
         self._folder = folder
+        #: When all keys were read, how the folder was then, and the VMs by the digests of their keys.
+        self._owners = (float("-inf"), None, {})
 
     def names(self):
         """List the VMs that have a key file, good or not.
@@ -320,7 +325,7 @@ class Keyring:
 
     def _get(self, vm):
         key = self._read(vm)
-        # Every other key is read each time: a fleet has dozens of small files, and a shared key must not work until the next restart.
+        # Looked at again and again: a shared key must not work until the next restart.
         other = self._other_with(vm, key)
         if other:
             raise KeyringError(f"the keys of {vm} and {other} are the same; give each VM its own")
@@ -340,7 +345,7 @@ class Keyring:
             return None
 
     def _store(self, vm, key, suffix):
-        other = self._other_with(vm, key)
+        other = self._other_with(vm, key, now=True)
         if other:
             raise KeyringError(f"this is already the key of {other}; give each VM its own")
         try:
@@ -397,18 +402,38 @@ class Keyring:
         except KeyringError as err:
             raise KeyringError(f"the key file of {vm} can't be used: {err}") from None
 
-    def _other_with(self, vm, key):
-        """Find another VM that has this key (or had, or is to have it), however badly its file is protected."""
-        for other, suffix in self._files():
-            if other == vm:
-                continue
+    def _other_with(self, vm, key, now=False):
+        """Find another VM that has this key (or had, or is to have it), however badly its file is protected.
+
+        Args:
+            vm: str.
+            key: bytes.
+            now: bool, whether to look at all files here and now; else what was seen within some seconds may do, unless a file
+                was added, replaced or removed since.
+        """
+        # Before the files are read: what changes while they are is noticed the next time.
+        try:
+            info = os.stat(self._folder)
+        except OSError as err:
+            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
+        folder = (info.st_dev, info.st_ino, info.st_mtime_ns)
+        at, seen, owners = self._owners
+        if now or seen != folder or time.monotonic() - at > _OWNERS_HOLD:
+            owners = self._read_owners()
+            # A clock of the file system that stands still for a moment would hide a change within it.
+            settled = abs(time.time() - info.st_mtime) > _MTIME_STEP
+            self._owners = (time.monotonic(), folder if settled else None, owners)
+        return min(owners.get(sha256(key), set()) - {vm}, default=None)
+
+    def _read_owners(self):
+        owners = {}
+        for vm, suffix in self._files():
             try:
-                with open(self._path(other, suffix), "rb") as file:
-                    if parse_key(file.read(_READ_MAX)) == key:
-                        return other
+                with open(self._path(vm, suffix), "rb") as file:
+                    owners.setdefault(sha256(parse_key(file.read(_READ_MAX))), set()).add(vm)
             except (OSError, KeyringError):
                 continue
-        return None
+        return owners
 
     def _files(self):
         """List (VM, suffix) of all key files."""

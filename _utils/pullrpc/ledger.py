@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The ledger: which commands were ever claimed. It is why nothing runs twice.
 
-SQLite in WAL mode with full sync: a claim is on disk before the command starts. A row goes
+SQLite in WAL mode: a claim is on disk before the command starts. A row goes
 claimed -> running -> done -> delivered and never back. What was claimed or running when an engine
 died is finished as *interrupted* by the next one; it is never run again.
+
+Claims that come at the same time, from whatever threads, share one write to the disk. The later steps are not forced to
+the disk at once: a power cut may take the last of them back, which makes a command *interrupted*, or has a result
+delivered again; it never makes one run.
 """
 
 from __future__ import annotations
@@ -53,6 +57,8 @@ class Ledger:
 
     def __init__(self, path):
         self._lock = threading.Lock()
+        self._tickets = []
+        self._tickets_lock = threading.Lock()
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -62,7 +68,7 @@ class Ledger:
                 raise LedgerError(f"{path} must belong to root, mode 0600")
             self._db = sqlite3.connect(path, timeout=_BUSY_WAIT, isolation_level=None, check_same_thread=False)
             mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
             if mode != "wal":
                 raise LedgerError(f"{path}: this file system can't hold the ledger safely (no WAL)")
             self._db.executescript(_SCHEMA)
@@ -89,25 +95,48 @@ class Ledger:
             row = self._db.execute("SELECT state, token FROM command WHERE vm = ? AND cid = ?", (vm, cid)).fetchone()
         return (row[0], bytes(row[1])) if row else None
 
-    def claim(self, vm, cid, token_mac):
-        """Claim a command. On return the claim is on disk.
+    def claim_all(self, claims):
+        """Claim commands. On return the claims are on disk.
 
         Args:
-            vm, cid: str.
-            token_mac: bytes, to tell the same request shown again from another one under its id.
+            claims: list of (vm, cid, token MAC); the MAC tells the same request shown again from another one under its id.
 
         Returns:
-            bool, False when this id was claimed before.
+            list of bool, False for an id that was claimed before.
 
         Raises:
-            LedgerError: it can't be recorded; the command must not run.
+            LedgerError: they can't be recorded; the commands must not run.
         """
+        ticket = _Ticket(claims)
+        with self._tickets_lock:
+            self._tickets.append(ticket)
         with self._guarded():
-            cursor = self._db.execute(
-                "INSERT INTO command (vm, cid, token, state, claimed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (vm, cid, token_mac, CLAIMED, time.time()),
-            )
-            return cursor.rowcount == 1
+            # Whoever waited for the lock meanwhile gets its claims recorded by the first that has it.
+            if ticket.claimed is None:
+                with self._tickets_lock:
+                    tickets, self._tickets = self._tickets, []
+                self._record(tickets)
+        if ticket.claimed is None:
+            raise LedgerError("the ledger could not record a claim; nothing runs without it")
+        return ticket.claimed
+
+    def _record(self, tickets):
+        now = time.time()
+        self._db.execute("PRAGMA synchronous=FULL")
+        try:
+            with self._transaction():
+                outcomes = [[self._insert(vm, cid, mac, now) for vm, cid, mac in ticket.claims] for ticket in tickets]
+        finally:
+            self._db.execute("PRAGMA synchronous=NORMAL")
+        for ticket, claimed in zip(tickets, outcomes):
+            ticket.claimed = claimed
+
+    def _insert(self, vm, cid, token_mac, now):
+        cursor = self._db.execute(
+            "INSERT INTO command (vm, cid, token, state, claimed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (vm, cid, token_mac, CLAIMED, now),
+        )
+        return cursor.rowcount == 1
 
     def start(self, vm, cid):
         """Move a command from claimed to running; only one caller ever succeeds.
@@ -137,13 +166,19 @@ class Ledger:
                 (DONE, exit_code, status, time.time(), vm, cid, CLAIMED, RUNNING),
             )
 
-    def delivered(self, vm, cid):
-        """Record that a result reached its VM (or never can).
+    def delivered(self, results):
+        """Record that results reached their VMs (or never can).
+
+        Args:
+            results: list of (vm, cid).
 
         Raises:
             LedgerError: it can't be recorded.
         """
-        self._move(vm, cid, DONE, DELIVERED)
+        with self._guarded(), self._transaction():
+            self._db.executemany(
+                "UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state = ?", [(DELIVERED, vm, cid, DONE) for vm, cid in results]
+            )
 
     def unfinished(self):
         """List what was claimed or running. At an engine's start these are what the last one left behind.
@@ -238,20 +273,13 @@ class Ledger:
         Raises:
             LedgerError: it can't be written.
         """
-        with self._guarded():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                newest = self._db.execute("SELECT max(substr(cid, 1, 15)) FROM command WHERE vm = ?", (vm,)).fetchone()[0]
-                # A VM's clock may be ahead of ours.
-                before = max(int(time.time()), cid_time(newest) if newest else 0)
-                known = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
-                self._db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (vm, max(before, known[0] if known else 0)))
-                count = self._db.execute("DELETE FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).rowcount
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            return count
+        with self._guarded(), self._transaction():
+            newest = self._db.execute("SELECT max(substr(cid, 1, 15)) FROM command WHERE vm = ?", (vm,)).fetchone()[0]
+            # A VM's clock may be ahead of ours.
+            before = max(int(time.time()), cid_time(newest) if newest else 0)
+            known = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
+            self._db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (vm, max(before, known[0] if known else 0)))
+            return self._db.execute("DELETE FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).rowcount
 
     def count_of(self, vm):
         """Count the finished commands of a VM that are known.
@@ -298,6 +326,17 @@ class Ledger:
                 self._db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?, ?)", (vm, until, now))
             return max(now, row[0]) if row else now
 
+    @contextlib.contextmanager
+    def _transaction(self):
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
     def _move(self, vm, cid, state, new_state):
         with self._guarded():
             cursor = self._db.execute("UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state = ?", (new_state, vm, cid, state))
@@ -310,3 +349,12 @@ class Ledger:
                 yield
             except sqlite3.Error as err:
                 raise LedgerError(f"the ledger failed ({err}); nothing runs without it") from err
+
+
+class _Ticket:
+    """Claims that wait to be recorded."""
+
+    def __init__(self, claims):
+        self.claims = claims
+        #: list of bool once they are on disk.
+        self.claimed = None

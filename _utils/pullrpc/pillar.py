@@ -45,6 +45,7 @@ _ENGINE = (
     "poll_wait",
     "answer_wait",
     "agentless_interval",
+    "events",
     "stop_grace",
     "key_dir",
     "state_dir",

@@ -5,9 +5,10 @@ removes the client. Each in one short session or one program start, by dom0's ow
 
 from __future__ import annotations
 
-import contextlib
+import time
 
 from .agentless import Agentless
+from .aio import run
 from .errors import TransportError
 from .package import COMPILE
 from .session import NoAgent, Session
@@ -15,6 +16,8 @@ from .transport import features, list_vms, run_bounded, running_vms, set_feature
 
 #: How long a template may take to unpack or remove the client, seconds.
 _CLIENT_WAIT = 120
+#: A longer answer is no key, bytes; how long the VM may take to show it, seconds.
+_KEY_MAX, _KEY_WAIT = 66, 20
 _UNPACK = f"tar --extract --no-same-owner --directory=/ && {{ {COMPILE}; }}"
 #: Feature of a template that says which client it has: with a clone it is copied, with the template it goes, as the client does.
 _FEATURE = "qvm-remote-client"
@@ -27,30 +30,96 @@ cd .qvm-remote && rm -rf queue auth.key .auth.key.* dom0-limits .dom0-limits* do
 _REMOVE_ALL = "cd && { [ -L .qvm-remote ] || rm -rf .qvm-remote; }\n"
 
 
-@contextlib.contextmanager
-def look_into(config, vm):
-    """Open a session to a running VM for looking at its key and its queue.
+def inspect(config, vm):
+    """Look at the key and the queue of a running VM; changes nothing there.
 
     Args:
         config: Config that holds for the VM.
         vm: str, a checked name.
 
-    Yields:
-        (Session or Agentless, Found)
+    Returns:
+        Found
 
     Raises:
         SessionBroken, TransportError: it doesn't answer.
     """
-    session = Agentless(config, vm) if config.accept_v1 else Session(config, vm)
+    return run(_look_into(config, vm, None))
+
+
+def hand_key(config, vm, key):
+    """Give a running VM its key, and put its queue in order.
+
+    Args:
+        config: Config that holds for the VM.
+        vm: str, a checked name.
+        key: bytes.
+
+    Raises:
+        SessionBroken, TransportError: it doesn't answer, or can't store it.
+    """
+    run(_look_into(config, vm, key))
+
+
+def ping(config, vm):
+    """Open a session to the agent of a running VM, and end it.
+
+    Args:
+        config: Config that holds for the VM.
+        vm: str, a checked name.
+
+    Returns:
+        float, seconds from dom0's call to the agent's answer.
+
+    Raises:
+        SessionBroken, TransportError: it doesn't run, has no agent, or doesn't answer.
+    """
+    return run(_ping(config, vm))
+
+
+async def _look_into(config, vm, key):
+    session = Agentless(config, vm) if config.accept_v1 else await Session.open(config, vm)
     try:
         try:
-            found = session.inspect()
+            found = await session.inspect()
         except NoAgent:
             session = Agentless(config, vm)
-            found = session.inspect()
-        yield session, found
+            found = await session.inspect()
+        if key is not None:
+            await session.set_key(key)
+        return found
     finally:
-        session.close()
+        await session.close()
+
+
+async def _ping(config, vm):
+    started = time.monotonic()
+    session = await Session.open(config, vm)
+    try:
+        await session.hello()
+        waited = time.monotonic() - started
+        await session.bye()
+        return waited
+    finally:
+        await session.close()
+
+
+def read_key(config, vm):
+    """Ask a running VM for the key that it made.
+
+    Args:
+        config: Config that holds for the VM.
+        vm: str, a checked name.
+
+    Returns:
+        bytes, as the VM gave them.
+
+    Raises:
+        SessionBroken, TransportError: it shows none.
+    """
+    code, untrusted_key = run(run_bounded(config, vm, "qvm-remote key show --secret", [], _KEY_MAX, _KEY_WAIT))
+    if code:
+        raise TransportError(f"{vm} showed no key; is it running, and was 'qvm-remote key gen' run there?")
+    return untrusted_key
 
 
 def remove_queue(config, vm, history=False):
@@ -65,7 +134,7 @@ def remove_queue(config, vm, history=False):
         SessionBroken, TransportError: it can't be done.
     """
     script = _REMOVE_ALL if history else _REMOVE_QUEUE
-    code, _ = run_bounded(config, vm, "exec /bin/sh -s", [script.encode("ascii")], 64, config.answer_wait)
+    code, _ = run(run_bounded(config, vm, "exec /bin/sh -s", [script.encode("ascii")], 64, config.answer_wait))
     if code:
         raise TransportError(f"{vm}: the queue could not be removed (exit code {code})")
 
@@ -136,7 +205,7 @@ def _run_as_root(config, template, command, data, purpose):
     if not was_running:
         set_running(template, True)
     try:
-        code, _ = run_bounded(config, template, command, data, 4096, _CLIENT_WAIT, user="root")
+        code, _ = run(run_bounded(config, template, command, data, 4096, _CLIENT_WAIT, user="root"))
     finally:
         if not was_running:
             set_running(template, False)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pull loop of one VM: ask, verify, claim, hand over to the pool, deliver. One thread each; what a VM does
-to its loop reaches no other VM.
+"""The pull loop of one VM: ask, verify, claim, hand over to the pool, deliver. A task of the one event loop; it waits for
+its VM without holding anything up, and whatever touches dom0's disk is done in threads that all VMs share.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
+import asyncio
+import contextlib
+import dataclasses
 import time
 
 from .agentless import Agentless
+from .aio import Bell
 from .dom0 import EXIT_FAILED, in_memory
 from .errors import (
     AgentUnable,
@@ -24,9 +25,9 @@ from .errors import (
     SpoolError,
     TransportError,
 )
-from .frames import wait_readable
 from .ids import check_cid
-from .session import NoAgent, Session
+from .outflow import Outflow
+from .session import Chunk, Delivery, NoAgent, Session
 from .tokens import TOKEN_MAX
 from .validate import check_size
 
@@ -39,6 +40,26 @@ _GOOD_SESSION = 60.0
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
 #: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds.
 _KEY_LOOK_EVERY, _KEY_LOOK_MIN = 60.0, 5.0
+#: How long the results of commands just taken in are waited for before the VM is told that dom0 has them, seconds: most
+#: are there by then, which spares a request for each.
+_LINGER = 0.015
+#: Ends of a command that leave its output as it was while it ran, or longer.
+_KEEPS_OUTPUT = ("done", "timeout", "interrupted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A command's end, as the pool tells it.
+
+    Attributes:
+        status: str, see :meth:`pullrpc.dom0.Dom0.execute`.
+        result: (int, dict), as :meth:`pullrpc.dom0.Dom0.result` gives it, when it is small enough to be at hand; else None.
+        lost: str, why there is no result although the command was taken; None when there is one.
+    """
+
+    status: str = ""
+    result: tuple | None = None
+    lost: str | None = None
 
 
 class Puller:
@@ -46,7 +67,9 @@ class Puller:
 
     Args:
         hub: what the loops share: ``dom0`` (Dom0), ``pool`` (FairPool), ``verify`` (callable of vm, cid, command, token, which
-            gives a dict with ``verified``, ``code`` and ``reason``), ``emit`` (callable of vm, cid, what, data), ``log`` (callable of str).
+            gives a dict with ``verified``, ``code`` and ``reason``), ``call`` (runs a function in a thread and gives an awaitable),
+            ``close_deliveries`` (has results recorded as delivered, soon), ``spawn`` (runs a coroutine beside the loops), ``emit``
+            (callable of vm, cid, what, data), ``log`` (callable of str).
         vm: str, a checked name.
     """
 
@@ -56,18 +79,22 @@ class Puller:
         self._base = self._own = None
         self._key_looked = self._key_doubted = float("-inf")
         self._session = None
+        self._polling = None
+        self._poll_began = 0.0
+        #: Whether dom0 asked for something else since the poll that is on its way.
+        self._asked = False
         self._outbox = {}
-        self._outbox_lock = threading.Lock()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._untold = set()
+        self._outflows = {}
+        self._bell = Bell()
         self._retry = _RETRY_FIRST
         self._allowance = _Allowance()
         #: Set once nothing more may be taken in; results are still delivered.
-        self.stopping = threading.Event()
+        self.stopping = False
         #: Set once the session may end.
-        self.ending = threading.Event()
-        #: Set while the VM is in the list of running VMs.
-        self.running = threading.Event()
-        self.running.set()
+        self.ending = False
+        #: Cleared when the VM is no more in the list of running VMs.
+        self.running = True
         self.state = "connecting"
 
     @property
@@ -78,80 +105,77 @@ class Puller:
             self._base, self._own = base, base.for_vm(self.vm)
         return self._own
 
-    def run(self):
+    async def run(self):
         """Serve, one session after the other. Ends when told to, or when the VM doesn't run any more."""
-        while not self.ending.is_set():
+        while not self.ending:
             started = time.monotonic()
-            broken = self._try_session()
-            if self.ending.is_set() or not self.running.is_set():
+            broken = await self._try_session()
+            if self.ending or not self.running:
                 break
             if time.monotonic() - started > _GOOD_SESSION:
                 self._retry = _RETRY_FIRST
             self.state = "waiting"
-            self._pause(self._retry)
+            await self._bell.wait(self._retry)
             # Never 0 a second time: what made it so must not be a loop without a pause.
             self._retry = min(max(self._retry * 2, _RETRY_FIRST), _RETRY_BROKEN if broken else _RETRY_UNREACHABLE)
         self.state = "ended"
 
-    def run_once(self, execute_all):
+    async def run_once(self, wait_all):
         """Serve what lies in the queue now, wait for its results, deliver them.
 
         Args:
-            execute_all: callable without arguments that returns when nothing runs any more.
+            wait_all: coroutine function without arguments that returns when nothing runs any more.
 
         Raises:
             PullError: the VM can't be reached or broke the protocol.
         """
         try:
-            self._open()
-            self._turn(0)
-            execute_all()
-            self._deliver()
-            self._session.bye()
+            await self._open()
+            await self._take_in(*await self._session.poll(0, self._room()))
+            await self._tell_taken()
+            await wait_all()
+            await self._deliver()
+            await self._session.bye()
         finally:
-            self._close()
+            await self._close()
 
-    def finished(self, cid, lost=None):
-        """Note that a result waits; called from the pool's threads.
+    def finished(self, cid, end):
+        """Note that a command has ended.
 
         Args:
             cid: str.
-            lost: str, why there is no result although the command was taken; None when there is one.
+            end: Finished.
         """
-        with self._outbox_lock:
-            self._outbox[cid] = lost
+        self._outbox[cid] = end
+        self._untold.discard(cid)
         self.wake()
+
+    def wrote(self, cid, out, err):
+        """Note what a command that runs has written so far.
+
+        Args:
+            cid: str.
+            out, err: int, bytes of stdout and of stderr.
+        """
+        if self._session is not None and self._session.streams and cid not in self._outbox:
+            self._outflows.setdefault(cid, Outflow()).wrote(out, err)
+            self.wake()
 
     def wake(self):
         """Make the loop look at its flags and its outbox now."""
-        try:
-            os.write(self._wake_write, b"!")
-        except (BlockingIOError, OSError):
-            # Full: it is awake. Closed: it has ended.
-            return
+        self._bell.ring()
 
-    def abort(self):
-        """End the session from another thread."""
-        session = self._session
-        if session is not None:
-            session.abort()
-
-    def release(self):
-        """Close what is still open; the loop must have ended."""
-        os.close(self._wake_read)
-        os.close(self._wake_write)
-
-    def _try_session(self):
+    async def _try_session(self):
         """One session, from its opening to its end.
 
         Returns:
             bool, whether the VM broke the protocol.
         """
         try:
-            self._open()
+            await self._open()
             self.state = self._session.kind
             self._hub.emit(self.vm, "-", "connected", {"kind": self._session.kind})
-            self._serve()
+            await self._serve()
         except FrameError as err:
             self._hub.log(f"{self.vm}: {err}")
             self._hub.emit(self.vm, "-", "broken", {"reason": str(err)})
@@ -163,52 +187,106 @@ class Puller:
             self._hub.log(f"{self.vm}: not served: {err}")
             return True
         finally:
-            self._close()
+            await self._close()
         return False
 
-    def _open(self):
+    async def _open(self):
         config = self._config
-        self._session = Agentless(config, self.vm) if config.accept_v1 else Session(config, self.vm)
+        self._session = Agentless(config, self.vm) if config.accept_v1 else await Session.open(config, self.vm)
         try:
-            self._session.hello()
+            await self._session.hello()
         except NoAgent:
             self._session = Agentless(config, self.vm)
-            self._session.hello()
-        self._look_at_key()
-        with self._outbox_lock:
-            lost = {cid: reason for cid, reason in self._outbox.items() if reason}
-            self._outbox = {**dict.fromkeys(self._hub.dom0.expire(self.vm)), **lost}
+            await self._session.hello()
+        await self._look_at_key()
+        lost = {cid: end for cid, end in self._outbox.items() if end.lost}
+        waiting = await self._hub.call(self._hub.dom0.expire, self.vm)
+        self._outbox = {**{cid: self._outbox.get(cid, Finished()) for cid in waiting}, **lost}
+        for outflow in self._outflows.values():
+            outflow.rewind()
 
-    def _close(self):
+    async def _close(self):
         session, self._session = self._session, None
+        polling, self._polling = self._polling, None
+        if polling is not None:
+            polling.cancel()
+            await asyncio.wait((polling,))
+            # Looked at, so that nobody reports it as forgotten; why the session ends is known already.
+            polling.cancelled() or polling.exception()
         if session is not None:
-            session.close()
+            await session.close()
 
-    def _serve(self):
+    async def _serve(self):
         config = self._config
-        while not self.ending.is_set():
-            if self._deliver():
-                continue
+        while not self.ending:
+            await self._deliver()
+            self._stream()
             if self._config != config:
                 # The VM was told the old limits. What runs goes on, and is delivered in the next session.
                 self._retry = 0.0
                 break
-            if self.stopping.is_set():
-                self._pause(1.0)
-                continue
-            self._turn(self._config.poll_wait)
-            wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else _KEY_LOOK_EVERY
-            if time.monotonic() > self._key_looked + wait:
-                self._look_at_key()
-        self._deliver()
-        self._session.bye()
+            await self._tell_taken()
+            if self.stopping:
+                await self._bell.wait()
+            else:
+                await self._attend()
+        await self._deliver()
+        await self._session.bye()
 
-    def _look_at_key(self):
+    async def _attend(self):
+        """Have a poll on its way; wait until it is answered, or until something else is to be done."""
+        if self._polling is None:
+            self._asked = False
+            self._polling = asyncio.ensure_future(self._session.poll(self._config.poll_wait, self._room()))
+            self._polling.add_done_callback(lambda _: self.wake())
+            self._poll_began = time.monotonic()
+        await self._bell.wait(self._until_key_look())
+        if not self._polling.done():
+            if self._until_key_look() <= 0:
+                await self._look_at_key()
+            return
+        polling, self._polling = self._polling, None
+        items, cancels = polling.result()
+        took = time.monotonic() - self._poll_began
+        if not items and not cancels and not self._asked and took < min(1, self._config.poll_wait / 2):
+            await self._spend()
+        await self._take_in(items, cancels)
+        await self._linger()
+
+    def _room(self):
+        return max(0, self._config.vm_queue - self._hub.pool.waiting(self.vm))
+
+    async def _linger(self):
+        deadline = time.monotonic() + _LINGER
+        while self._untold and time.monotonic() < deadline:
+            await self._bell.wait(deadline - time.monotonic())
+            await self._deliver()
+
+    async def _tell_taken(self):
+        if self._untold:
+            cids, self._untold = sorted(self._untold), set()
+            self._asked = True
+            await self._session.take(cids)
+
+    def _until_key_look(self):
+        wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else _KEY_LOOK_EVERY
+        return max(0.0, self._key_looked + wait - time.monotonic())
+
+    async def _look_at_key(self):
         """See whether the VM has its key; hand it over if it hasn't and should."""
         self._key_looked = time.monotonic()
+        self._asked = True
+        dom0 = self._hub.dom0
         try:
-            self._hub.dom0.drop_old_key(self.vm)
-            news = self._hub.dom0.handover.look(self._session, self.vm, self._config.key)
+            await self._hub.call(dom0.drop_old_key, self.vm)
+            key = await self._hub.call(dom0.handover.wanted, self.vm)
+            if key is None:
+                return
+            found = await self._session.inspect()
+            is_due, news = await self._hub.call(dom0.handover.look, self.vm, found, key, self._config.key)
+            if is_due:
+                await self._session.set_key(key)
+                await self._hub.call(dom0.handover.handed, self.vm, key)
         except AgentUnable as err:
             news = "key-not-handed"
             self._hub.log(f"{self.vm}: its key could not be handed over: {err}")
@@ -219,56 +297,116 @@ class Puller:
         if news:
             self._hub.emit(self.vm, "-", news, {})
 
-    def _turn(self, wait):
-        room = self._config.vm_queue - self._hub.pool.waiting(self.vm)
-        asked = time.monotonic()
-        items, cancels = self._session.poll(wait, max(0, room), self._wake_read)
-        woken = self._drain_wakes()
-        if wait and not items and not cancels and not woken and time.monotonic() - asked < min(1, wait / 2):
-            self._spend()
+    async def _take_in(self, items, cancels):
         for untrusted_cid in cancels:
-            self._cancel(_claimed_cid(untrusted_cid))
-        for item in items:
-            self._take_in(item)
+            await self._cancel(_claimed_cid(untrusted_cid))
+        listed = {_claimed_cid(item.untrusted_cid): item for item in items}
+        if len(listed) != len(items):
+            raise FrameError("the qube listed a command twice")
+        whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
+        if whole:
+            for cid, end in (await self._hub.call(self._accept_all, whole)).items():
+                await self._took(cid, end)
+        for cid, item in listed.items():
+            if cid not in whole:
+                await self._took(cid, await self._accept_in_parts(cid, item))
 
-    def _take_in(self, item):
-        cid = _claimed_cid(item.untrusted_cid)
-        try:
-            is_new = self._accept(cid, item)
-        except Refused as refused:
-            self._refuse(cid, refused)
+    async def _took(self, cid, end):
+        """Go on with a command: ``end`` is None once it is on its way, a Refused, or an already known word."""
+        if isinstance(end, Refused):
+            await self._refuse(cid, end)
             return
         # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
         self._retry = _RETRY_FIRST
-        if not is_new:
-            self._spend()
-        elif self._hub.pool.submit(self.vm, cid):
-            self._hub.emit(self.vm, cid, "accepted", {})
-        else:
-            self._hub.dom0.interrupt_queued(self.vm, cid)
-            self.finished(cid)
-        self._session.take(cid)
+        if cid not in self._outbox:
+            self._untold.add(cid)
+        if end == "known":
+            await self._spend()
+        elif end == "late":
+            await self._hub.call(self._hub.dom0.interrupt_queued, self.vm, cid)
+            self.finished(cid, Finished())
 
-    def _accept(self, cid, item):
+    def _accept_all(self, listed):
+        """Verify, keep, claim and queue commands that came whole; in a thread.
+
+        Returns:
+            dict of id to what :meth:`_took` takes.
+        """
+        ends, admitted = {}, []
+        for cid, item in listed.items():
+            try:
+                request = self._admit(cid, item, item.command, item.token)
+            except Refused as refused:
+                ends[cid] = refused
+                continue
+            if request is None:
+                ends[cid] = "known"
+            else:
+                admitted.append((request, 0))
+        return {**ends, **self._claim(admitted)}
+
+    def _claim(self, admitted):
+        ends = dict(self._hub.dom0.claim(admitted))
+        for request, _ in admitted:
+            if request.cid in ends:
+                continue
+            # Told before it can run: whoever listens hears of it in this order.
+            self._hub.emit(self.vm, request.cid, "accepted", {})
+            ends[request.cid] = None if self._hub.pool.submit(self.vm, request.cid) else "late"
+        return ends
+
+    def _admit(self, cid, item, untrusted_command, untrusted_token):
+        self._check_sizes(item)
+        verdict = self._hub.verify(self.vm, cid, untrusted_command, untrusted_token)
+        if verdict.get("verified") is not True:
+            raise Refused(str(verdict.get("code", "doubt")), str(verdict.get("reason", "dom0 could not verify the request")))
+        return self._hub.dom0.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
+
+    def _check_sizes(self, item):
         check_size(item.command_size, self._config.command_max, "command")
         if item.token_size < 0:
             raise Refused("token", "the request came without a token; is this qube's key set up? (qvm-remote key gen)")
         check_size(item.token_size, TOKEN_MAX, "token")
-        untrusted_command, untrusted_token = item.command, item.token
-        if untrusted_command is None:
-            untrusted_command = b"".join(self._fetch(cid, "command", item.command_size))
-            untrusted_token = b"".join(self._fetch(cid, "auth", item.token_size))
-        verdict = self._hub.verify(self.vm, cid, untrusted_command, untrusted_token)
-        if verdict.get("verified") is not True:
-            raise Refused(str(verdict.get("code", "doubt")), str(verdict.get("reason", "dom0 could not verify the request")))
-        stdin = functools.partial(self._fetch, cid, "in", item.stdin_size)
-        return self._hub.dom0.accept(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size, stdin)[1]
 
-    def _fetch(self, cid, part, size):
+    async def _accept_in_parts(self, cid, item):
+        """The same for a command that is large, or has stdin: nothing of that is fetched before the token was checked."""
+        call = self._hub.call
+        try:
+            self._check_sizes(item)
+            untrusted_command, untrusted_token = item.command, item.token
+            if untrusted_command is None:
+                untrusted_command = b"".join([piece async for piece in self._fetch(cid, "command", item.command_size)])
+                untrusted_token = b"".join([piece async for piece in self._fetch(cid, "auth", item.token_size)])
+            request = await call(self._admit, cid, item, untrusted_command, untrusted_token)
+            if request is None:
+                return "known"
+            if request.stdin_digest:
+                await self._fetch_stdin(request, item.stdin_size)
+            return (await call(self._claim, [(request, max(0, item.stdin_size))]))[cid]
+        except Refused as refused:
+            return refused
+        except SpoolError as err:
+            return Refused("storage", str(err))
+
+    async def _fetch_stdin(self, request, size):
+        call, dom0 = self._hub.call, self._hub.dom0
+        writer = await call(dom0.stdin_writer, request)
+        try:
+            async for piece in self._fetch(request.cid, "in", size):
+                await call(writer.write, piece)
+        except BaseException:
+            # The session broke, or the disk is full: the request was never claimed.
+            with contextlib.suppress(SpoolError):
+                writer.close()
+            dom0.dismiss(request)
+            raise
+        await call(dom0.end_stdin, request, writer)
+
+    async def _fetch(self, cid, part, size):
         """Fetch a part of a request piece by piece. A piece that is shorter than asked for ends it: the VM's file changed."""
         offset = 0
         while offset < size:
-            piece = self._session.fetch(cid, part, offset, size - offset)
+            piece = await self._session.fetch(cid, part, offset, size - offset)
             if not piece:
                 return
             yield piece
@@ -276,12 +414,12 @@ class Puller:
             if offset < size and len(piece) < self._session.fetch_max:
                 return
 
-    def _refuse(self, cid, refused):
-        self._spend()
+    async def _refuse(self, cid, refused):
+        await self._spend()
         if refused.code == "token":
             self._key_doubted = time.monotonic()
         try:
-            shown = self._hub.dom0.audit.refusal(self.vm, cid, refused.code)
+            shown = await self._hub.call(self._hub.dom0.audit.refusal, self.vm, cid, refused.code)
         except AuditError as err:
             # Whoever asked hears of the refusal all the same: a full disk must not look like a hanging dom0.
             self._hub.log(str(err))
@@ -289,59 +427,109 @@ class Puller:
         if shown:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
-        parts = in_memory(*self._hub.dom0.refusal(self.vm, cid, str(refused)))
-        for _ in self._session.deliver([(cid, EXIT_FAILED, parts)]):
+        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused))
+        self._asked = True
+        async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
             continue
 
-    def _cancel(self, cid):
-        self._spend()
+    async def _cancel(self, cid):
+        await self._spend()
+        await self._cancel_in_dom0(cid)
+        self._asked = True
+        await self._session.drop([cid])
+
+    async def _cancel_in_dom0(self, cid):
         if self._hub.pool.withdraw(self.vm, cid):
-            self._hub.dom0.drop_queued(self.vm, cid)
+            await self._hub.call(self._hub.dom0.drop_queued, self.vm, cid)
         else:
-            self._hub.dom0.cancel(self.vm, cid)
+            await self._hub.call(self._hub.dom0.cancel, self.vm, cid)
+        self._untold.discard(cid)
         self._hub.emit(self.vm, cid, "cancelled", {})
-        self._session.drop(cid)
 
-    def _deliver(self):
-        """Deliver what waits.
-
-        Returns:
-            bool, whether there was anything.
-        """
-        with self._outbox_lock:
-            waiting = dict(self._outbox)
-        for cid in self._session.deliver(self._results(waiting)):
-            if not waiting[cid]:
-                self._hub.dom0.close_delivery(self.vm, cid)
-            self._hub.emit(self.vm, cid, "delivered", {})
-        with self._outbox_lock:
-            for cid in waiting:
+    async def _deliver(self):
+        """Deliver what waits."""
+        if not self._outbox:
+            return
+        waiting = dict(self._outbox)
+        if all(end.result for end in waiting.values()):
+            results = self._results(waiting)
+        else:
+            results = await self._hub.call(self._results, waiting)
+        self._asked = True
+        reached = []
+        try:
+            async for cid in self._session.deliver(results):
+                reached.append(cid)
+        finally:
+            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].lost])
+            for cid in reached:
                 self._outbox.pop(cid, None)
-        return bool(waiting)
+                self._hub.emit(self.vm, cid, "delivered", {})
+        for cid in waiting:
+            # Without a result there was nothing (any more) to deliver.
+            self._outbox.pop(cid, None)
+            self._outflows.pop(cid, None)
 
     def _results(self, waiting):
-        for cid, lost in waiting.items():
-            if lost:
-                yield cid, EXIT_FAILED, in_memory(*self._hub.dom0.refusal(self.vm, cid, lost))
+        found = []
+        for cid, end in waiting.items():
+            if end.lost:
+                found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.refusal(self.vm, cid, end.lost))))
                 continue
-            result = self._hub.dom0.result(self.vm, cid)
+            result = end.result or self._hub.dom0.result(self.vm, cid)
             if result is not None:
-                yield (cid, *result)
+                found.append(Delivery(cid, *result, sent=self._sent(cid, end, result[1])))
+        return found
 
-    def _spend(self):
+    def _sent(self, cid, end, parts):
+        """How much of a result its VM has already."""
+        outflow = self._outflows.get(cid)
+        sent = outflow.sent() if outflow and end.status in _KEEPS_OUTPUT and self._session.streams else {}
+        return sent if all(parts[part][0] >= size for part, size in sent.items()) else {}
+
+    def _stream(self):
+        """Send on what running commands have written."""
+        for cid, outflow in list(self._outflows.items()):
+            piece = None if cid in self._outbox else outflow.next()
+            while piece is not None:
+                try:
+                    found = self._hub.dom0.chunk(self.vm, cid, piece.seq, piece.part, piece.offset, piece.size)
+                except SpoolError as err:
+                    self._hub.log(f"{self.vm}: {cid}: {err}")
+                    found = None
+                if found is None or len(found[0]) != piece.size:
+                    # It has just ended: the rest comes with its result.
+                    outflow.put_back()
+                    break
+                self._asked = True
+                chunk = Chunk(piece.part, piece.offset, piece.seq, *found)
+                sending = asyncio.ensure_future(self._session.stream(cid, chunk))
+                sending.add_done_callback(lambda sending, cid=cid, outflow=outflow: self._streamed(cid, outflow, sending))
+                piece = outflow.next()
+
+    def _streamed(self, cid, outflow, sending):
+        if sending.cancelled():
+            return
+        if sending.exception() is not None:
+            # A full disk there ends the stream, not the command; with the session, the next one goes on.
+            outflow.stopped = outflow.stopped or isinstance(sending.exception(), AgentUnable)
+            return
+        outflow.answered()
+        if not sending.result() and not outflow.stopped:
+            outflow.stopped = True
+            self._hub.spawn(self._cancel_in_dom0(cid))
+        self.wake()
+
+    async def _spend(self):
         wait = self._allowance.spend()
-        if wait:
-            self.ending.wait(wait)
-
-    def _pause(self, seconds):
-        wait_readable([self._wake_read], time.monotonic() + seconds)
-        self._drain_wakes()
-
-    def _drain_wakes(self):
-        try:
-            return bool(os.read(self._wake_read, 4096))
-        except BlockingIOError:
-            return False
+        if not wait:
+            return
+        deadline = time.monotonic() + wait
+        while not self.ending and wait > 0:
+            await self._bell.wait(wait)
+            wait = deadline - time.monotonic()
+        # Whatever rang meanwhile is to be looked at.
+        self.wake()
 
 
 class _Allowance:

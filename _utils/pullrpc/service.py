@@ -6,37 +6,45 @@ It never starts a VM. Only one runs at a time (see lock); what a dead one left b
 
 from __future__ import annotations
 
-import contextvars
+import asyncio
+import functools
 import json
 import os
-import threading
 import time
 
 from . import sandbox
+from .aio import Bell, Threads, run
 from .config import digest
+from .dom0 import of_bytes
 from .errors import PullError
 from .files import forget, write_whole
-from .frames import wait_readable
 from .lock import EngineLock
-from .puller import Puller
+from .puller import Finished, Puller
 from .scheduler import FairPool
 from .transport import running_vms
+from .watch import Watcher
 
 #: After its processes were killed, how long until a command must have been recorded as ended, seconds.
 _KILL_WAIT = 3.0
 #: How long the last results and goodbyes may take when the service stops, seconds.
 _GOODBYE_WAIT = 1.5
+#: Threads for what touches the disk, or asks other programs of dom0.
+_THREADS = 8
+#: A result up to this size is kept in memory until it is delivered, bytes; a larger one is read again.
+_AT_HAND = 1 << 16
+#: How often :meth:`Service.run_once` looks whether all is done, seconds.
+_WAIT_STEP = 0.01
 
 
 class Service:
-    """All pull loops of dom0.
+    """All pull loops of dom0, in one event loop.
 
     Args:
         dom0: Dom0.
         verify: callable, see :class:`pullrpc.puller.Puller`.
         execute: callable of (vm, cid) that runs a claimed command and gives a dict with ``status`` and ``exit``.
-        emit: callable of (vm, cid, what, data dict); must not block or raise.
-        log: callable of str.
+        emit: callable of (vm, cid, what, data dict); must not block or raise; called from several threads.
+        log: callable of str; called from several threads.
         on_reload: callable that puts new settings into ``dom0``; may raise PullError.
         setup: str, what it was started as; told to whoever asks for the status.
     """
@@ -49,8 +57,15 @@ class Service:
         self._execute = execute
         # A pipe, not an Event: stop() must be safe in a signal handler that interrupted whatever.
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop = None
+        self._bell = None
+        self._threads = None
+        self._stopping = False
         self._pullers = {}
-        self._threads = {}
+        self._tasks = {}
+        self._running = set()
+        self._spawned = set()
+        self._to_close = []
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
@@ -64,19 +79,7 @@ class Service:
         """
         with EngineLock(self.dom0.config.run_dir, takes_signals=True):
             self._begin()
-            try:
-                deadline = time.monotonic()
-                while True:
-                    wait_readable([self._wake_read], deadline)
-                    wakes = self._drain_wakes()
-                    if b"!" in wakes:
-                        break
-                    if wakes:
-                        self._reload()
-                    self._discover()
-                    deadline = time.monotonic() + self.dom0.config.discover_interval
-            finally:
-                self._end()
+            run(self._in_loop(self._serve()))
 
     def run_once(self):
         """Serve what lies in the queues of all running VMs now.
@@ -89,18 +92,7 @@ class Service:
         """
         with EngineLock(self.dom0.config.run_dir):
             self._begin()
-            outcome = {}
-            for vm in sorted(self._served() & running_vms(self.dom0.config)):
-                puller = self._pullers[vm] = Puller(self, vm)
-                try:
-                    puller.run_once(self._wait_all)
-                    outcome[vm] = "served"
-                except PullError as err:
-                    outcome[vm] = str(err)
-            self.pool.close()
-            for puller in self._pullers.values():
-                puller.release()
-            return outcome
+            return run(self._in_loop(self._serve_once()))
 
     def stop(self):
         """Ask :meth:`run` to end; may be called from a signal handler."""
@@ -110,6 +102,54 @@ class Service:
         """Ask :meth:`run` to take new settings over; may be called from a signal handler."""
         self._wake(b"r")
 
+    def call(self, function, *args):
+        """Run a function in a thread.
+
+        Args:
+            function: callable.
+            args: its arguments.
+
+        Returns:
+            awaitable of what it returns.
+        """
+        return self._threads.call(function, *args)
+
+    def spawn(self, coroutine):
+        """Have a coroutine run beside whatever runs.
+
+        Args:
+            coroutine: coroutine.
+        """
+        task = asyncio.ensure_future(coroutine)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned_ended)
+
+    def close_deliveries(self, results):
+        """Have results recorded as delivered; nobody waits for that, and what comes at the same time is recorded together.
+
+        Args:
+            results: list of (vm, cid).
+        """
+        self._to_close += results
+        if results and len(self._to_close) == len(results):
+            self.spawn(self._close_deliveries())
+
+    async def _close_deliveries(self):
+        while self._to_close:
+            # Not taken out before they are recorded: what comes meanwhile finds this task at work.
+            results = list(self._to_close)
+            try:
+                await self.call(self.dom0.close_deliveries, results)
+            except PullError as err:
+                # What could not be recorded is delivered again in the next session, which harms nothing.
+                self.log(str(err))
+            del self._to_close[: len(results)]
+
+    def _spawned_ended(self, task):
+        self._spawned.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.log(f"a step failed: {task.exception()}")
+
     def _wake(self, word):
         try:
             os.write(self._wake_write, word)
@@ -117,11 +157,76 @@ class Service:
             # Full of earlier calls: it knows.
             return
 
-    def _drain_wakes(self):
+    def _begin(self):
+        # What a dead service left says nothing of this one.
+        forget(sessions_path(self.dom0.config))
+        swept = sandbox.sweep(self.dom0.config.run_dir)
+        left = self.dom0.recover()
+        if swept or left:
+            self.log(f"the last service ended early: {len(left)} commands were interrupted, {swept} sandboxes removed")
+        self._warm()
+
+    def _warm(self):
         try:
-            return os.read(self._wake_read, 4096)
+            self.dom0.warm()
+        except PullError as err:
+            # Each command will be answered with the reason; those who ask are to hear of it.
+            self.log(str(err))
+
+    async def _in_loop(self, work):
+        self._loop = asyncio.get_running_loop()
+        self._bell = Bell()
+        self.dom0.on_output = functools.partial(self._post, "wrote")
+        self._threads = Threads(_THREADS, "qvm-remote-disk")
+        try:
+            return await work
+        finally:
+            if self._spawned:
+                await asyncio.wait(self._spawned, timeout=_GOODBYE_WAIT)
+            self.dom0.on_output = None
+            self.pool.close()
+            self._threads.close()
+            sandbox.close_idle()
+
+    async def _serve(self):
+        self._loop.add_reader(self._wake_read, self._on_wake)
+        watcher = Watcher(self._bell.ring, self.log)
+        watcher.start()
+        looked = float("-inf")
+        try:
+            while not self._stopping:
+                interval = self.dom0.config.discover_interval
+                if time.monotonic() >= watcher.next_look(looked, interval):
+                    looked = time.monotonic()
+                    await self._look_who_runs()
+                await self._discover()
+                await self._bell.wait(min(interval, watcher.next_look(looked, interval) - time.monotonic()))
+        finally:
+            await watcher.stop()
+            await self._end()
+            self._loop.remove_reader(self._wake_read)
+
+    async def _serve_once(self):
+        outcome = {}
+        for vm in sorted(await self._served() & await self.call(running_vms, self.dom0.config)):
+            puller = self._pullers[vm] = Puller(self, vm)
+            try:
+                await puller.run_once(self._wait_all)
+                outcome[vm] = "served"
+            except PullError as err:
+                outcome[vm] = str(err)
+        return outcome
+
+    def _on_wake(self):
+        try:
+            words = os.read(self._wake_read, 4096)
         except BlockingIOError:
-            return b""
+            return
+        if b"!" in words:
+            self._stopping = True
+        else:
+            self._reload()
+        self._bell.ring()
 
     def _reload(self):
         try:
@@ -131,45 +236,38 @@ class Service:
             return
         for puller in self._pullers.values():
             puller.wake()
+        self._warm()
 
-    def _begin(self):
-        # What a dead service left says nothing of this one.
-        forget(sessions_path(self.dom0.config))
-        swept = sandbox.sweep(self.dom0.config.run_dir)
-        left = self.dom0.recover()
-        if swept or left:
-            self.log(f"the last service ended early: {len(left)} commands were interrupted, {swept} sandboxes removed")
-
-    def _served(self):
+    async def _served(self):
         # A VM without a key is served too if the settings name it, or a session is open: it gets to hear that it is refused.
-        return set(self.dom0.config.vms) | set(self.dom0.keyring.names()) | set(self._pullers)
+        return set(self.dom0.config.vms) | set(await self.call(self.dom0.keyring.names)) | set(self._pullers)
 
-    def _discover(self):
+    async def _look_who_runs(self):
         try:
-            running = running_vms(self.dom0.config)
-            wanted = self._served() & running
+            self._running = await self.call(running_vms, self.dom0.config)
         except PullError as err:
             # The open sessions go on; VMs started meanwhile are found once the list can be read again.
             self.log(str(err))
-            return
-        for vm, thread in list(self._threads.items()):
-            if vm not in running:
-                self._pullers[vm].running.clear()
-                self._pullers[vm].wake()
-            if not thread.is_alive():
-                del self._threads[vm]
-                self._pullers.pop(vm).release()
-        for vm in sorted(wanted - set(self._threads)):
-            self._start_puller(vm)
-        self._publish()
 
-    def _start_puller(self, vm):
-        puller = Puller(self, vm)
-        # Salt's loader finds its own context through context variables; a bare thread would have none.
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(puller.run,), name=f"qvm-remote-{vm}", daemon=True)
-        self._pullers[vm], self._threads[vm] = puller, thread
-        thread.start()
+    async def _discover(self):
+        """Serve those that are to be served and run, and end with the others."""
+        try:
+            wanted = await self._served() & self._running
+        except PullError as err:
+            self.log(str(err))
+            return
+        for vm, task in list(self._tasks.items()):
+            if vm not in self._running:
+                self._pullers[vm].running = False
+                self._pullers[vm].wake()
+            if task.done():
+                if not task.cancelled() and task.exception() is not None:
+                    self.log(f"{vm}: not served: {task.exception()!r}")
+                del self._tasks[vm], self._pullers[vm]
+        for vm in sorted(wanted - set(self._tasks)):
+            self._pullers[vm] = Puller(self, vm)
+            self._tasks[vm] = asyncio.ensure_future(self._pullers[vm].run())
+        await self.call(self._publish)
 
     def _publish(self):
         """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
@@ -184,46 +282,68 @@ class Service:
             self.log(f"the status can't be written: {err.strerror}")
 
     def _run_one(self, vm, cid):
-        lost = None
+        """Run a command; in one of the pool's threads."""
         try:
             self.emit(vm, cid, "running", {})
             outcome = self._execute(vm, cid)
             self.emit(vm, cid, "done", outcome)
+            end = Finished(status=outcome["status"], result=self._small_result(vm, cid))
         except PullError as err:
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
-            lost = f"the command was taken, but its end is not known: {err}"
+            end = Finished(lost=f"the command was taken, but its end is not known: {err}")
             self.log(f"{vm}: {cid}: {err}")
+        self._post("finished", vm, cid, end)
+
+    def _small_result(self, vm, cid):
+        """A result that is worth keeping at hand until it is delivered; None for another one."""
+        result = self.dom0.result(vm, cid)
+        if result is None or sum(size for size, _ in result[1].values()) > _AT_HAND:
+            return None
+        exit_code, parts = result
+        return exit_code, {part: of_bytes(b"".join(chunks(0))) for part, (_, chunks) in parts.items()}
+
+    def _post(self, what, vm, cid, *news):
+        """Tell a VM's loop something, from whatever thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._tell, what, vm, cid, *news)
+        except RuntimeError:
+            # The service has ended meanwhile; the next one delivers what is in the ledger.
+            return
+
+    def _tell(self, what, vm, cid, *news):
         puller = self._pullers.get(vm)
         if puller is not None:
-            puller.finished(cid, lost)
+            getattr(puller, what)(cid, *news)
 
-    def _wait_all(self):
+    async def _wait_all(self):
         while self.pool.waiting_count() or self.pool.busy():
-            self.pool.wait_idle(0.1)
-            time.sleep(0.01)
+            await asyncio.sleep(_WAIT_STEP)
+        # What the pool's threads posted last is heard before this goes on.
+        await asyncio.sleep(0)
 
-    def _end(self):
+    async def _end(self):
         """End within ``stop_grace`` and a few seconds: finish or kill what runs, deliver, say goodbye."""
         pullers = list(self._pullers.values())
         for puller in pullers:
-            puller.stopping.set()
+            puller.stopping = True
             puller.wake()
         for vm, cid in self.pool.close():
-            self.dom0.interrupt_queued(vm, cid)
-            self._pullers[vm].finished(cid)
-        if not self.pool.wait_idle(self.dom0.config.stop_grace):
-            self.dom0.interrupt_running()
-            self.pool.wait_idle(_KILL_WAIT)
+            await self.call(self.dom0.interrupt_queued, vm, cid)
+            self._tell("finished", vm, cid, Finished())
+        if not await self.call(self.pool.wait_idle, self.dom0.config.stop_grace):
+            await self.call(self.dom0.interrupt_running)
+            await self.call(self.pool.wait_idle, _KILL_WAIT)
         for puller in pullers:
-            puller.ending.set()
+            puller.ending = True
             puller.wake()
-        deadline = time.monotonic() + _GOODBYE_WAIT
-        for thread in self._threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        for vm, thread in self._threads.items():
-            if thread.is_alive():
-                self._pullers[vm].abort()
-                thread.join(_GOODBYE_WAIT / 3)
+        for wait in (_GOODBYE_WAIT, _GOODBYE_WAIT / 3, _GOODBYE_WAIT / 3):
+            tasks = [task for task in self._tasks.values() if not task.done()]
+            if not tasks:
+                return
+            await asyncio.wait(tasks, timeout=wait)
+            for task in tasks:
+                # The first time it ends its session in an orderly way, the second time at once.
+                task.cancel()
 
 
 def sessions_path(config):

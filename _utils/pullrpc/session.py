@@ -2,19 +2,20 @@
 """A session with the agent in one VM, seen from dom0: requests go out, each gets one answer, everything else ends it.
 
 The agent is hostile until its answer is checked: wrong order, wrong size, too late, too much, or a byte that
-nobody asked for ends the session. Memory per session is bounded by one frame.
+nobody asked for ends the session (see duplex).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
-import time
 
+from .duplex import Duplex
 from .errors import AgentUnable, FrameError, SessionBroken
-from .frames import PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
+from .frames import PAYLOAD_MAX
 from .layout import PROBLEMS
-from .transport import Channel
+from .transport import open_channel
 
 _AGENT_COMMAND = "qvm-remote agent"
 #: Exit code of a shell that does not find a program (POSIX).
@@ -24,6 +25,8 @@ INLINE_MAX = 1 << 16
 ITEMS_MAX = 24
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){3}\Z")
 CANCELS_MAX = 16
+#: Most of results that is on its way without an answer.
+_WINDOW_FRAMES, _WINDOW_BYTES = 32, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +60,52 @@ class Found:
     problems: tuple
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of what a command wrote, on its way while it runs.
+
+    Attributes:
+        part: str, ``out`` or ``err``.
+        offset: int, bytes of that part before it.
+        seq: int, pieces of both parts before it.
+        data: bytes.
+        mac: str, hex; see :func:`pullrpc.tokens.chunk_mac`.
+    """
+
+    part: str
+    offset: int
+    seq: int
+    data: bytes
+    mac: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """A result to hand over.
+
+    Attributes:
+        cid: str.
+        exit_code: int.
+        parts: dict of ``out``, ``err`` and ``meta`` to (size in bytes, callable of an offset that yields bytes).
+        sent: dict of part to bytes that the VM has already, and that are the beginning of that part.
+    """
+
+    cid: str
+    exit_code: int
+    parts: dict
+    sent: dict = dataclasses.field(default_factory=dict)
+
+
 class NoAgent(SessionBroken):
     """The VM has no agent: qvm-remote is not installed in its template."""
 
 
 class Session:
-    """An open session.
+    """An open session. Every method that gives an answer raises SessionBroken when the session ends before that came.
 
     Args:
         config: Config that holds for the VM.
-        vm: str, a checked name.
-
-    Raises:
-        TransportError: qvm-run can't be started.
+        channel: Channel, with the agent at its other end.
     """
 
     #: What a user reads in the status.
@@ -77,13 +113,30 @@ class Session:
     #: Most that one :meth:`fetch` gives, bytes.
     fetch_max = PAYLOAD_MAX
 
-    def __init__(self, config, vm):
+    def __init__(self, config, channel):
         self._config = config
-        self._number = 0
-        self._channel = Channel(config, vm, _AGENT_COMMAND)
-        self._reader = FrameReader(self._channel.out_fd)
+        self._channel = channel
+        self._duplex = Duplex(channel.in_fd, channel.out_fd, config.answer_wait)
+        #: Whether the agent takes output of commands that still run.
+        self.streams = False
 
-    def hello(self):
+    @classmethod
+    async def open(cls, config, vm):
+        """Start the agent in a VM.
+
+        Args:
+            config: Config that holds for the VM.
+            vm: str, a checked name.
+
+        Returns:
+            Session
+
+        Raises:
+            TransportError: qvm-run can't be started.
+        """
+        return cls(config, await open_channel(config, vm, _AGENT_COMMAND))
+
+    async def hello(self):
         """Begin.
 
         Raises:
@@ -92,20 +145,21 @@ class Session:
         """
         config = self._config
         limits = {name: getattr(config, name) for name in ("timeout_max", "command_max", "stdin_max", "max_age")}
-        answer = self._begin({"op": "hello", "v": 2, "limits": limits})
+        answer = await self._begin({"op": "hello", "v": 2, "limits": limits})
         if answer.get("v") != 2:
             raise FrameError("the agent speaks another version of the protocol")
+        self.streams = answer.get("stream") == 1
 
-    def inspect(self):
+    async def inspect(self):
         """Ask what key the VM has, and whether its queue is in order; nothing is changed there.
 
         Returns:
             Found
 
         Raises:
-            NoAgent: the program is not installed there; SessionBroken
+            NoAgent: the program is not installed there.
         """
-        answer = self._begin({"op": "key"})
+        answer = await self._begin({"op": "key"})
         untrusted_print, untrusted_problems = answer.get("fingerprint"), answer.get("problems")
         if not isinstance(untrusted_problems, list) or any(word not in PROBLEMS for word in untrusted_problems):
             raise FrameError("the agent's view of the queue is malformed")
@@ -113,79 +167,58 @@ class Session:
             raise FrameError("the agent's view of the key is malformed")
         return Found(untrusted_print, tuple(sorted(set(untrusted_problems))))
 
-    def set_key(self, key):
+    async def set_key(self, key):
         """Give the VM its key; folders that are missing are made, rights that others have are taken away.
 
         Args:
             key: bytes, 32.
 
         Raises:
-            AgentUnable: it can't store it; SessionBroken
+            AgentUnable: it can't store it.
         """
-        self._ask({"op": "set-key"}, key.hex().encode("ascii"))
+        await self._ask({"op": "set-key"}, key.hex().encode("ascii"))
 
-    def _begin(self, request):
+    async def _begin(self, request):
         try:
-            return self._ask(request)[0]
+            return await self._ask(request)
         except AgentUnable:
             raise
         except SessionBroken:
-            if self._number == 1 and self.close() == _NOT_FOUND:
+            if self._duplex.requests == 1 and await self.close() == _NOT_FOUND:
                 raise NoAgent("qvm-remote is not installed there") from None
             raise
 
-    def abort(self):
-        """End the session from another thread; whoever works with it finds it broken."""
-        self._channel.kill()
-
-    def close(self):
+    async def close(self):
         """End the session.
 
         Returns:
-            int, the exit code of qvm-run.
+            int, the exit code of qvm-run; None when it was ended before.
         """
-        return self._channel.end()
+        channel, self._channel = self._channel, None
+        if channel is None:
+            return None
+        self._duplex.close()
+        return await channel.end()
 
-    def bye(self):
+    async def bye(self):
         """Tell the agent that the session ends, so that it cleans up."""
-        self._ask({"op": "bye"})
+        await self._ask({"op": "bye"})
 
-    def poll(self, wait, room, wake_fd):
-        """Ask what lies in the queue; the answer may take as long as nothing does.
+    async def poll(self, wait, room):
+        """Ask what lies in the queue; the answer may take as long as nothing does, and dom0 asks for nothing else.
 
         Args:
             wait: int, seconds the agent may wait.
             room: int, most commands wanted.
-            wake_fd: int, a descriptor that becomes readable when dom0 has something else to say.
 
         Returns:
             (list of Item, list of str): commands, and ids (not checked) that their clients gave up.
-
-        Raises:
-            SessionBroken
         """
-        number = self._send({"op": "poll", "wait": wait, "max": room, "inline": INLINE_MAX})
-        deadline = time.monotonic() + wait + self._config.answer_wait
-        woken = False
-        while True:
-            frame = self._reader.try_frame(INLINE_MAX)
-            if frame is not None:
-                break
-            ready = wait_readable([self._reader.fileno()] + ([] if woken else [wake_fd]), deadline)
-            if wake_fd in ready:
-                woken = True
-                deadline = time.monotonic() + self._config.answer_wait
-                woken_number = self._send({"op": "wake"})
-            if time.monotonic() >= deadline:
-                raise FrameError("the agent did not answer in time")
-            if self._reader.fileno() in ready:
-                self._reader.poll()
-        answer = self._checked(frame[0], number)
-        if woken:
-            self._receive(woken_number, 0)
-        return _read_poll(answer, frame[1])
+        request = {"op": "poll", "wait": wait, "max": room, "inline": INLINE_MAX}
+        header, payload = await self._duplex.ask(request, payload_max=INLINE_MAX, patience=wait)
+        return _read_poll(_checked(header), payload)
 
-    def fetch(self, cid, part, offset, size):
+    async def fetch(self, cid, part, offset, size):
         """Fetch a part of a request.
 
         Args:
@@ -195,83 +228,96 @@ class Session:
 
         Returns:
             bytes, at most ``size``.
-
-        Raises:
-            SessionBroken
         """
         size = min(size, PAYLOAD_MAX)
-        number = self._send({"op": "fetch", "id": cid, "part": part, "offset": offset, "size": size})
-        return self._receive(number, size)[1]
+        request = {"op": "fetch", "id": cid, "part": part, "offset": offset, "size": size}
+        header, payload = await self._duplex.ask(request, payload_max=size)
+        _checked(header)
+        return payload
 
-    def take(self, cid):
-        """Tell the VM that dom0 has a command and will answer it.
+    async def take(self, cids):
+        """Tell the VM that dom0 has some commands and will answer them.
 
-        Raises:
-            SessionBroken
+        Args:
+            cids: list of str.
         """
-        self._ask({"op": "take", "id": cid})
+        await self._ask_all([{"op": "take", "id": cid} for cid in cids])
 
-    def drop(self, cid):
-        """Tell the VM that a command its client gave up is done with.
+    async def drop(self, cids):
+        """Tell the VM that commands which their clients gave up are done with.
 
-        Raises:
-            SessionBroken
+        Args:
+            cids: list of str.
         """
-        self._ask({"op": "drop", "id": cid})
+        await self._ask_all([{"op": "drop", "id": cid} for cid in cids])
 
-    def deliver(self, results):
+    async def stream(self, cid, chunk):
+        """Hand over a piece of what a command that runs has written.
+
+        Args:
+            cid: str.
+            chunk: Chunk.
+
+        Returns:
+            bool, whether somebody in the VM still waits for it.
+        """
+        request = {"op": "put", "id": cid, "part": chunk.part, "offset": chunk.offset, "seq": chunk.seq, "mac": chunk.mac}
+        return (await self._ask(request, chunk.data)).get("gone") != 1
+
+    async def deliver(self, results):
         """Hand results over.
 
         Args:
-            results: iterable of (cid, exit code, parts); parts is a dict of ``out``, ``err`` and ``meta`` to
-                (size in bytes, callable that yields bytes).
+            results: iterable of Delivery.
 
         Yields:
             str, an id whose result the VM now has in whole.
-
-        Raises:
-            SessionBroken
         """
-        for cid, exit_code, parts in results:
-            self._deliver_one(cid, exit_code, parts)
-            yield cid
+        unanswered, size = collections.deque(), 0
+        for result in results:
+            for request, payload, delivered in _frames_of(result):
+                unanswered.append((self._duplex.ask(request, payload), len(payload), delivered))
+                size += len(payload)
+                while size > _WINDOW_BYTES or len(unanswered) > _WINDOW_FRAMES:
+                    answer, answered, cid = unanswered.popleft()
+                    size -= answered
+                    _checked((await answer)[0])
+                    if cid:
+                        yield cid
+        for answer, _, cid in unanswered:
+            _checked((await answer)[0])
+            if cid:
+                yield cid
 
-    def _deliver_one(self, cid, exit_code, parts):
-        sizes = {part: size for part, (size, _) in parts.items()}
-        inline = sum(sizes.values()) <= PAYLOAD_MAX
-        payload = b""
-        for part in ("out", "err", "meta"):
-            offset = 0
-            for chunk in parts[part][1]():
-                if inline:
-                    payload += chunk
-                else:
-                    self._ask({"op": "put", "id": cid, "part": part, "offset": offset}, chunk)
-                offset += len(chunk)
-        self._ask({"op": "result", "id": cid, "exit": exit_code, "inline": int(inline), **sizes}, payload)
+    async def _ask(self, request, payload=b""):
+        return _checked((await self._duplex.ask(request, payload))[0])
 
-    def _ask(self, request, payload=b""):
-        return self._receive(self._send(request, payload), 0)
+    async def _ask_all(self, requests):
+        for answer in [self._duplex.ask(request) for request in requests]:
+            _checked((await answer)[0])
 
-    def _send(self, request, payload=b""):
-        if self._reader.pending():
-            raise FrameError("the agent sent something nobody asked for")
-        self._number += 1
-        frame = encode_frame({**request, "n": self._number}, payload)
-        write_all(self._channel.in_fd, frame, time.monotonic() + self._config.answer_wait)
-        return self._number
 
-    def _receive(self, number, payload_max):
-        header, payload = self._reader.read(payload_max, time.monotonic() + self._config.answer_wait)
-        return self._checked(header, number), payload
+def _frames_of(result):
+    """A result as requests: (request, payload, its id if that is its last one)."""
+    sizes = {part: size for part, (size, _) in result.parts.items()}
+    inline = not any(result.sent.values()) and sum(sizes.values()) <= PAYLOAD_MAX
+    payload = b""
+    for part in ("out", "err", "meta"):
+        offset = result.sent.get(part, 0)
+        for chunk in result.parts[part][1](offset):
+            if inline:
+                payload += chunk
+            else:
+                yield {"op": "put", "id": result.cid, "part": part, "offset": offset}, chunk, None
+            offset += len(chunk)
+    yield {"op": "result", "id": result.cid, "exit": result.exit_code, "inline": int(inline), **sizes}, payload, result.cid
 
-    def _checked(self, untrusted_answer, number):
-        if untrusted_answer.get("n") != number:
-            raise FrameError("the agent answered out of turn")
-        if "error" in untrusted_answer:
-            # Its words stay there: nothing a VM wrote belongs into dom0's log.
-            raise AgentUnable("the agent could not do what it was asked (is the disk of the VM full?)")
-        return untrusted_answer
+
+def _checked(untrusted_answer):
+    if "error" in untrusted_answer:
+        # Its words stay there: nothing a VM wrote belongs into dom0's log.
+        raise AgentUnable("the agent could not do what it was asked (is the disk of the VM full?)")
+    return untrusted_answer
 
 
 def _read_poll(untrusted_answer, payload):

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import os
 import shutil
+import threading
+import time
 
 from .errors import SpoolError
 from .files import forget, read_bounded, write_whole
@@ -17,6 +19,8 @@ from .files import forget, read_bounded, write_whole
 #: Files of one command.
 COMMAND, TOKEN, STDIN, OUT, ERR, META = "command", "token", "in", "out", "err", "meta"
 _CHUNK = 1 << 18
+#: How long a count of what is kept holds, seconds: to count it takes time for each file.
+_COUNT_HOLDS = 1.0
 
 
 class Spool:
@@ -28,6 +32,9 @@ class Spool:
 
     def __init__(self, folder):
         self._folder = folder
+        self._lock = threading.Lock()
+        #: When the bytes of each VM were counted, and how many they were.
+        self._counted = {}
 
     def path(self, vm, cid, part=""):
         """Path of a command's folder, or of a file in it.
@@ -42,11 +49,21 @@ class Spool:
         return os.path.join(self._folder, vm, cid, part) if part else os.path.join(self._folder, vm, cid)
 
     def used(self, vm):
-        """Bytes kept for a VM.
+        """Bytes kept for a VM, as they were a moment ago: what this process admitted since is counted, what commands wrote is not.
 
         Returns:
             int
         """
+        now = time.monotonic()
+        with self._lock:
+            counted, total = self._counted.get(vm, (float("-inf"), 0))
+        if now - counted > _COUNT_HOLDS:
+            total = self._count(vm)
+            with self._lock:
+                self._counted[vm] = (now, total)
+        return total
+
+    def _count(self, vm):
         total = 0
         for folder, _, names in os.walk(os.path.join(self._folder, vm)):
             for name in names:
@@ -55,6 +72,12 @@ class Spool:
                 except FileNotFoundError:
                     continue
         return total
+
+    def _count_in(self, vm, size):
+        with self._lock:
+            if vm in self._counted:
+                counted, total = self._counted[vm]
+                self._counted[vm] = (counted, total + size)
 
     def store_request(self, vm, cid, command, token_line):
         """Keep an authenticated request.
@@ -71,6 +94,7 @@ class Spool:
             os.makedirs(self.path(vm, cid), mode=0o700, exist_ok=True)
             write_whole(self.path(vm, cid, COMMAND), command)
             write_whole(self.path(vm, cid, TOKEN), token_line)
+        self._count_in(vm, len(command) + len(token_line))
 
     def load_request(self, vm, cid, command_max, token_max):
         """Read a request back.
@@ -87,27 +111,20 @@ class Spool:
         stdin_path = self.path(vm, cid, STDIN)
         return command, token_line, stdin_path if os.path.exists(stdin_path) else None
 
-    def store_stdin(self, vm, cid, chunks):
-        """Keep a request's stdin.
+    def stdin_writer(self, vm, cid):
+        """Begin to keep a request's stdin.
 
         Args:
             vm, cid: str, checked.
-            chunks: iterable of bytes, bounded by whoever makes it.
 
         Returns:
-            bytes, the SHA-256 of it all.
+            StdinWriter
 
         Raises:
             SpoolError: the disk is full or can't be written.
         """
-        digest = hashlib.sha256()
         with _disk_errors(vm):
-            fd = os.open(self.path(vm, cid, STDIN), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-        return digest.digest()
+            return StdinWriter(vm, self.path(vm, cid, STDIN))
 
     def store_text(self, vm, cid, part, data):
         """Keep a small file of a result.
@@ -144,8 +161,30 @@ class Spool:
         except FileNotFoundError:
             return 0
 
-    def chunks(self, vm, cid, part):
+    def piece(self, vm, cid, part, offset, size):
+        """Read a piece of a file.
+
+        Args:
+            vm, cid: str, checked.
+            part: str.
+            offset, size: int, bytes.
+
+        Returns:
+            bytes, as many unless the file ends before.
+
+        Raises:
+            SpoolError: it can't be read.
+        """
+        with _disk_errors(vm), open(self.path(vm, cid, part), "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def chunks(self, vm, cid, part, offset=0):
         """Read a file in parts.
+
+        Args:
+            vm, cid: str, checked.
+            part: str.
+            offset: int, bytes, where to begin.
 
         Yields:
             bytes, at most 256 KiB each.
@@ -156,7 +195,8 @@ class Spool:
         with _disk_errors(vm):
             if not os.path.exists(self.path(vm, cid, part)):
                 return
-            with open(self.path(vm, cid, part), "rb") as file:
+            with open(self.path(vm, cid, part), "rb", buffering=0) as file:
+                file.seek(offset)
                 while True:
                     chunk = file.read(_CHUNK)
                     if not chunk:
@@ -185,6 +225,48 @@ class Spool:
     def remove(self, vm, cid):
         """Remove all of a command."""
         shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+
+
+class StdinWriter:
+    """Keeps a request's stdin as it comes.
+
+    Args:
+        vm: str.
+        path: str, a file that is not there yet.
+    """
+
+    def __init__(self, vm, path):
+        self._vm = vm
+        self._digest = hashlib.sha256()
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb")
+        self.size = 0
+
+    def write(self, data):
+        """Add to it; whoever fetches it bounds it.
+
+        Args:
+            data: bytes.
+
+        Raises:
+            SpoolError: the disk is full or can't be written.
+        """
+        with _disk_errors(self._vm):
+            self._digest.update(data)
+            self._file.write(data)
+            self.size += len(data)
+
+    def close(self):
+        """End it.
+
+        Returns:
+            bytes, the SHA-256 of it all.
+
+        Raises:
+            SpoolError: the disk is full or can't be written.
+        """
+        with _disk_errors(self._vm):
+            self._file.close()
+        return self._digest.digest()
 
 
 @contextlib.contextmanager

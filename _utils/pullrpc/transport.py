@@ -7,13 +7,14 @@ Nothing here ever starts a VM that is served (``--no-autostart``, always), and n
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import time
 
+from .aio import ended, readable, write_all
 from .errors import PullError, TransportError
-from .frames import wait_readable, write_all
 from .ids import check_vm_name
 
 #: A list of VM names longer than this is not believed, bytes (more than 30,000 VMs).
@@ -186,22 +187,13 @@ class Channel:
     """A program running in a VM, its stdin and stdout in our hands as non-blocking descriptors.
 
     Args:
-        config: Config.
-        vm: str, a checked name.
-        command: str, a constant of ours: nothing from a VM ever becomes part of it but checked ids.
-        user: str, who runs it there; the VM's own user by default.
-
-    Raises:
-        TransportError: it can't be started.
+        process: subprocess.Popen, as :func:`open_channel` makes it.
     """
 
-    def __init__(self, config, vm, command, user=None):
-        start = _start_by_library if config.transport == "qubesadmin" else _start_by_program
-        # stderr is the VM's to write: not read, so nothing of it can get anywhere.
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True, "bufsize": 0}
-        self._process = start(config, vm, command, user or config.user, streams)
-        self.in_fd = self._process.stdin.fileno()
-        self.out_fd = self._process.stdout.fileno()
+    def __init__(self, process):
+        self._process = process
+        self.in_fd = process.stdin.fileno()
+        self.out_fd = process.stdout.fileno()
         os.set_blocking(self.in_fd, False)
         os.set_blocking(self.out_fd, False)
 
@@ -209,11 +201,7 @@ class Channel:
         """Tell the program that there is no more to come."""
         self._process.stdin.close()
 
-    def kill(self):
-        """Kill the program at once, from whatever thread."""
-        self._signal(signal.SIGKILL)
-
-    def end(self):
+    async def end(self):
         """Close both directions and see that the program is gone.
 
         Returns:
@@ -221,14 +209,20 @@ class Channel:
         """
         for stream in (self._process.stdin, self._process.stdout):
             stream.close()
-        for signum in (None, signal.SIGTERM, signal.SIGKILL):
-            if signum:
-                self._signal(signum)
-            try:
-                return self._process.wait(_END_WAIT)
-            except subprocess.TimeoutExpired:
-                continue
-        return self._process.wait()
+        try:
+            for signum in (None, signal.SIGTERM):
+                if signum:
+                    self._signal(signum)
+                if await ended(self._process, _END_WAIT):
+                    return self._process.returncode
+        except BaseException:
+            # Told to end at once: then so is the program.
+            self._signal(signal.SIGKILL)
+            raise
+        self._signal(signal.SIGKILL)
+        while not await ended(self._process, _END_WAIT):
+            continue
+        return self._process.returncode
 
     def _signal(self, signum):
         # To all of its session: qvm-run leaves the qrexec-client that it started behind when it is told to end.
@@ -236,6 +230,33 @@ class Channel:
             os.killpg(self._process.pid, signum)
         except ProcessLookupError:
             return
+
+
+async def open_channel(config, vm, command, user=None):
+    """Start a program in a VM.
+
+    Args:
+        config: Config.
+        vm: str, a checked name.
+        command: str, a constant of ours: nothing from a VM ever becomes part of it but checked ids.
+        user: str, who runs it there; the VM's own user by default.
+
+    Returns:
+        Channel
+
+    Raises:
+        TransportError: it can't be started.
+    """
+    start = _start_by_library if config.transport == "qubesadmin" else _start_by_program
+    # stderr is the VM's to write: not read, so nothing of it can get anywhere.
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True, "bufsize": 0}
+    starting = asyncio.get_running_loop().run_in_executor(None, start, config, vm, command, user or config.user, streams)
+    try:
+        return Channel(await asyncio.shield(starting))
+    except asyncio.CancelledError:
+        # Nobody waits for it any more, and nobody would end it.
+        Channel(await starting)._signal(signal.SIGKILL)
+        raise
 
 
 def _start_by_program(config, vm, command, user, streams):
@@ -258,7 +279,7 @@ def _start_by_library(config, vm, command, user, streams):
     return process
 
 
-def run_bounded(config, vm, command, data, output_max, wait, user=None):
+async def run_bounded(config, vm, command, data, output_max, wait, user=None):
     """Run a program in a VM once, with bounded output and time.
 
     Args:
@@ -277,16 +298,15 @@ def run_bounded(config, vm, command, data, output_max, wait, user=None):
         TransportError: it can't be started, wrote too much, or took too long.
         SessionBroken: it doesn't read what it is sent.
     """
-    channel = Channel(config, vm, command, user)
+    channel = await open_channel(config, vm, command, user)
     deadline = time.monotonic() + wait
     untrusted_output = bytearray()
     try:
         for chunk in data:
-            write_all(channel.in_fd, chunk, deadline)
+            await write_all(channel.in_fd, chunk, deadline)
         channel.close_stdin()
         while True:
-            wait_readable([channel.out_fd], deadline)
-            if time.monotonic() >= deadline:
+            if not await readable(channel.out_fd, deadline - time.monotonic()):
                 raise TransportError(f"{vm} did not answer in time")
             try:
                 chunk = os.read(channel.out_fd, _READ_SIZE)
@@ -298,5 +318,5 @@ def run_bounded(config, vm, command, data, output_max, wait, user=None):
             if len(untrusted_output) > output_max:
                 raise TransportError(f"{vm} sent more than it was asked for")
     finally:
-        code = channel.end()
+        code = await channel.end()
     return code, bytes(untrusted_output)

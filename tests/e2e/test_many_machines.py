@@ -16,7 +16,7 @@ from conftest import ROOT, Dom0Minion
 from qubes_sim.stand import Stand
 
 MACHINES = ("laptop-1", "laptop-2", "laptop-3")
-SETTINGS = {"discover_interval": 1, "poll_wait": 5, "max_age": 60}
+SETTINGS = {"discover_interval": 1, "poll_wait": 5, "max_age": 60, "events": "all"}
 
 
 class Machine(Stand):
@@ -60,7 +60,7 @@ def master(tmp_path_factory, salt_factories):
     _write(pillar, "top.sls", {"base": {name: [name] for name in MACHINES}})
     for number, name in enumerate(MACHINES):
         vms = {"work": {"timeout": 10 + number}, "dev": {}}
-        engine = {"engine": {key: SETTINGS[key] for key in ("discover_interval", "poll_wait")}, "max_age": SETTINGS["max_age"]}
+        engine = {"engine": {key: SETTINGS[key] for key in ("discover_interval", "poll_wait", "events")}, "max_age": SETTINGS["max_age"]}
         _write(pillar, f"{name}.sls", {"qvm-remote": {"service": {"running": False}, "client": {"templates": ["debian-13"]}, "vms": vms, **engine}})
     with open(os.path.join(ROOT, "examples", "reactor", "master.conf"), encoding="utf-8") as file:
         reactor = salt.utils.yaml.safe_load(file)

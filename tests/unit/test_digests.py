@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,12 @@ from pullrpc import digests
 
 @given(st.binary(max_size=200), st.binary(max_size=300))
 def test_an_hmac_is_that_of_the_standard_library(key, message):
-    assert digests.hmac_sha256(key, message) == hmac.new(key, message, "sha256").digest()
+    expected = hmac.new(key, message, "sha256").digest()
+    assert digests.hmac_sha256(key, message) == expected
+    with mock.patch.dict(sys.modules):
+        # As in a client that has not loaded OpenSSL.
+        del sys.modules["_hashlib"]
+        assert digests.hmac_sha256(key, message) == expected
 
 
 @pytest.mark.parametrize("size", [0, 1000, 1 << 20])

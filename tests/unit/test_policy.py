@@ -235,14 +235,15 @@ def dom0(tmp_path):
 def _accept(dom0, line):
     cid = new_cid()
     token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
-    return dom0.accept("work", cid.encode(), line, token, -1, lambda: ())[0]
+    assert dom0.claim([(dom0.admit("work", cid.encode(), line, token, -1), 0)]) == {}
+    return cid
 
 
 def test_no_shell_reads_a_line_that_rules_allowed(dom0):
     cid = _accept(dom0, b"echo '$HOME;' \"a  b\"")
     assert dom0.execute("work", cid)["status"] == "done"
     parts = dom0.result("work", cid)[1]
-    assert b"".join(parts["out"][1]()) == b"$HOME; a  b\n"
+    assert b"".join(parts["out"][1](0)) == b"$HOME; a  b\n"
     with pytest.raises(Refused, match="does not let it"):
         _accept(dom0, b"printf a")
 
@@ -251,7 +252,7 @@ def test_a_command_whose_rule_is_gone_when_its_turn_comes_is_not_run(dom0):
     cid = _accept(dom0, b"echo a")
     dom0.config = make_config({**dom0.folders, "vms": {"work": {"policy": "none"}}})
     assert dom0.execute("work", cid)["status"] == "refused"
-    err = b"".join(dom0.result("work", cid)[1]["err"][1]())
+    err = b"".join(dom0.result("work", cid)[1]["err"][1](0))
     assert b"lets this qube run nothing" in err
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The programs by which dom0 reaches a VM: none of them outlives its use."""
 
-import os
 import time
 
+from pullrpc.aio import run
 from pullrpc.config import make_config
-from pullrpc.transport import Channel
+from pullrpc.transport import open_channel
 
 #: As qvm-run does: starts a child that talks to the VM, and leaves it behind when it is told to end.
 _QVM_RUN = """\
@@ -28,15 +28,19 @@ def test_a_session_that_has_to_be_killed_leaves_no_process_behind(tmp_path):
     program = tmp_path / "qvm-run"
     program.write_text(_QVM_RUN.format(folder=tmp_path))
     program.chmod(0o755)
-    channel = Channel(make_config({"qvm_run": str(program)}), "work", "true")
     child = tmp_path / "child"
-    while not child.exists() or not child.read_text().strip():
-        time.sleep(0.01)
-    pid = int(child.read_text())
-    assert _is_alive(pid)
-    assert channel.end() < 0
+
+    async def begin_and_end():
+        channel = await open_channel(make_config({"qvm_run": str(program)}), "work", "true")
+        while not child.exists() or not child.read_text().strip():
+            time.sleep(0.01)
+        pid = int(child.read_text())
+        assert _is_alive(pid)
+        assert await channel.end() < 0
+        return pid
+
+    pid = run(begin_and_end())
     deadline = time.monotonic() + 5
     while _is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{channel.in_fd}/never")
