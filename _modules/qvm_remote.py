@@ -20,6 +20,8 @@ import signal
 import time
 
 import pullrpc
+import pullrpc.audit_files
+import pullrpc.audit_read
 import pullrpc.config
 import pullrpc.dom0
 import pullrpc.errors
@@ -176,8 +178,7 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
             untrusted_key = _pillar_key(vm)
         else:
             untrusted_key = _read_stdin()
-        shown = dom0.keyring.put(vm, untrusted_key)
-        dom0.audit.write("authorized", vm, fingerprint=shown)
+        shown = _authorize(dom0, vm, untrusted_key)
         if from_vm:
             dom0.handover.has_own(vm)
     except OSError as err:
@@ -185,6 +186,10 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
     return {"vm": vm, "fingerprint": shown}
+
+
+def _authorize(dom0, vm, untrusted_key):
+    return dom0.keyring.put(vm, untrusted_key, lambda shown: dom0.audit.write("authorized", vm, sync=True, fingerprint=shown))
 
 
 def _read_stdin():
@@ -334,8 +339,7 @@ def generate(vm, config=None):
         dom0 = _dom0(config)
         if dom0.keyring.exists(vm):
             raise pullrpc.errors.KeyringError(f"{vm} has a key; qvm_remote.rotate {vm} changes it")
-        shown = dom0.keyring.put(vm, secrets.token_hex(32))
-        dom0.audit.write("authorized", vm, fingerprint=shown)
+        shown = _authorize(dom0, vm, secrets.token_hex(32))
     return {"vm": vm, "fingerprint": shown}
 
 
@@ -645,7 +649,7 @@ def revoke(vm, config=None):
         dom0 = _dom0(config)
         had_one = dom0.keyring.remove(vm)
         if had_one:
-            dom0.audit.write("revoked", vm)
+            dom0.audit.write("revoked", vm, sync=True)
     return had_one
 
 
@@ -977,6 +981,137 @@ def status(config=None):
             "commands": dom0.ledger.counts(),
             "keys": known,
         }
+
+
+def audit_verify(config=None):
+    """Look for whatever was removed, changed, added or moved in dom0's audit log, in files that were rotated away as well.
+
+    The log has no key: it is found what was done to a part of it. Whoever is root in dom0 could make all of it anew; the copy in
+    the system's log, where each line comes with its SHA-256, or one elsewhere, tells that, too.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``files`` (names, oldest first), ``lines``, ``first`` and ``last`` (their numbers), ``commands`` (whole commands that
+        fit their digests in the log), ``problems`` (sentences; with any, salt-call exits with an error under
+        ``--retcode-passthrough``), ``notes`` (sentences on what a crash or power cut did).
+
+    Raises:
+        CommandExecutionError: the log can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local --retcode-passthrough -c /etc/qubes/remote qvm_remote.audit_verify
+    """
+    with _told():
+        settings = pullrpc.config.make_config(_settings(config))
+        found = pullrpc.audit_read.verify(settings.audit_log, settings.audit_files, settings.audit_commands_max, settings.audit_keep_days)
+    if found["problems"]:
+        __context__["retcode"] = 1
+    return found
+
+
+def audit(vm=None, since=None, until=None, what=None, limit=100, config=None):
+    """List lines of dom0's audit log, the newest ones that fit.
+
+    Args:
+        vm: name of a VM (default: all).
+        since, until: times, like ``2026-11-24``, ``2026-11-24T18:00:00Z`` (UTC without a zone), or ``15m``, ``2h``, ``7d`` for so
+            long ago.
+        what: what happened: ``accepted``, ``run``, ``ended``, ``delivered``, ``refused``, ``authorized``, ``revoked``, ...
+        limit: most lines.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of dict, oldest first.
+
+    Raises:
+        CommandExecutionError: an argument can't be, or the log can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.audit vm=work since=2h
+    """
+    with _told():
+        return pullrpc.audit_read.query(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, until, what, limit)
+
+
+def history(vm=None, since=None, outcome=None, limit=20, config=None):
+    """List the commands that dom0's audit log knows, one row for each, the newest ones that fit.
+
+    Args:
+        vm: name of a VM (default: all).
+        since: a time, as for :func:`audit`.
+        outcome: ``done``, ``timeout``, ``cancelled``, ``interrupted``, ``failed``, ``refused``, ``accepted`` (it waits), ``running``, or an
+            exit code.
+        limit: most rows.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of dict, oldest first: ``time``, ``vm``, ``id``, ``outcome``, and what is known of ``command`` (its beginning), ``size``,
+        ``sha256``, ``by`` (who decided), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` (of a refusal).
+
+    Raises:
+        CommandExecutionError: an argument can't be, or the log can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.history work outcome=timeout
+    """
+    with _told():
+        return pullrpc.audit_read.history(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, outcome, limit)
+
+
+def audit_files(config=None):
+    """List all that there is of dom0's audit log: files, rotated ones, and what lies beside them.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        list of str
+
+    Raises:
+        CommandExecutionError: the settings can't be used, or the folder can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.audit_files
+    """
+    with _told():
+        return pullrpc.audit_files.belongings(pullrpc.config.make_config(_settings(config)).audit_log)
+
+
+def logrotate_config(config=None):
+    """Make the configuration by which logrotate rotates dom0's audit log.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        str
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.logrotate_config
+    """
+    with _told():
+        settings = pullrpc.config.make_config(_settings(config))
+    return pullrpc.audit_files.logrotate_config(settings.audit_log, settings.audit_files)
 
 
 def _published(settings):

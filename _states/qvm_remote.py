@@ -22,6 +22,8 @@ _TRANSIENT, _PERSISTENT = "/run/systemd/system", "/etc/systemd/system"
 _UNIT_SOURCE = f"salt://qvm-remote/files/{_UNIT}"
 #: What the service's minion keeps in dom0, besides what the engine's settings name.
 _CACHE, _PKI, _LOG, _MINION_RUN = "/var/cache/qvm-remote", "/var/lib/qvm-remote/pki", "/var/log/qvm-remote/minion.log", "/run/qvm-remote/minion"
+#: What logrotate is to do with the audit log.
+_LOGROTATE = "/etc/logrotate.d/qvm-remote"
 #: States of a unit that does not run and is not about to (systemctl(1)): a start that goes on has to be stopped, too.
 _AT_REST = ("inactive", "failed")
 #: How long the service may take from its start to its work, seconds.
@@ -229,10 +231,14 @@ def _have_unit(ret, folder, text):
 
 def _write_unit(folder, text):
     os.makedirs(folder, mode=0o755, exist_ok=True)
-    with salt.utils.atomicfile.atomic_open(os.path.join(folder, _UNIT), "w") as file:
-        file.write(text)
-    os.chmod(os.path.join(folder, _UNIT), 0o644)
+    _write_public(os.path.join(folder, _UNIT), text)
     _must("systemctl", "daemon-reload")
+
+
+def _write_public(path, text):
+    with salt.utils.atomicfile.atomic_open(path, "w") as file:
+        file.write(text)
+    os.chmod(path, 0o644)
 
 
 def _remove_unit(path):
@@ -280,6 +286,32 @@ def _must(*words):
     if done["retcode"]:
         said = (done["stderr"] or done["stdout"]).strip().splitlines()
         raise _Failed(f"{' '.join(words)} failed: {said[-1] if said else 'it said nothing'}")
+
+
+def audit_rotated(name, path="/etc/logrotate.d/qvm-remote", settings=None):
+    """Have logrotate rotate the audit log, each week; ``audit_files`` in the settings says how many old files stay.
+
+    Args:
+        name: any text.
+        path: the file of logrotate's configuration.
+        settings: the engine's settings (dict).
+
+    .. code-block:: yaml
+
+        qvm-remote-dom0-logrotate:
+          qvm_remote.audit_rotated: []
+    """
+
+    def work(ret):
+        text = __salt__["qvm_remote.logrotate_config"](config=settings or {})
+        if not os.path.isdir(os.path.dirname(path)):
+            ret["comment"] = f"There is no {os.path.dirname(path)}: without logrotate the audit log grows on"
+        elif _read(path) != text:
+            old = None if _read(path) is None else "another"
+            _change(ret, path, old, "written", "it would be configured", lambda: _write_public(path, text), "it was configured")
+        ret["comment"] = ret["comment"] or "The audit log is rotated as it should be"
+
+    return _state(name, work)
 
 
 def client_installed(name, settings=None):
@@ -601,11 +633,11 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
     """
 
     def work(ret):
-        audit = (settings or {}).get("audit_log", "/var/log/qvm-remote/audit.log")
         _stop_service(ret)
         _clear_vms(ret, settings or {}, logs)
         _clear_folders(ret, settings or {})
-        for path in [config_dir, _CACHE, _LOG, *([audit, os.path.dirname(_LOG)] if logs else [])]:
+        audit = [*__salt__["qvm_remote.audit_files"](config=settings or {}), os.path.dirname(_LOG)] if logs else []
+        for path in [config_dir, _CACHE, _LOG, _LOGROTATE, *audit]:
             if os.path.lexists(path):
                 _change(ret, path, "there", None, f"{path} would be removed", lambda path=path: _remove(path), f"{path} was removed")
         ret["comment"] = ret["comment"] or "Nothing of qvm-remote is in dom0"

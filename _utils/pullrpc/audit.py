@@ -1,69 +1,89 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's audit log: one JSON line for each thing that was asked, refused, run and delivered.
 
-Every line is printable ASCII of bounded length, whatever a VM sent; no key, token or output is ever in it.
-A line that can't be written is an error: what can't be recorded isn't run.
+Every line is printable ASCII of bounded length, whatever a VM sent; no key, token or output is ever in it. The lines are a
+chain (see chain.py), so that none can go, change or move unseen. A line that can't be written is an error: what can't be
+recorded isn't run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 
-from .errors import AuditError
+from .audit_files import commands_folder, last_rotated
+from .chain import BODY_MAX, Chain
+from .commands import Commands
+from .syslog import Syslog
 
 #: Most characters of a command that are recorded; its digest stands beside them.
 _COMMAND_SHOWN = 1024
-#: Longest line, bytes: a command of 4-byte characters, escaped, and the other fields.
-_LINE_MAX = 16384
+#: Most characters of a rule that are recorded.
+_RULE_SHOWN = 256
 #: Refusals recorded for one VM within a minute; the rest is counted and recorded as one line.
 _REFUSALS_PER_MINUTE = 60
+_encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 class AuditLog:
-    """The audit log; may be used from several threads.
+    """The audit log; may be used from several threads, and beside other processes.
 
     Args:
-        path: str; its folder is created 0700, the file 0600.
+        path: str; its folder is created 0700, the file 0600. Its head (``.head``) and whole commands (``.commands``) lie beside it.
+        syslog: bool, whether the system's log gets a copy of each line, where there is one.
+        files: int, how many files are kept that were rotated away.
     """
 
-    def __init__(self, path):
-        self._path = path
+    def __init__(self, path, syslog=False, files=12):
+        self._chain = Chain(path, lambda: last_rotated(path), files)
         self._lock = threading.Lock()
         self._refusals = {}
+        self._syslog = Syslog()
+        self._to_syslog = syslog
+        self.commands = Commands(commands_folder(path))
 
-    def write(self, what, vm, cid="-", **fields):
+    def reconfigure(self, syslog, files):
+        """Go on under other settings.
+
+        Args:
+            syslog, files: as at the beginning.
+        """
+        self._to_syslog, self._chain.keep = syslog, files
+
+    def write(self, what, vm, cid="-", sync=False, **fields):
         """Append one line.
 
         Args:
             what: str, one word.
             vm: str, a checked name.
             cid: str, a checked id, or ``-``.
+            sync: bool, whether it is to be on the disk on return.
             fields: JSON data.
 
         Raises:
             AuditError: it can't be written.
         """
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        line = json.dumps({"time": stamp, "what": what, "vm": vm, "id": cid, **fields}, ensure_ascii=True, separators=(",", ":"))
-        if len(line) > _LINE_MAX:
-            line = json.dumps({"time": stamp, "what": what, "vm": vm, "id": cid, "cut": True})
-        with self._lock:
-            try:
-                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-                fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                try:
-                    data = line.encode("ascii") + b"\n"
-                    if os.write(fd, data) != len(data):
-                        raise AuditError(f"the audit log {self._path} can't be written: the disk is full")
-                finally:
-                    os.close(fd)
-            except OSError as err:
-                raise AuditError(f"the audit log {self._path} can't be written: {err.strerror}") from err
+        self.write_all([(what, vm, cid, fields)], sync)
+
+    def write_all(self, records, sync=False):
+        """Append lines, all by one write.
+
+        Args:
+            records: list of (what, vm, cid, fields), as for :meth:`write`; ``fields`` is a dict.
+            sync: bool, whether they are to be on the disk on return.
+
+        Raises:
+            AuditError: none of them could be written, or they could not be forced to the disk.
+        """
+        stamp = _stamp(time.time())
+        bodies = [_body(stamp, *record) for record in records]
+        written = self._chain.append(bodies, sync)
+        if self._to_syslog:
+            for (what, vm, cid, fields), (seq, digest) in zip(records, written):
+                # The digest first: with it this copy says what the log has to hold, even if all of that was made anew.
+                self._syslog.send(f"{what} {vm} {cid} line {seq} sha256 {digest} {_dump(fields)}")
 
     def refusal(self, vm, cid, code):
         """Append a refusal, at a bounded rate: a VM must not be able to fill dom0's disk by being refused.
@@ -102,7 +122,36 @@ def describe_command(command):
         command: str.
 
     Returns:
-        dict: ``command`` (its beginning) and ``sha256`` (of all of it).
+        dict: ``command`` (its beginning), ``size`` in bytes and ``sha256`` (of all of it); ``whole`` is False when there is more.
     """
     raw = command.encode("utf-8")
-    return {"command": command[:_COMMAND_SHOWN], "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    shown = {"command": command[:_COMMAND_SHOWN], "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    return shown if len(command) <= _COMMAND_SHOWN else {**shown, "whole": False}
+
+
+def describe_rule(rule):
+    """What the log says of the rule that let a command through.
+
+    Args:
+        rule: str.
+
+    Returns:
+        str
+    """
+    return rule[:_RULE_SHOWN]
+
+
+def _stamp(now):
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+
+
+def _body(stamp, what, vm, cid, fields):
+    body = _dump({"time": stamp, "what": what, "vm": vm, "id": cid, **fields})
+    if len(body) > BODY_MAX:
+        body = _dump({"time": stamp, "what": what, "vm": vm, "id": cid, "cut": True})
+    return body.encode("ascii")
+
+
+def _dump(data):
+    # JSON takes DEL for printable.
+    return _encode(data).replace("\x7f", "\\u007f")

@@ -26,6 +26,9 @@ _BOUNDS = {
     "spool_bytes_max": (_MIB, 1 << 40),
     "spool_max_age": (60, 30 * 86400),
     "ledger_keep_days": (1, 3650),
+    "audit_files": (1, 1000),
+    "audit_commands_max": (2 * _MIB, 1 << 40),
+    "audit_keep_days": (1, 3650),
     "parallel": (1, 256),
     "vm_parallel": (1, 256),
     "vm_queue": (1, 1024),
@@ -61,7 +64,10 @@ class Config:
         key_dir: folder of the keys, one ``<vm>.key`` each.
         state_dir: ledger and spool; must survive a reboot.
         run_dir: lock and sandboxes; must not survive one.
-        audit_log: the audit log.
+        audit_log: the audit log; its head and whole commands lie beside it.
+        audit_files: how many files of it are kept after their rotation.
+        audit_commands_max, audit_keep_days: how many bytes of whole commands are kept (the oldest go first), and for how long.
+        syslog: whether the system's log gets a copy of each line, where there is one.
         transport: ``qvm-run``, or ``qubesadmin`` (the library, which starts no Python program for each session).
         qvm_run, qvm_ls: programs, found through PATH.
         timeout_max: longest a command may run.
@@ -95,6 +101,10 @@ class Config:
     state_dir: str = "/var/lib/qvm-remote"
     run_dir: str = "/run/qvm-remote"
     audit_log: str = "/var/log/qvm-remote/audit.log"
+    audit_files: int = 12
+    audit_commands_max: int = 64 * _MIB
+    audit_keep_days: int = 90
+    syslog: bool = True
     transport: str = "qvm-run"
     qvm_run: str = "qvm-run"
     qvm_ls: str = "qvm-ls"

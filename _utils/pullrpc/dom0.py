@@ -16,7 +16,7 @@ import threading
 import time
 
 from . import sandbox
-from .audit import AuditLog, describe_command
+from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
 from .errors import AuditError, ConfigError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_new, check_policy
@@ -80,6 +80,7 @@ def reconfigure(settings, new_settings):
             raise ConfigError(f"{name} can't be changed while the service runs; restart it")
     with _shared_lock:
         dom0.config = config
+        dom0.audit.reconfigure(config.syslog, config.audit_files)
         _shared[_shared_name(new_settings)] = dom0
     return dom0
 
@@ -101,7 +102,7 @@ class Dom0:
         self.keyring = Keyring(config.key_dir)
         self._ledger = None
         self.spool = Spool(os.path.join(config.state_dir, "spool"))
-        self.audit = AuditLog(config.audit_log)
+        self.audit = AuditLog(config.audit_log, config.syslog, config.audit_files)
         self.handover = Handover(os.path.join(config.state_dir, "handover"), self.keyring, self.audit)
         #: The request that each thread verified last: when, under which settings, its bytes, and what it is.
         self._verified = threading.local()
@@ -249,7 +250,7 @@ class Dom0:
         return refused
 
     def claim(self, admitted):
-        """Claim requests that were admitted; on return the claims are on disk, all by one write.
+        """Claim requests that were admitted; on return the claims are on disk, and before them their lines in the audit log.
 
         Args:
             admitted: list of (Request, size of its stdin in bytes).
@@ -257,22 +258,25 @@ class Dom0:
         Returns:
             dict of id to Refused, for those that are not claimed; nothing is kept of them.
         """
-        refused, recorded = {}, []
-        for request, stdin_size in admitted:
-            shown = {"form": request.form, "timeout": request.timeout, "stdin": stdin_size, **describe_command(request.command)}
-            try:
-                self.audit.write("accepted", request.vm, request.cid, **shown)
-                recorded.append(request)
-            except AuditError as err:
-                refused[request.cid] = self._dismiss(request, Refused("storage", str(err)))
+        refused, requests = {}, [request for request, _ in admitted]
         try:
-            claimed = self.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in recorded])
-        except LedgerError as err:
-            return {**refused, **{request.cid: self._dismiss(request, Refused("storage", str(err))) for request in recorded}}
-        for request, is_claimed in zip(recorded, claimed):
+            self.audit.write_all([self._accepted(*one) for one in admitted], sync=True)
+            claimed = self.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in requests])
+        except (AuditError, LedgerError) as err:
+            return {request.cid: self._dismiss(request, Refused("storage", str(err))) for request in requests}
+        for request, is_claimed in zip(requests, claimed):
             if not is_claimed:
                 refused[request.cid] = self._dismiss(request, Refused("replay", "this id was used before; nothing is ever run twice"))
         return refused
+
+    def _accepted(self, request, stdin_size):
+        """The line for a request; what of the command has no room in it is kept beside it before."""
+        shown = describe_command(request.command)
+        if "whole" in shown:
+            raw = request.command.encode("utf-8")
+            self.audit.commands.keep(request.vm, request.cid, raw, self.config.audit_commands_max, self.config.audit_keep_days)
+        fields = {"by": describe_rule(request.by), "form": request.form, "timeout": request.timeout, "stdin": stdin_size, **shown}
+        return "accepted", request.vm, request.cid, fields
 
     def _note_use(self, vm, key, overlap):
         # A key that the VM signs with was handed to it, whether or not we saw it arrive.
@@ -319,7 +323,7 @@ class Dom0:
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
-            self.audit.write("run", vm, cid)
+            self.audit.write("run", vm, cid, by=describe_rule(request.by))
             outcome = self._run(config, request, stdin_path)
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
@@ -382,7 +386,7 @@ class Dom0:
             list of (vm, cid), now waiting for delivery.
 
         Raises:
-            LedgerError: the ledger can't be read or written.
+            LedgerError: the ledger can't be read or written; AuditError: the audit log can't.
         """
         left = self.ledger.unfinished()
         for vm, cid in left:
@@ -390,6 +394,7 @@ class Dom0:
                 self.spool.remove_part(vm, cid, part)
             self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
         self.ledger.prune(self.config.ledger_keep_days)
+        self.audit.commands.prune(self.config.audit_commands_max, self.config.audit_keep_days)
         return left
 
     def refusal(self, vm, cid, reason):
@@ -456,7 +461,7 @@ class Dom0:
             what: str, the word for the audit log.
 
         Raises:
-            LedgerError, AuditError: it can't be recorded.
+            LedgerError, AuditError: it can't be recorded; it waits for delivery as before.
         """
         self.close_deliveries([(vm, cid)], what)
 
@@ -470,10 +475,10 @@ class Dom0:
         Raises:
             LedgerError, AuditError: it can't be recorded.
         """
+        self.audit.write_all([(what, vm, cid, {}) for vm, cid in results])
         self.ledger.delivered(results)
         for vm, cid in results:
             self.spool.remove(vm, cid)
-            self.audit.write(what, vm, cid)
 
     def chunk(self, vm, cid, seq, part, offset, size):
         """A piece of what a command that runs has written so far, with dom0's proof.
@@ -589,7 +594,7 @@ class Dom0:
         outcome, why_stopped = ended
         vm, cid = request.vm, request.cid
         if outcome.cancelled and why_stopped == "cancelled":
-            return self._finish_cancelled(vm, cid, outcome.seconds)
+            return self._finish_cancelled(vm, cid, outcome.seconds, **_sizes(outcome))
         status = "timeout" if outcome.timed_out else "interrupted" if outcome.cancelled else "done"
         exit_code = EXIT_FAILED if outcome.cancelled else outcome.exit_code
         extra = {
@@ -608,7 +613,7 @@ class Dom0:
             self.spool.store_text(vm, cid, META, _meta_of(request.key, cid, digests, exit_code, status, extra))
         except SpoolError as err:
             return self._finish_without_run(vm, cid, f"the command ended with exit code {exit_code}, but {err}", "failed", request.key)
-        return self._record(vm, cid, exit_code, status, outcome.seconds)
+        return self._record(vm, cid, exit_code, status, outcome.seconds, signal=outcome.signal or 0, **_sizes(outcome))
 
     def _finish_ping(self, request, started):
         vm, cid = request.vm, request.cid
@@ -617,7 +622,7 @@ class Dom0:
             self.spool.store_text(vm, cid, META, _meta(request.key, cid, b"pong\n", b"", 0, "done"))
         except SpoolError as err:
             return self._finish_without_run(vm, cid, str(err), "failed", request.key)
-        return self._record(vm, cid, 0, "done", time.monotonic() - started)
+        return self._record(vm, cid, 0, "done", time.monotonic() - started, out=5, err=0)
 
     def _finish_without_run(self, vm, cid, reason, status, key=None):
         """Keep a result that says why there is none, in place of whatever output there was."""
@@ -633,15 +638,16 @@ class Dom0:
             self.spool.remove_part(vm, cid, ERR)
         return self._record(vm, cid, EXIT_FAILED, status, 0.0)
 
-    def _finish_cancelled(self, vm, cid, seconds):
-        result = self._record(vm, cid, EXIT_FAILED, "cancelled", seconds)
+    def _finish_cancelled(self, vm, cid, seconds, **sizes):
+        result = self._record(vm, cid, EXIT_FAILED, "cancelled", seconds, **sizes)
         self.close_delivery(vm, cid)
         return result
 
-    def _record(self, vm, cid, exit_code, status, seconds):
+    def _record(self, vm, cid, exit_code, status, seconds, **more):
+        # First of all: an end that can't be recorded here stays open in the ledger, and the next start of the service closes it.
+        self.audit.write("ended", vm, cid, sync=True, exit=exit_code, status=status, seconds=round(seconds, 3), **more)
         self.ledger.finish(vm, cid, exit_code, status)
         self.spool.remove_inputs(vm, cid)
-        self.audit.write("ended", vm, cid, exit=exit_code, status=status, seconds=round(seconds, 3))
         return {"exit": exit_code, "status": status, "seconds": round(seconds, 3)}
 
     def _key_or_none(self, vm):
@@ -650,6 +656,10 @@ class Dom0:
         except KeyringError:
             # Revoked meanwhile, or never there: the client can't be given a proof, and treats the answer as a refusal only.
             return None
+
+
+def _sizes(outcome):
+    return {"out": outcome.out_bytes, "err": outcome.err_bytes}
 
 
 def _limits(config):

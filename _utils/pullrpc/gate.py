@@ -34,6 +34,7 @@ class Request:
         stdin_digest: bytes, SHA-256 of its stdin; empty when it has none.
         token_mac: bytes, which tells this request from any other.
         key: bytes, the one it was signed with; its result is signed with the same. Not part of its text.
+        by: str, the policy or rule that lets it run; empty until that was looked at.
     """
 
     vm: str
@@ -45,6 +46,7 @@ class Request:
     stdin_digest: bytes
     token_mac: bytes
     key: bytes = dataclasses.field(repr=False)
+    by: str = ""
 
 
 def authenticate(config, accepted_keys, vm, untrusted_cid, untrusted_command, untrusted_token):
@@ -127,19 +129,19 @@ def check_policy(config, ledger, tagged, request, now=None):
         now: float, seconds since the epoch (default: dom0's clock).
 
     Returns:
-        Request, the same one, or one whose line was read as the words of a single command.
+        Request, with ``by``; its line may have been read as the words of a single command.
 
     Raises:
         Refused: it may not (code ``policy``), its access has ended (``ended``), or dom0 can't tell (``clock``, ``ledger``, ``storage``).
     """
     if request.form == "ping":
         # Runs nothing, and tells nothing but that the key fits.
-        return request
+        return dataclasses.replace(request, by="ping")
     if config.until:
         _check_until(config, ledger, request.vm, time.time() if now is None else now)
     policy = config.policy_in_force
     if policy == FULL:
-        return request
+        return dataclasses.replace(request, by=FULL)
     if policy == NONE:
         raise Refused("policy", f"dom0 lets this qube run nothing (policy: none); in dom0's pillar, qvm-remote:vms:{request.vm}:policy allows it something")
     if request.form == "script":
@@ -151,7 +153,7 @@ def check_policy(config, ledger, tagged, request, now=None):
         raise Refused("storage", f"dom0 can't tell whether this qube may run that: {err}") from None
     if not decision.allowed:
         raise Refused("policy", f"dom0's policy for this qube does not let it run that: {decision.reason} (in dom0: qvm_remote.explain {request.vm} COMMAND)")
-    return dataclasses.replace(request, argv=argv, form="argv")
+    return dataclasses.replace(request, argv=argv, form="argv", by=decision.rule)
 
 
 def _check_until(config, ledger, vm, now):

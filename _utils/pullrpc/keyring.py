@@ -265,12 +265,13 @@ class Keyring:
                 shown[vm] = {"problem": str(err)}
         return shown
 
-    def put(self, vm, untrusted_key):
+    def put(self, vm, untrusted_key, record=None):
         """Store a VM's key, in place of the one it had.
 
         Args:
             vm: str.
             untrusted_key: bytes or str, 64 hex digits.
+            record: callable of its fingerprint, called once it is checked and before it is stored; what it raises prevents that.
 
         Returns:
             str, the key's fingerprint.
@@ -286,7 +287,7 @@ class Keyring:
         except OSError as err:
             raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
         with self._locked():
-            self._store(vm, key, _SUFFIX)
+            self._store(vm, key, _SUFFIX, record)
             self._forget(vm, _STAGED, _OLD)
         return fingerprint(key)
 
@@ -344,10 +345,12 @@ class Keyring:
         except KeyringError:
             return None
 
-    def _store(self, vm, key, suffix):
+    def _store(self, vm, key, suffix, record=None):
         other = self._other_with(vm, key, now=True)
         if other:
             raise KeyringError(f"this is already the key of {other}; give each VM its own")
+        if record:
+            record(fingerprint(key))
         try:
             write_durably(self._path(vm, suffix), key.hex().encode("ascii") + b"\n", 0o600)
         except OSError as err:

@@ -1,4 +1,4 @@
-# The engine's configuration and its service.
+# The engine's configuration, its service, and how its audit log is rotated.
 {%- from "qvm-remote/map.jinja" import plan with context %}
 include:
   - qvm-remote.pillar
@@ -9,6 +9,10 @@ qvm-remote-dom0-config:
     - name: /etc/qubes/remote
     - settings: {{ plan.settings | json }}
     - minion: {{ plan.minion | json }}
+
+qvm-remote-dom0-logrotate:
+  qvm_remote.audit_rotated:
+    - settings: {{ plan.settings | json }}
 
 qvm-remote-dom0-service:
   qvm_remote.service:

@@ -480,7 +480,7 @@ def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
     assert _changed(machine.apply(sls="qvm-remote.clean")) == {"qvm-remote-clean-dom0"}
     assert _changed(machine.apply(sls="qvm-remote.clean")) == set()
     left = _differences(machine.before[None], machine.listing(times=False))
-    assert {line.split()[0] for line in left} == {"/var/log/qvm-remote", "/var/log/qvm-remote/audit.log"}
+    assert {line.split()[0] for line in left} == {"/var/log/qvm-remote", "/var/log/qvm-remote/audit.log", "/var/log/qvm-remote/audit.log.head"}
     assert machine.dom0("pgrep", "-f", "salt-minion").returncode == 1
     machine.start("debian-13")
     assert _differences(machine.before["debian-13"], machine.listing("debian-13", times=False)) == []

@@ -90,6 +90,41 @@ def test_a_misspelt_setting_is_an_error(loaders, settings):
         loaders.modules.qvm_remote.keys(config={**settings, "timeout_maxx": 5})
 
 
+def test_the_audit_log_is_verified_and_read(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    loaders.modules.qvm_remote.revoke("work", config=settings)
+    assert [line["what"] for line in loaders.modules.qvm_remote.audit("work", config=settings)] == ["authorized", "revoked"]
+    assert loaders.modules.qvm_remote.history(config=settings) == []
+    assert loaders.modules.qvm_remote.audit_verify(config=settings)["problems"] == []
+    assert "retcode" not in loaders.context
+    with open(settings["audit_log"], "r+b") as file:
+        file.write(file.read().replace(b"revoked", b"whatnot"))
+    assert loaders.modules.qvm_remote.audit_verify(config=settings)["problems"]
+    assert loaders.context.pop("retcode") == 1
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="a time looks like"):
+        loaders.modules.qvm_remote.audit(since="soon", config=settings)
+
+
+def test_no_key_is_stored_without_a_line_that_says_so(loaders, settings, key):
+    os.makedirs(settings["audit_log"])
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="audit log"):
+        loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    assert loaders.modules.qvm_remote.keys(config=settings) == {}
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_audit_rotated_configures_logrotate_once(loaders, settings, tmp_path, test):
+    path = tmp_path / "logrotate.d" / "qvm-remote"
+    missing = loaders.states.qvm_remote.audit_rotated("x", path=str(path), settings=settings, test=test)
+    assert (missing.result, missing.changes, "without logrotate" in missing.comment) == (True, {}, True)
+    path.parent.mkdir()
+    ret = loaders.states.qvm_remote.audit_rotated("x", path=str(path), settings=settings, test=test)
+    assert (ret.result, path.exists(), set(ret.changes)) == (None if test else True, not test, {str(path)})
+    if not test:
+        assert f"{settings['audit_log']} {{" in path.read_text()
+        assert loaders.states.qvm_remote.audit_rotated("x", path=str(path), settings=settings).changes == {}
+
+
 @pytest.mark.parametrize(("kind", "example"), [("_modules", "CLI Example:"), ("_states", ".. code-block:: yaml")])
 def test_every_public_function_shows_how_to_use_it(kind, example):
     with open(os.path.join(_ROOT, kind, "qvm_remote.py"), encoding="utf-8") as file:

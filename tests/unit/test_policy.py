@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a VM may have run: rules over exact words, and that what is compared is what a shell would have read."""
 
+import dataclasses
 import os
 import subprocess
 import time
@@ -176,7 +177,12 @@ def test_a_refusal_says_what_to_do(policy, request_, text):
 
 def test_a_ping_runs_nothing_and_is_always_answered():
     request = _request("ping", "ping")
-    assert check_policy(_config(policy="none"), None, _tagged, request) is request
+    assert check_policy(_config(policy="none"), None, _tagged, request) == dataclasses.replace(request, by="ping")
+
+
+def test_a_request_that_was_let_through_says_by_which_rule():
+    assert check_policy(_config(), None, _tagged, _request("ls | wc")).by == "full"
+    assert check_policy(_config(policy=POLICY), None, _tagged, _request("qvm-ls --raw-list")).by == "allow: qvm-ls **"
 
 
 def test_the_default_holds_for_vms_without_a_policy_alone():

@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The audit log under everything that happens to logs: tampering, rotation, crashes, full disks, and many writers at once."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pullrpc import audit_files, audit_read, chain
+from pullrpc.audit import AuditLog, describe_command
+from pullrpc.commands import Commands, list_kept
+from pullrpc.config import make_config
+from pullrpc.dom0 import Dom0
+from pullrpc.errors import AuditError, PullError
+from pullrpc.ids import new_cid
+from pullrpc.tokens import make_token
+
+CID = "20261124-000000-1-0badcafe"
+_UTILS = os.path.dirname(os.path.dirname(os.path.abspath(chain.__file__)))
+_MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "log" / "audit.log")
+
+
+def _verify(path, files=12):
+    return audit_read.verify(path, files, 64 * _MIB, 90)
+
+
+def _fill(path, count, log=None):
+    log = log or AuditLog(path)
+    for number in range(count):
+        log.write("accepted", "work", CID, number=number)
+    return log
+
+
+def _rotate(path):
+    """As logrotate does it."""
+    for number in range(20, 0, -1):
+        if os.path.exists(f"{path}.{number}"):
+            os.rename(f"{path}.{number}", f"{path}.{number + 1}")
+    os.rename(path, f"{path}.1")
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _put(path, data):
+    with open(path, "r+b") as file:
+        file.truncate()
+        file.write(data)
+
+
+def _lines(path):
+    return [json.loads(line) for line in _read(path).splitlines()]
+
+
+def test_lines_are_numbered_and_each_names_the_one_before(path):
+    _fill(path, 5)
+    raw = _read(path).splitlines()
+    lines = [json.loads(line) for line in raw]
+    assert [line["seq"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["prev"] for line in lines[1:]] == [chain.hashlib.sha256(line).hexdigest() for line in raw[:-1]]
+    done = _verify(path)
+    assert (done["lines"], done["first"], done["last"], done["problems"], done["notes"]) == (5, 1, 5, [], [])
+
+
+def test_nothing_logged_is_no_problem(path):
+    assert _verify(path)["problems"] == []
+
+
+_EDITS = {
+    "a line is changed": lambda lines: lines[:4] + [lines[4].replace(b'"number":4', b'"number":5')] + lines[5:],
+    "the last line is changed": lambda lines: lines[:-1] + [lines[-1].replace(b"work", b"dead")],
+    "a line is removed": lambda lines: lines[:4] + lines[5:],
+    "the first line is removed": lambda lines: lines[1:],
+    "a line is repeated": lambda lines: lines[:5] + lines[4:],
+    "the last line is repeated": lambda lines: [*lines, lines[-1]],
+    "two lines are swapped": lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]],
+    "the end is cut": lambda lines: lines[:-3],
+    "the last line is cut": lambda lines: lines[:-1] + [lines[-1][:-30]],
+    "all lines are cut": lambda lines: [],
+    "something is put in": lambda lines: [*lines[:4], b'{"what":"accepted"}\n', *lines[4:]],
+    "an empty line is put in": lambda lines: [*lines[:4], b"\n", *lines[4:]],
+    "a newline is removed": lambda lines: [*lines[:4], lines[4][:-1], *lines[5:]],
+}
+
+
+@pytest.mark.parametrize("edit", sorted(_EDITS))
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_tampering_is_found(path, edit, goes_on):
+    _fill(path, 10)
+    _put(path, b"".join(_EDITS[edit](_read(path).splitlines(keepends=True))))
+    if goes_on:
+        # Neither the one that wrote before nor a new process covers it up.
+        _fill(path, 3)
+    assert _verify(path)["problems"]
+
+
+@pytest.mark.parametrize("edit", ["a line is changed", "the last line is changed", "the end is cut", "all lines are cut", "a line is removed"])
+def test_tampering_under_a_writer_that_goes_on_is_found(path, edit):
+    log = _fill(path, 10)
+    _put(path, b"".join(_EDITS[edit](_read(path).splitlines(keepends=True))))
+    _fill(path, 3, log)
+    assert _verify(path)["problems"]
+
+
+@pytest.mark.parametrize("edit", sorted(_EDITS))
+def test_tampering_in_a_rotated_and_compressed_file_is_found(path, edit):
+    log = _fill(path, 10)
+    _rotate(path)
+    _fill(path, 3, log)
+    assert _verify(path)["problems"] == []
+    data = b"".join(_EDITS[edit](_read(f"{path}.1").splitlines(keepends=True)))
+    with gzip.open(f"{path}.1.gz", "wb") as file:
+        file.write(data)
+    os.unlink(f"{path}.1")
+    assert _verify(path)["problems"]
+
+
+@pytest.mark.parametrize("gone", ["", ".1", ".2", ".3"])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_removed_file_is_found(path, gone, goes_on):
+    for _ in range(3):
+        _fill(path, 4)
+        _rotate(path)
+    _fill(path, 4)
+    assert _verify(path)["problems"] == []
+    os.unlink(path + gone)
+    if goes_on:
+        _fill(path, 2)
+    assert _verify(path)["problems"]
+
+
+def test_files_that_are_kept_no_more_are_not_missed(path):
+    log = AuditLog(path, files=2)
+    for _ in range(5):
+        _fill(path, 2, log)
+        _rotate(path)
+        for number in (3, 4):
+            if os.path.exists(f"{path}.{number}"):
+                os.unlink(f"{path}.{number}")
+    assert _verify(path, files=2)["problems"] == []
+    _fill(path, 2, log)
+    log.reconfigure(False, 5)
+    _rotate(path)
+    _fill(path, 2, log)
+    # More are kept from now on: those that went before were to go.
+    assert _verify(path, files=5)["problems"] == []
+    os.unlink(f"{path}.3")
+    assert any("oldest" in problem for problem in _verify(path, files=5)["problems"])
+
+
+def test_lines_of_another_log_are_found(path, tmp_path):
+    other = str(tmp_path / "other" / "audit.log")
+    _fill(path, 10)
+    _fill(other, 10)
+    mine, others = (_read(one).splitlines(keepends=True) for one in (path, other))
+    for spliced in (mine[:5] + others[5:], others[:5] + mine[5:], others, [*mine, *others]):
+        _put(path, b"".join(spliced))
+        assert _verify(path)["problems"]
+
+
+def test_a_missing_head_is_found(path):
+    _fill(path, 4)
+    os.unlink(chain.head_path(path))
+    assert _verify(path)["problems"]
+    _fill(path, 4)
+    assert any("head was missing" in problem for problem in _verify(path)["problems"])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_edit_is_found(tmp_path, data):
+    folder = tmp_path / str(random.getrandbits(64))
+    path = str(folder / "audit.log")
+    _fill(path, 3)
+    _rotate(path)
+    _fill(path, 3)
+    which = data.draw(st.sampled_from([path, f"{path}.1"]))
+    raw = _read(which)
+    start = data.draw(st.integers(0, len(raw)))
+    end = data.draw(st.integers(start, min(len(raw), start + 400)))
+    new = data.draw(st.one_of(st.binary(max_size=40), st.sampled_from(raw.splitlines(keepends=True)), st.just(raw)))
+    changed = raw[:start] + new + raw[end:]
+    _put(which, changed)
+    done = _verify(path)
+    # At the very end of all, what is no line may be what a crash left: that is said, but it is no tampering.
+    is_tail = which == path and changed.startswith(raw)
+    assert changed == raw or done["problems"] or (is_tail and done["notes"])
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 100])
+def test_a_torn_line_is_closed_off_and_named_as_such(path, cut):
+    log = _fill(path, 5)
+    whole = _read(path)
+    head = _read(chain.head_path(path))
+    _fill(path, 1, log)
+    # A crash in the middle of the write: part of the line is there, and the head was not told.
+    _put(path, _read(path)[:-cut])
+    _put(chain.head_path(path), head)
+    for again in range(2):
+        done = _verify(path)
+        assert done["problems"] == []
+        assert done["notes"]
+        assert done["lines"] == (6 if cut == 1 else 5) + 2 * again
+        _fill(path, 2)
+    assert _read(path).startswith(whole)
+
+
+def test_what_a_crash_left_is_closed_off_however_it_looks(path):
+    log = _fill(path, 5)
+    for left in (b"\0" * 5000, b"\n\n", b'{"seq":', b"x" * 3 * chain.LINE_MAX, b'a\n{"seq":9}\nb\n'):
+        with open(path, "ab") as file:
+            file.write(left)
+        _fill(path, 1, log)
+        done = _verify(path)
+        assert (done["problems"], len(done["notes"]) > 0) == ([], True)
+    assert [line["number"] for line in audit_read.query(path)] == [0, 1, 2, 3, 4, 0, 0, 0, 0, 0]
+
+
+def test_what_a_crash_left_may_be_rotated_away(path):
+    _fill(path, 5)
+    with open(path, "ab") as file:
+        file.write(b'{"seq":6,"pre')
+    _rotate(path)
+    _fill(path, 2)
+    assert _verify(path)["problems"] == []
+    with open(f"{path}.1", "ab") as file:
+        file.write(b"!")
+    assert _verify(path)["problems"]
+
+
+def test_what_a_power_cut_took_is_named_as_such_and_what_was_synced_is_missed(path, monkeypatch):
+    log = _fill(path, 5)
+    log.write("ended", "work", CID, sync=True)
+    synced = _read(path)
+    _fill(path, 3, log)
+    kept = _read(path)
+    _put(path, synced)
+    assert _verify(path)["problems"]
+    monkeypatch.setattr(chain, "boot_id", lambda: "another-boot")
+    monkeypatch.setattr(audit_read, "boot_id", lambda: "another-boot")
+    done = _verify(path)
+    assert (done["problems"], len(done["notes"])) == ([], 1)
+    _fill(path, 2)
+    done = _verify(path)
+    assert (done["problems"], len(done["notes"])) == ([], 1)
+    # The same with one line less: that one was on the disk.
+    _put(path, kept)
+    shutil.rmtree(os.path.dirname(path))
+    monkeypatch.setattr(chain, "boot_id", lambda: "a-boot")
+    log = _fill(path, 5)
+    log.write("ended", "work", CID, sync=True)
+    _fill(path, 1, log)
+    _put(path, b"".join(_read(path).splitlines(keepends=True)[:-2]))
+    assert _verify(path)["problems"]
+
+
+_WRITER = """
+import sys, threading
+sys.path.insert(0, {utils!r})
+from pullrpc.audit import AuditLog
+log = AuditLog(sys.argv[1])
+def work(thread):
+    for number in range(int(sys.argv[4])):
+        log.write("accepted", "work", {cid!r}, sync=number % 10 == 0, process=sys.argv[2], thread=thread, number=number)
+        if sys.argv[5] == "tell":
+            print(number, flush=True)
+threads = [threading.Thread(target=work, args=(thread,)) for thread in range(int(sys.argv[3]))]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def _writer(path, name, threads, count, tell="-"):
+    program = _WRITER.format(utils=_UTILS, cid=CID)
+    words = [sys.executable, "-c", program, path, str(name), str(threads), str(count), tell]
+    return subprocess.Popen(words, stdout=subprocess.PIPE if tell == "tell" else None)
+
+
+def test_many_writers_lose_no_line_while_files_are_rotated(path):
+    writers = [_writer(path, name, 3, 60) for name in range(4)]
+    rotations = 0
+    while any(writer.poll() is None for writer in writers):
+        if os.path.exists(path) and os.path.getsize(path) and rotations < 12:
+            _rotate(path)
+            rotations += 1
+        # Whoever verifies meanwhile sees a whole log, too.
+        assert _verify(path)["problems"] == []
+        time.sleep(0.01)
+    assert [writer.wait() for writer in writers] == [0] * 4
+    done = _verify(path)
+    assert (done["problems"], done["notes"], done["lines"], rotations > 2) == ([], [], 4 * 3 * 60, True)
+    seen = [(line["process"], line["thread"], line["number"]) for line in audit_read.query(path, limit=10000)]
+    assert len(set(seen)) == 4 * 3 * 60
+    # What one thread wrote stands in the order in which it wrote it.
+    for process in "0123":
+        for thread in range(3):
+            assert [number for p, t, number in seen if (p, t) == (process, thread)] == list(range(60))
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_it_was_told_is_written(path):
+    told = 0
+    for round_ in range(15):
+        writer = _writer(path, round_, 1, 10**6, "tell")
+        for _ in range(1 + round_ * 3):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+        told += 1 + round_ * 3 + writer.stdout.read().count(b"\n")
+        writer.wait()
+        writer.stdout.close()
+        assert _verify(path)["problems"] == []
+    done = _verify(path)
+    # Each may have written one line more than it could tell.
+    assert told <= done["lines"] <= told + 15
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_what_is_written_stays_whole(small_disk):
+    path = str(small_disk / "audit.log")
+    log = _fill(path, 5)
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space"), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 1024)
+    written = 5
+    with pytest.raises(AuditError, match="can't be written"):
+        for _ in range(200):
+            log.write("accepted", "work", CID, command="x" * 500)
+            written += 1
+    with pytest.raises(AuditError):
+        log.write_all([("accepted", "work", CID, {"command": "x" * 3000})] * 3, sync=True)
+    done = _verify(path)
+    assert (done["problems"], done["notes"], done["lines"]) == ([], [], written)
+    with pytest.raises(AuditError):
+        log.commands.keep("work", CID, b"x" * 5000, _MIB, 90)
+    assert list_kept(audit_files.commands_folder(path)) == []
+    ballast.unlink()
+    _fill(path, 3, log)
+    done = _verify(path)
+    assert (done["problems"], done["notes"], done["lines"]) == ([], [], written + 3)
+
+
+def test_a_disk_that_is_read_only_is_an_error(small_disk):
+    path = str(small_disk / "audit.log")
+    _fill(path, 2)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(AuditError, match="[Rr]ead-only"):
+        _fill(path, 1)
+    assert _verify(path)["problems"] == []
+
+
+def test_lines_that_could_not_be_forced_to_the_disk_are_an_error_for_all_who_wait(path, monkeypatch):
+    log = _fill(path, 1)
+    count, errors, fsync = [], [], os.fsync
+
+    def fail_once(fd):
+        count.append(fd)
+        if len(count) == 1:
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    def write():
+        try:
+            log.write("ended", "work", CID, sync=True)
+        except AuditError as err:
+            errors.append(err)
+
+    monkeypatch.setattr(chain.os, "fsync", fail_once)
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    with log._chain._sync_lock:
+        for thread in threads:
+            thread.start()
+        while len(_lines(path)) < 5:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 4
+    # What is written from then on is another matter.
+    log.write("ended", "work", CID, sync=True)
+
+
+def test_those_who_wait_for_the_disk_share_one_fsync(path, monkeypatch):
+    log = _fill(path, 1)
+    began, go, count, fsync = threading.Event(), threading.Event(), [], os.fsync
+
+    def slow(fd):
+        count.append(fd)
+        began.set()
+        go.wait(10)
+        fsync(fd)
+
+    monkeypatch.setattr(chain.os, "fsync", slow)
+    threads = [threading.Thread(target=log.write, args=("ended", "work", CID, True)) for _ in range(9)]
+    threads[0].start()
+    began.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    while len(_lines(path)) < 10:
+        time.sleep(0.001)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(count) == 2
+
+
+def test_the_real_logrotate_with_the_shipped_configuration(path, tmp_path):
+    logrotate = shutil.which("logrotate", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if not logrotate:
+        pytest.skip("no logrotate here")
+    config = tmp_path / "conf"
+    # As in Fedora's own configuration: what it says for all files is not to matter.
+    config.write_text("dateext\ncreate 0644\n" + audit_files.logrotate_config(path, 3))
+    config.chmod(0o644)
+    log = AuditLog(path, files=3)
+    for round_ in range(6):
+        _fill(path, 3, log)
+        if round_ == 3:
+            # Another process, which never saw the old file.
+            _fill(path, 1)
+        subprocess.run([logrotate, "--force", "--state", str(tmp_path / "state"), str(config)], check=True)
+        done = _verify(path, files=3)
+        assert (done["problems"], done["notes"]) == ([], [])
+    _fill(path, 2, log)
+    done = _verify(path, files=3)
+    assert (done["files"], done["problems"]) == (["audit.log.3.gz", "audit.log.2.gz", "audit.log.1", "audit.log"], [])
+    assert (done["first"], done["last"], done["lines"]) == (10, 21, 12)
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    os.unlink(f"{path}.3.gz")
+    assert _verify(path, files=3)["problems"]
+
+
+def test_whole_commands_are_bounded_and_the_oldest_go_first(tmp_path):
+    commands = Commands(str(tmp_path / "commands"))
+    for number in range(6):
+        commands.keep("work", f"id-{number}", b"x" * 5000, 4 * 8192, 90)
+    kept = [os.path.basename(path) for _, _, path in sorted(list_kept(str(tmp_path / "commands")))]
+    assert kept == ["id-2", "id-3", "id-4", "id-5"]
+    assert os.stat(commands.path("work", "id-5")).st_mode & 0o777 == 0o600
+    old = time.time() - 3 * 86400
+    os.utime(commands.path("work", "id-2"), (old, old))
+    # Another process, at its start.
+    Commands(str(tmp_path / "commands")).prune(_MIB, 2)
+    assert len(list_kept(str(tmp_path / "commands"))) == 3
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed"])
+def test_a_whole_command_that_was_harmed_is_found(path, harm):
+    log = AuditLog(path)
+    command = "echo " + "x" * 5000
+    log.commands.keep("work", CID, command.encode(), _MIB, 90)
+    log.write("accepted", "work", CID, sync=True, **describe_command(command))
+    done = _verify(path)
+    assert (done["problems"], done["commands"]) == ([], 1)
+    if harm == "changed":
+        _put(log.commands.path("work", CID), b"echo")
+    else:
+        os.unlink(log.commands.path("work", CID))
+    assert any(CID in problem for problem in _verify(path)["problems"])
+
+
+def _run(log, vm, cid, **end):
+    log.write("accepted", vm, cid, by="full", **describe_command(f"echo {cid}"))
+    log.write("run", vm, cid)
+    if end:
+        log.write("ended", vm, cid, **end)
+
+
+def test_a_history_has_one_row_for_each_command(path):
+    log = AuditLog(path)
+    _run(log, "work", "one", exit=0, status="done", seconds=0.5, out=3, err=0)
+    _rotate(path)
+    _run(log, "dev", "two", exit=125, status="timeout", seconds=9.0, out=0, err=0)
+    log.write("refused", "dev", "three", code="token")
+    _run(log, "work", "four")
+    log.write("delivered", "work", "one")
+    rows = audit_read.history(path)
+    assert [(row["id"], row["outcome"]) for row in rows] == [("one", "done"), ("two", "timeout"), ("three", "refused"), ("four", "running")]
+    assert (rows[0]["command"], rows[0]["exit"], rows[0]["out"], rows[0]["by"]) == ("echo one", 0, 3, "full")
+    assert [row["id"] for row in audit_read.history(path, vm="dev")] == ["two", "three"]
+    assert [row["id"] for row in audit_read.history(path, outcome="refused")] == ["three"]
+    assert [row["id"] for row in audit_read.history(path, outcome=0)] == ["one"]
+    assert [row["id"] for row in audit_read.history(path, limit=2)] == ["three", "four"]
+    assert audit_read.history(path, since="2100-01-01") == []
+    assert len(audit_read.history(path, since="1h")) == 4
+
+
+def test_lines_are_found_by_vm_time_and_word(path):
+    log = AuditLog(path)
+    _run(log, "work", "one", exit=0)
+    _run(log, "dev", "two", exit=0)
+    assert [line["id"] for line in audit_read.query(path, vm="dev", what="ended")] == ["two"]
+    assert len(audit_read.query(path, limit=4)) == 4
+    assert audit_read.query(path, until="2020-01-01T00:00:00+02:00") == []
+    assert len(audit_read.query(path, since="2020-01-01", until="2100-01-01T00:00Z")) == 6
+    for wrong in ({"since": "yesterday"}, {"until": "99999999999d"}, {"limit": 0}, {"limit": "5"}):
+        with pytest.raises(PullError):
+            audit_read.query(path, **wrong)
+
+
+def test_nothing_in_a_log_reaches_a_terminal_as_it_is(path):
+    log = AuditLog(path)
+    log.write("accepted", "work", CID, command="a\x1b[2J\x7f\u202e\x9bé\ud800\n")
+    raw = _read(path)
+    assert all(byte == 10 or 32 <= byte < 127 for byte in raw)
+    (line,) = audit_read.query(path)
+    assert line["command"] == "a\\x1b[2J\\x7f\\u202e\\x9bé\\ud800\\n"
+
+
+def test_the_systems_log_gets_a_copy_and_never_holds_anything_up(path, tmp_path, monkeypatch):
+    log = AuditLog(path, syslog=True)
+    log._syslog._path = str(tmp_path / "dev-log")
+    _fill(path, 1, log)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(log._syslog._path)
+        _fill(path, 500, log)
+        text = listener.recv(4096).decode()
+    assert text.startswith("<86>")
+    seq, digest = 2, chain.hashlib.sha256(_read(path).splitlines()[1]).hexdigest()
+    assert f"accepted work {CID} line {seq} sha256 {digest}" in text
+    assert _verify(path)["lines"] == 501
+
+
+@pytest.fixture
+def dom0(tmp_path, path):
+    """dom0's side with a key for work, everything in a folder of this test."""
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run"}
+    one = Dom0(make_config({**{name: str(tmp_path / folder) for name, folder in names.items()}, "audit_log": path, "syslog": False}))
+    one.keyring.put("work", os.urandom(32).hex())
+    return one
+
+
+def _admit(dom0, line):
+    cid = new_cid()
+    token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
+    return dom0.admit("work", cid.encode(), line, token, -1)
+
+
+def _break(path):
+    if os.path.exists(path):
+        os.rename(path, f"{path}.aside")
+    os.makedirs(path)
+
+
+def _mend(path):
+    os.rmdir(path)
+    if os.path.exists(f"{path}.aside"):
+        os.rename(f"{path}.aside", path)
+
+
+def test_commands_that_come_together_are_logged_by_one_write_and_one_fsync(dom0, path, monkeypatch):
+    count, fsync = [], os.fsync
+    _fill(path, 1, dom0.audit)
+    requests = [_admit(dom0, b"true " + b"x" * size) for size in (0, 10, 5000)]
+    monkeypatch.setattr(chain.os, "fsync", lambda fd: (os.path.samestat(os.fstat(fd), os.stat(path)) and count.append(fd), fsync(fd)))
+    assert dom0.claim([(request, 0) for request in requests]) == {}
+    assert len(count) == 1
+    lines = _lines(path)[1:]
+    assert [(line["what"], line["by"], line.get("whole", True)) for line in lines] == [("accepted", "full", True)] * 2 + [("accepted", "full", False)]
+    assert _read(dom0.audit.commands.path("work", requests[2].cid)) == b"true " + b"x" * 5000
+    assert _verify(path)["problems"] == []
+
+
+def test_what_cant_be_logged_is_refused_and_nothing_is_kept_of_it(dom0, path):
+    requests = [_admit(dom0, b"true"), _admit(dom0, b"false")]
+    _break(path)
+    refused = dom0.claim([(request, 0) for request in requests])
+    assert [refused[request.cid].code for request in requests] == ["storage"] * 2
+    assert dom0.ledger.counts() == {}
+    assert dom0.spool.used("work") == 0
+
+
+def test_a_command_whose_start_cant_be_logged_does_not_run(dom0, path, tmp_path):
+    request = _admit(dom0, f"touch {tmp_path}/ran".encode())
+    assert dom0.claim([(request, 0)]) == {}
+    _break(path)
+    with pytest.raises(AuditError):
+        dom0.execute("work", request.cid)
+    assert not os.path.exists(tmp_path / "ran")
+    _mend(path)
+    # The next start of the service says how it ended.
+    assert dom0.recover() == [("work", request.cid)]
+    (row,) = audit_read.history(path)
+    assert (row["outcome"], row["exit"], _verify(path)["problems"]) == ("interrupted", 125, [])
+
+
+def test_a_delivery_that_cant_be_logged_is_made_again(dom0, path):
+    request = _admit(dom0, b"echo hello")
+    assert dom0.claim([(request, 0)]) == {}
+    assert dom0.execute("work", request.cid)["exit"] == 0
+    (row,) = audit_read.history(path)
+    assert (row["outcome"], row["exit"], row["out"], row["err"], row["signal"]) == ("done", 0, 6, 0, 0)
+    _break(path)
+    with pytest.raises(AuditError):
+        dom0.close_delivery("work", request.cid)
+    assert dom0.expire("work") == [request.cid]
+    _mend(path)
+    dom0.close_delivery("work", request.cid)
+    assert dom0.expire("work") == []
+    assert [line["what"] for line in _lines(path)] == ["accepted", "run", "ended", "delivered"]
