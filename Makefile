@@ -3,7 +3,7 @@ PYTHON3 ?= python3
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare demo demo-shell bench bench-fleet test lint install-client clean
+.PHONY: help prepare demo demo-shell bench bench-fleet test lint model install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench-fleet     time an apply, for each VM"
 	@echo "make test            lint, then all tests"
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
+	@echo "make model           check the model of the protocol with spin (model/README.rst)"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
 	@echo "make clean           remove what the above made here"
 
@@ -39,7 +40,11 @@ lint: prepare
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
 	shellcheck $$(git ls-files '*.sh') .ci/run
-	$(BIN)/rstcheck README.rst
+	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst')
+
+model:
+	@$(PYTHON3) tools/bootstrap.py --model
+	@$(PYTHON3) model/check.py
 
 install-client:
 	$(PYTHON3) tools/install_client.py "$(DESTDIR)"

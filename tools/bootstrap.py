@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
-packages that can't come with it. Says what it does; does nothing when all is there. Standard library only.
+packages that can't come with it. With --model: what `make model` needs, alone. Says what it does; does nothing when all is
+there. Standard library only.
 """
 
 import hashlib
@@ -25,6 +26,11 @@ _SYSTEM = (
     ("socat, for the tests' channels to a master", lambda: shutil.which("socat"), "socat", "socat"),
     ("shellcheck, for make lint", lambda: shutil.which("shellcheck"), "shellcheck", "ShellCheck"),
 )
+#: What make model needs, and nothing else here does.
+_FOR_MODEL = (
+    ("spin, to check the model", lambda: shutil.which("spin"), "spin", "spin"),
+    ("gcc, to build what spin makes of it", lambda: shutil.which("gcc"), "gcc", "gcc"),
+)
 
 
 def main():
@@ -33,6 +39,8 @@ def main():
     Returns:
         int, the exit code.
     """
+    if sys.argv[1:] == ["--model"]:
+        return 0 if _install_system(_missing(_FOR_MODEL)) else 1
     with open(_REQUIREMENTS, "rb") as file:
         wanted = hashlib.sha256(file.read() + sys.version.encode()).hexdigest()
     if _prepared() == wanted and not _missing():
@@ -54,8 +62,8 @@ def _prepared():
         return ""
 
 
-def _missing():
-    return [(what, debian, fedora) for what, is_there, debian, fedora in _SYSTEM if not is_there()]
+def _missing(wanted=_SYSTEM):
+    return [(what, debian, fedora) for what, is_there, debian, fedora in wanted if not is_there()]
 
 
 def _install_system(missing):
