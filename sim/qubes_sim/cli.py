@@ -19,7 +19,7 @@ import tty
 
 from . import hypervisor, linux, wire
 
-_OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill")
+_OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill", "remove")
 _DOWN_WAIT = 10
 #: All that the hypervisor, and so the first process of each domain, has of its caller's environment.
 _KEPT_ENVIRONMENT = ("PATH", "LC_CTYPE")
@@ -81,6 +81,7 @@ def _parser():
     create.add_argument("name", metavar="NAME[:TEMPLATE]")
     for name in _OPERATIONS:
         add(name, _operate, f"{name} a VM").add_argument("name", metavar="NAME")
+    add("restart-qubesd", _restart_qubesd, "end the connections of all that listen to events in dom0")
     add("reboot", _reboot, "end all domains and start dom0 anew, with the services that are enabled there")
     add("status", _status, "list the domains")
     return parser
@@ -252,6 +253,12 @@ def _answer(sock):
 def _operate(root, options):
     name, _, template = options.name.partition(":")
     with _ask(root, {"op": options.operation, "name": name, "template": template or None}) as sock:
+        _answer(sock)
+    return 0
+
+
+def _restart_qubesd(root, options):
+    with _ask(root, {"op": options.operation}) as sock:
         _answer(sock)
     return 0
 

@@ -144,8 +144,11 @@ def _operate(operation, argv):
     parser = _parser()
     parser.add_argument("VMNAME", nargs="+")
     parser.add_argument("--wait", action="store_true")
+    parser.add_argument("--force", "-f", action="store_true")
     options = parser.parse_args(argv)
     _states(parser, *options.VMNAME)
+    if operation == "remove" and not options.force:
+        parser.error("the simulator's asks nothing; say --force")
     for name in options.VMNAME:
         _ask({"op": operation, "name": name})
     return 0
@@ -208,7 +211,7 @@ def _qrexec_client(argv):
     parser.add_argument("what")
     options = parser.parse_args(argv)
     user, _, service = options.what.partition(":")
-    if service.split()[:2] != ["QUBESRPC", "qubes.VMShell"]:
+    if service.split()[:2] not in (["QUBESRPC", "qubes.VMShell"], ["QUBESRPC", "qubes.VMShell+"]):
         parser.error(f"no such service in the simulator: {service}")
     request = {"op": "exec", "name": options.vm, "user": "user" if user == "DEFAULT" else user, "autostart": False, "pass_io": True}
     return _ask({**request, "argv": ["/bin/bash"], "input": ""}, (0, 1, 2))["exit"]

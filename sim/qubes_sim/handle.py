@@ -72,6 +72,14 @@ class Sim:
         """Let a paused VM go on."""
         self._do("unpause", name)
 
+    def remove(self, name):
+        """Remove a VM that does not run."""
+        self._do("remove", name)
+
+    def restart_qubesd(self):
+        """End the connections of all that listen to events in dom0."""
+        self._do("restart-qubesd")
+
     def reboot(self):
         """End all domains and start dom0 anew."""
         self._do("reboot")

@@ -18,6 +18,7 @@ import threading
 import time
 
 from . import domain, linux, wire
+from .events import Events
 from .relay import Relay
 from .roots import Store
 
@@ -32,7 +33,7 @@ LIBRARY = "/usr/lib/qubes/simulated"
 _SHUTDOWN_GRACE = 0.5
 #: Programs of the simulator's in dom0, all of them ``dom0_tools.py`` under these names.
 TOOLS = (
-    *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause"),
+    *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause", "qvm-remove"),
     *("qvm-prefs", "qvm-tags", "qvm-features", "qubesctl", "qrexec-client"),
 )
 _QUBESDB = "#!/bin/sh\n# qubesdb of the simulator: a VM's name is all it knows.\n[ \"$1\" = /name ] && echo {name}\n"
@@ -76,6 +77,7 @@ class Hypervisor:
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._forks = queue.Queue()
+        self._events = Events()
 
     def boot(self, templates, vms):
         """Make all domains and start dom0 and the VMs.
@@ -91,8 +93,9 @@ class Hypervisor:
         for name in TOOLS:
             self._store.write("dom0", f"/usr/bin/{name}", source("dom0_tools.py"), 0o755)
         self._store.write("dom0", "/usr/bin/systemctl", source("systemctl.py"), 0o755)
-        for part in ("__init__.py", "exc.py"):
+        for part in ("__init__.py", "config.py", "events.py", "exc.py"):
             self._store.write("dom0", f"{LIBRARY}/qubesadmin/{part}", source(f"qubesadmin/{part}"))
+        self._store.write("dom0", f"{LIBRARY}/qubesadmin/wire.py", source("wire.py"))
         for folder in ("/etc/qubes", "/etc/salt/minion.d", "/etc/systemd/system/multi-user.target.wants", "/srv/salt", "/srv/formulas/base", "/var/lib/qubes"):
             self._store.write("dom0", folder + "/.simulated", "")
         for name in templates or ["template"]:
@@ -126,6 +129,20 @@ class Hypervisor:
                 raise SimError(f"there is no template named {template}")
         self._add(name, klass, template)
         self._store.write(name, "/usr/bin/qubesdb-read", _QUBESDB.format(name=name), 0o755)
+        self._events.emit("", "domain-add", vm=name)
+
+    def remove(self, name):
+        """Remove a VM that does not run, with all that it has."""
+        with self._lock:
+            one = self._find(name)
+            if one.state != "Halted":
+                raise SimError(f"{name} is not halted")
+            if any(other.template == name for other in self._domains.values()):
+                raise SimError(f"{name} is the template of others")
+            with self._events.lock:
+                del self._domains[name]
+                self._events.emit("", "domain-delete", vm=name)
+            self._store.forget(name)
 
     def start(self, name):
         """Start a domain; one that runs is left alone."""
@@ -135,6 +152,7 @@ class Hypervisor:
                 raise SimError(f"{name} is paused")
             if one.state == "Running":
                 return
+            self._emit(one, "domain-pre-start")
             self._store.reset(name, one.template)
             self._identify(one)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -144,8 +162,9 @@ class Hypervisor:
             message, _ = wire.receive(ours)
             if not message or "ready" not in message:
                 os.waitpid(one.keeper, 0)
+                self._emit(one, "domain-start-failed")
                 raise SimError(f"{name} could not be started: {(message or {}).get('failed', 'it ended at once')}")
-            one.state = "Running"
+            self._set_state(one, "Running", "domain-start")
             threading.Thread(target=self._listen, args=(one, ours, one.keeper), daemon=True).start()
 
     def shutdown(self, name):
@@ -179,6 +198,7 @@ class Hypervisor:
         # Until a round finds everybody stopped: processes may start others meanwhile.
         while [_signal(pid, signal.SIGSTOP) for pid in _pids(one.keeper) if _state(pid) not in "TtZX"]:
             time.sleep(0.005)
+        self._emit(one, "domain-paused")
 
     def unpause(self, name):
         """Let a paused VM go on."""
@@ -188,6 +208,7 @@ class Hypervisor:
         one.state = "Running"
         for pid in _pids(one.keeper):
             _signal(pid, signal.SIGCONT)
+        self._emit(one, "domain-unpaused")
 
     def reboot(self):
         """End all domains, and start dom0 anew: what lay on its /run and /tmp is gone."""
@@ -210,8 +231,18 @@ class Hypervisor:
                 "tags": sorted(one.tags),
                 "pid": None if one.state == "Halted" else one.keeper,
             }
-            for one in self._domains.values()
+            for one in list(self._domains.values())
         ]
+
+    def _set_state(self, one, state, event):
+        with self._events.lock:
+            one.state = state
+            self._emit(one, event)
+
+    def _emit(self, one, event):
+        # Of dom0 itself there are none.
+        if one.klass != "AdminVM":
+            self._events.emit(one.name, event)
 
     def _add(self, name, klass, template):
         one = self._domains[name] = Domain(name, klass, template)
@@ -252,7 +283,7 @@ class Hypervisor:
             if waiting is not None:
                 waiting.put((message, fds))
         os.waitpid(keeper, 0)
-        one.state = "Halted"
+        self._set_state(one, "Halted", "domain-shutdown")
         sock.close()
         for waiting in list(one.replies.values()):
             waiting.put((None, []))
@@ -291,11 +322,15 @@ class Hypervisor:
             return self._run(connection, message, fds)
         if operation == "create":
             return self.create(message["name"], message["template"])
+        if operation == "restart-qubesd":
+            return self._events.drop_all()
         return self._answer_common(message)
 
     def _answer_dom0(self, connection, message, fds):
         if message["op"] == "exec":
             return self._exec(connection, message, fds)
+        if message["op"] == "events":
+            return self._events.subscribe(fds[0], message["name"])
         if message["op"] == "prefs":
             return self._prefs(message)
         if message["op"] == "tag":
@@ -309,7 +344,7 @@ class Hypervisor:
         operation = message["op"]
         if operation == "status":
             return {"domains": self.status()}
-        if operation in ("start", "shutdown", "kill", "pause", "unpause"):
+        if operation in ("start", "shutdown", "kill", "pause", "unpause", "remove"):
             if message["name"] == "dom0":
                 raise SimError(f"dom0 can't be told to {operation}")
             return getattr(self, operation)(message["name"])

@@ -8,3 +8,7 @@ class QubesException(Exception):
 
 class QubesVMNotRunningError(QubesException):
     """The qube does not run, and was not to be started."""
+
+
+class QubesDaemonCommunicationError(QubesException):
+    """qubesd can't be reached, or said something that can't be understood."""
