@@ -20,7 +20,8 @@ import tty
 from . import hypervisor, linux, wire
 
 _OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill", "remove")
-_DOWN_WAIT = 10
+#: With hundreds of VMs it takes a while, seconds.
+_DOWN_WAIT = 60
 #: All that the hypervisor, and so the first process of each domain, has of its caller's environment.
 _KEPT_ENVIRONMENT = ("PATH", "LC_CTYPE")
 _USAGE = """\
@@ -77,10 +78,10 @@ def _parser():
             command.add_argument("name", metavar="NAME")
         command.add_argument("-u", "--user", default="root" if name == "dom0" else "user")
         command.usage = f"qubes-sim {name} --root DIR {'NAME ' if name == 'vm' else ''}[-u USER] [-- CMD...]"
-    create = add("create", _operate, "make a VM; it isn't started")
-    create.add_argument("name", metavar="NAME[:TEMPLATE]")
+    create = add("create", _operate, "make VMs; they aren't started")
+    create.add_argument("names", nargs="+", metavar="NAME[:TEMPLATE]")
     for name in _OPERATIONS:
-        add(name, _operate, f"{name} a VM").add_argument("name", metavar="NAME")
+        add(name, _operate, f"{name} VMs").add_argument("names", nargs="+", metavar="NAME")
     add("restart-qubesd", _restart_qubesd, "end the connections of all that listen to events in dom0")
     add("reboot", _reboot, "end all domains and start dom0 anew, with the services that are enabled there")
     add("status", _status, "list the domains")
@@ -251,9 +252,10 @@ def _answer(sock):
 
 
 def _operate(root, options):
-    name, _, template = options.name.partition(":")
-    with _ask(root, {"op": options.operation, "name": name, "template": template or None}) as sock:
-        _answer(sock)
+    for text in options.names:
+        name, _, template = text.partition(":")
+        with _ask(root, {"op": options.operation, "name": name, "template": template or None}) as sock:
+            _answer(sock)
     return 0
 
 

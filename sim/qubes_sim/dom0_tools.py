@@ -16,12 +16,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 _SOCKET = "/run/qubesd.sock"
 #: As in the real tools: 1 for what failed, 2 for wrong usage.
 _FAILED = 1
 #: Where a managed VM keeps what it was sent, and where this dom0's Salt lies.
 _MANAGED, _SALT = "/var/lib/simulated-management", "/usr/lib/qubes/simulated/salt"
+#: Here if the tools are to cost what the real ones do: see costs.py.
+_COSTS = "/usr/lib/qubes/simulated/costs"
 
 
 def _ask(message, fds=()):
@@ -43,6 +46,35 @@ def _ask(message, fds=()):
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {answer['error']}\n")
         sys.exit(_FAILED)
     return answer
+
+
+def _start_in_vm(message, fds=()):
+    time.sleep(_costs().get("qrexec", 0))
+    return _ask(message, fds)
+
+
+def _costs():
+    try:
+        with open(_COSTS, encoding="ascii") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+
+
+def _cost_as_the_real_one():
+    """Use processor time and memory as the imports of the real tools do.
+
+    Returns:
+        what must be kept for as long as the process lives.
+    """
+    costs = _costs()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        own = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    # Written to, so that it is there.
+    ballast = b"\1" * max(0, costs.get("memory", 0) - own)
+    while time.process_time() < costs.get("cpu", 0):
+        pass
+    return ballast
 
 
 def _parser(*names):
@@ -84,7 +116,7 @@ def _qvm_run(argv):
     else:
         # The service qubes.VMShell: a shell that reads the command as its first line, and leaves the rest of stdin to it.
         request.update({"argv": ["/bin/bash"], "input": options.COMMAND.rstrip("\n") + "; exit\n"})
-    answer = _ask(request, (0, 1, 2) if options.pass_io else ())
+    answer = _start_in_vm(request, (0, 1, 2) if options.pass_io else ())
     if "state" in answer and options.verbose:
         problem = "is paused" if answer["state"] == "Paused" else "not started"
         sys.stderr.write(f"Qube '{options.VMNAME}' {problem}\n")
@@ -214,7 +246,7 @@ def _qrexec_client(argv):
     if service.split()[:2] not in (["QUBESRPC", "qubes.VMShell"], ["QUBESRPC", "qubes.VMShell+"]):
         parser.error(f"no such service in the simulator: {service}")
     request = {"op": "exec", "name": options.vm, "user": "user" if user == "DEFAULT" else user, "autostart": False, "pass_io": True}
-    return _ask({**request, "argv": ["/bin/bash"], "input": ""}, (0, 1, 2))["exit"]
+    return _start_in_vm({**request, "argv": ["/bin/bash"], "input": ""}, (0, 1, 2))["exit"]
 
 
 def _qubesctl(argv):
@@ -311,6 +343,8 @@ def main():
     operations = {"qvm-run": _qvm_run, "qvm-check": _qvm_check, "qvm-ls": _qvm_ls, "qvm-prefs": _qvm_prefs, "qubesctl": _qubesctl}
     operations.update({"qvm-tags": _qvm_tags, "qvm-features": _qvm_features, "qrexec-client": _qrexec_client})
     try:
+        if name != "qrexec-client":  # the real one is no Python program
+            ballast = _cost_as_the_real_one()  # noqa: F841 - kept until we end
         if name in operations:
             return operations[name](sys.argv[1:])
         return _operate(name[len("qvm-") :], sys.argv[1:])

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A simulator as a Python object, for tests, the demo and the benchmark. Works through the command line alone."""
 
+import json
 import os
 import subprocess
 import sys
 
+from . import costs
+
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "qubes-sim")
+#: Longest that starting many VMs may take, seconds.
+_OPERATION_WAIT = 300
 
 
 class Sim:
@@ -48,17 +53,17 @@ class Sim:
         """End everything."""
         self._do("down")
 
-    def create(self, name):
-        """Make a VM, ``NAME`` or ``NAME:TEMPLATE``."""
-        self._do("create", name)
+    def create(self, *names):
+        """Make VMs, each ``NAME`` or ``NAME:TEMPLATE``."""
+        self._do("create", *names)
 
-    def start(self, name):
-        """Start a VM."""
-        self._do("start", name)
+    def start(self, *names):
+        """Start VMs."""
+        self._do("start", *names)
 
-    def shutdown(self, name):
-        """Shut a VM down."""
-        self._do("shutdown", name)
+    def shutdown(self, *names):
+        """Shut VMs down."""
+        self._do("shutdown", *names)
 
     def kill(self, name):
         """End a VM as a power cut does."""
@@ -72,9 +77,20 @@ class Sim:
         """Let a paused VM go on."""
         self._do("unpause", name)
 
-    def remove(self, name):
-        """Remove a VM that does not run."""
-        self._do("remove", name)
+    def remove(self, *names):
+        """Remove VMs that do not run."""
+        self._do("remove", *names)
+
+    def set_real_costs(self, on):
+        """Have dom0's tools cost what the real ones do, or as little as they can.
+
+        Args:
+            on: bool; programs that run already go on as they are.
+        """
+        if on:
+            self.dom0("sh", "-c", f"cat > {costs.PATH}", data=json.dumps(costs.REAL).encode("ascii"), check=True)
+        else:
+            self.dom0("rm", "-f", costs.PATH, check=True)
 
     def restart_qubesd(self):
         """End the connections of all that listen to events in dom0."""
@@ -109,7 +125,7 @@ class Sim:
         return subprocess.Popen(self.command("vm", name, "-u", user, "--", *argv), **options)
 
     def _do(self, name, *words):
-        subprocess.run(self.command(name, *words), check=True, stdin=subprocess.DEVNULL, timeout=60)
+        subprocess.run(self.command(name, *words), check=True, stdin=subprocess.DEVNULL, timeout=_OPERATION_WAIT)
 
 
 def _run(command, data, timeout, check):

@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import pytest
+from qubes_sim import costs
 from qubes_sim.handle import Sim
 
 
@@ -170,3 +171,32 @@ def test_bad_usage_is_one_line_and_says_what_to_do(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(b"qubes-sim: error: no simulator is up in")
     assert done.stderr.count(b"\n") == 1
+
+
+_USED = """\
+import os, sys
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+used = os.wait4(pid, 0)[2]
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
+def test_tools_take_the_processor_and_memory_of_the_real_ones_when_told_to(sim):
+    def used(*argv):
+        seconds, kilobytes = map(float, sim.dom0("/usr/bin/python3", "-IS", "-c", _USED, *argv, check=True).stdout.splitlines()[-1].split())
+        return seconds > 0.9 * costs.REAL["cpu"], kilobytes * 1024 > 0.9 * costs.REAL["memory"]
+
+    sim.set_real_costs(True)
+    assert used("qvm-run", "work", "true") == used("qvm-ls") == (True, True)
+    assert used("qrexec-client", "-d", "work", "DEFAULT:QUBESRPC qubes.VMShell+ dom0") == (False, False)
+    sim.set_real_costs(False)
+    assert used("qvm-run", "work", "true") == (False, False)
+
+
+def test_several_qubes_can_be_made_started_and_removed_at_once(sim):
+    sim.create("one:t", "two:t")
+    sim.start("one", "two")
+    assert sim.dom0("qvm-check", "--running", "one", "two").returncode == 0
+    sim.shutdown("one", "two")
+    sim.remove("one", "two")
+    assert sim.dom0("qvm-check", "one", "two").returncode == 1
