@@ -147,19 +147,29 @@ class Place:
             self._most = most
             self.say(f"making {len(self._fleet)} VMs")
             self.stand.create(*(f"{vm}:{_TEMPLATE}" for vm in self._fleet))
-            costs = self._costs
-            # What an apply costs is measured elsewhere: make bench-fleet.
-            self.set_costs(False)
             self._apply()
-            self.set_costs(costs)
         new = self._fleet[len(self._running) : min(running, self._most) - 1]
+        costs = self._costs
+        # The programs of their sessions stay, and are measured.
+        self.set_costs(True)
         if new:
             self.say(f"starting {len(new)} VMs")
             self.stand.start(*new)
             self._running += new
         self.serve()
         self._await(dict.fromkeys((WORK, *self._running), "agent"))
+        self.set_costs(costs)
         return [WORK, *self._running]
+
+    def begin_anew(self):
+        """Have WORK start again, and with it its session."""
+        if WORK in self._probes:
+            self._probes.pop(WORK).close()
+        self.stand.shutdown(WORK)
+        self.stand.start(WORK)
+        # Until the engine has seen that it was gone, its status is of the old session.
+        self.stand.vm(WORK, "qvm-remote", "-n", "true", check=True)
+        self._served.discard(WORK)
 
     def _pillar(self, running=True):
         engine = {"agentless_interval": self._interval} if self._interval else {}
@@ -167,9 +177,13 @@ class Place:
 
     def _apply(self):
         self.say("dom0: qubesctl state.apply qvm-remote")
+        costs = self._costs
+        # What an apply costs is measured elsewhere: make bench-fleet.
+        self.set_costs(False)
         self._served.clear()
         self.stand.set_pillar({"client": {"templates": [_TEMPLATE]}, **self._pillar()})
         self.stand.salt("state.apply", "qvm-remote", timeout=600)
+        self.set_costs(costs)
 
     def _await(self, kinds):
         """Wait until each of some VMs is served as it should be."""

@@ -42,6 +42,9 @@ def run_one(place):
     """
     place.set_costs(True)
     place.serve()
+    # Its session's program is to be one of those that cost what the real ones do.
+    place.begin_anew()
+    place.serve()
     rows = _idle(place, idle(1))
     place.have_fleet(1)
     rows += _idle(place, f"idle with 1 running VM and {place.size.most} halted ones")

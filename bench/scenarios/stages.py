@@ -69,7 +69,7 @@ def _await_listener(listener, probe, events):
 
 def _times(trace, listener, events):
     """When one command's stages began and ended, seconds since the epoch."""
-    sent, text = trace["lines"][0]
+    noted, text = trace["lines"][0]
     cid = _SENT.search(text).group(1)
     deadline = time.monotonic() + _EVENT_WAIT
     while set(events.get(cid, ())) < set(_EVENTS):
@@ -80,4 +80,6 @@ def _times(trace, listener, events):
         if len(parts) == 4:
             stamp = datetime.datetime.fromisoformat(json.loads(data)["_stamp"])
             events.setdefault(parts[2], {})[parts[3]] = stamp.replace(tzinfo=stamp.tzinfo or datetime.timezone.utc).timestamp()
+    # dom0 may have it before the client has said so.
+    sent = min(noted, events[cid]["accepted"])
     return [trace["begun"], sent, *(events[cid][what] for what in _EVENTS), trace["ended"]]
