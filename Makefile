@@ -1,14 +1,15 @@
 # make demo and make test do everything on a fresh machine; see README.rst.
 PYTHON3 ?= python3
+BENCH ?=
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare demo demo-shell bench bench-fleet test lint model install-client clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test lint model install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
 	@echo "make demo-shell      the same, then a prompt inside a VM, with the engine running"
-	@echo "make bench           time a command, beside a bare qvm-run"
+	@echo "make bench           measure everything, beside qvm-run and ssh (BENCH=--short: a minute; BENCH=--help)"
 	@echo "make bench-fleet     time an apply, for each VM"
 	@echo "make test            lint, then all tests"
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
@@ -19,19 +20,22 @@ help:
 prepare:
 	@$(PYTHON3) tools/bootstrap.py
 
+prepare-bench:
+	@$(PYTHON3) tools/bootstrap.py --bench
+
 demo: prepare
 	@$(BIN)/python tools/demo.py
 
 demo-shell: prepare
 	@$(BIN)/python tools/demo.py --shell
 
-bench: prepare
-	@$(BIN)/python bench/roundtrip.py
+bench: prepare-bench
+	@$(BIN)/python bench/run.py $(BENCH)
 
 bench-fleet: prepare
 	@$(BIN)/python bench/fleet.py
 
-test: lint
+test: prepare-bench lint
 	$(BIN)/nox --session oldest
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 

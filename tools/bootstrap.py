@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
-packages that can't come with it. With --model: what `make model` needs, alone. Says what it does; does nothing when all is
-there. Standard library only.
+packages that can't come with it. Says what it does; does nothing when all is there. With --bench also what `make bench`
+needs beside: OpenSSH; with --model what `make model` needs, alone. Standard library only.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ _VENV = os.path.join(_ROOT, ".venv")
 _REQUIREMENTS = os.path.join(_ROOT, "requirements-dev.txt")
 _STAMP = os.path.join(_VENV, "prepared")
 _HEADER = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+#: Where a server may be that a user's PATH has not.
+_SBIN = os.environ.get("PATH", "") + ":/usr/sbin"
 #: What must be there: a test for it, and the packages that bring it (Debian, Fedora).
 _SYSTEM = (
     ("the C compiler, to build salt's dependency timelib", lambda: shutil.which("cc") or shutil.which("gcc"), "gcc", "gcc"),
@@ -31,23 +33,30 @@ _FOR_MODEL = (
     ("spin, to check the model", lambda: shutil.which("spin"), "spin", "spin"),
     ("gcc, to build what spin makes of it", lambda: shutil.which("gcc"), "gcc", "gcc"),
 )
+#: For the benchmark alone: a demo must not bring a server to somebody's machine.
+_FOR_BENCH = (
+    ("sshd, which make bench starts on loopback with its own keys", lambda: shutil.which("sshd", path=_SBIN), "openssh-server", "openssh-server"),
+    ("ssh, for the same", lambda: shutil.which("ssh"), "openssh-client", "openssh-clients"),
+)
 
 
-def main():
+def main(argv):
     """Prepare the machine.
+
+    Args:
+        argv: list of str: ``--bench``, ``--model`` or nothing.
 
     Returns:
         int, the exit code.
     """
-    if sys.argv[1:] == ["--model"]:
+    if argv == ["--model"]:
         return 0 if _install_system(_missing(_FOR_MODEL)) else 1
     with open(_REQUIREMENTS, "rb") as file:
         wanted = hashlib.sha256(file.read() + sys.version.encode()).hexdigest()
-    if _prepared() == wanted and not _missing():
-        return 0
-    if not _install_system(_missing()):
+    needed = _SYSTEM + (_FOR_BENCH if "--bench" in argv else ())
+    if not _install_system(_missing(needed)):
         return 1
-    return _install_venv(wanted)
+    return 0 if _prepared() == wanted else _install_venv(wanted)
 
 
 def _can_import(name):
@@ -62,8 +71,8 @@ def _prepared():
         return ""
 
 
-def _missing(wanted=_SYSTEM):
-    return [(what, debian, fedora) for what, is_there, debian, fedora in wanted if not is_there()]
+def _missing(needed):
+    return [(what, debian, fedora) for what, is_there, debian, fedora in needed if not is_there()]
 
 
 def _install_system(missing):
@@ -106,4 +115,4 @@ def _install_venv(wanted):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
