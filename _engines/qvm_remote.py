@@ -13,7 +13,8 @@ It never raises: with settings it can't use it says so in the log and serves nob
 SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
 SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second.
 
-Events on the minion's bus, and on its master's if it has one, all with ``vm`` and ``id`` in their data (``-`` when none is meant):
+Events on the minion's bus, and on its master's if it has one, all with ``vm``, ``id`` (``-`` when none is meant) and
+``time`` (seconds since the epoch; they are fired a moment later) in their data:
 
 ========================================== ===========================================================================
 ``qvm-remote/<vm>/-/connected``            a session began; ``kind``: agent or agentless
@@ -36,6 +37,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 
@@ -54,12 +56,15 @@ __virtualname__ = "qvm_remote"
 _BUSY_RETRY = 2.0
 #: The minion that started us may die without a word: look this often, seconds.
 _PARENT_CHECK = 1.0
+#: How long a thread keeps the interpreter while another one wants it, seconds.
+_SWITCH_INTERVAL = 0.0005
 #: Events that wait for the bus; beyond that they are dropped: events inform, they never delay a command.
 _EVENTS_MAX = 5000
-#: Fired this much later, seconds: a command's own steps need not share the interpreter with what tells of them.
-_EVENTS_AFTER = 0.03
-#: After an event the thread rests so many times as long as that took, so that a burst of commands has the interpreter for itself.
-_EVENTS_REST = 3
+#: An event waits for the commands that were accepted within this time, seconds, to be delivered: they have the interpreter first.
+_EVENTS_WAIT = 0.25
+#: After an event the thread rests so many times as long as that took, but no longer than so many seconds: a burst of commands
+#: leaves it the time in between.
+_EVENTS_REST, _EVENTS_REST_MAX = 3, 0.03
 #: Steps of a command that are told of only where all events are wanted.
 _STEPS = ("accepted", "running", "delivered")
 
@@ -74,6 +79,8 @@ def start(**config):
     Args:
         config: settings, see :class:`pullrpc.config.Config` and pillar.example.
     """
+    # This process is the engine's alone. Its threads hand a command on several times, and none is to wait 5 ms for the interpreter.
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
     events = _Events(__opts__)
     try:
@@ -128,6 +135,7 @@ def _make_service(config, signals, events):
     dom0 = pullrpc.dom0.shared(config)
 
     def emit(vm, cid, what, data):
+        events.note(vm, cid, what)
         if what not in _STEPS or dom0.config.events == "all":
             events.put(vm, cid, what, data)
 
@@ -204,13 +212,25 @@ class _Events:
         # A masterless minion has nobody to send them on to.
         self._has_master = opts.get("master_type") != "disable"
         self._queue = queue.Queue(_EVENTS_MAX)
+        #: Commands that are on their way, and when they were accepted.
+        self._on_way = {}
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="qvm-remote-events", daemon=True)
         self._thread.start()
+
+    def note(self, vm, cid, what):
+        """Hear of a step, whether or not there is to be an event of it."""
+        with self._changed:
+            if what == "accepted":
+                self._on_way[vm, cid] = time.monotonic()
+            elif what in ("delivered", "cancelled"):
+                self._on_way.pop((vm, cid), None)
+                self._changed.notify()
 
     def put(self, vm, cid, what, data):
         """Fire an event soon; the arguments are checked names and words of ours, never output or keys."""
         try:
-            self._queue.put_nowait((f"qvm-remote/{vm}/{cid}/{what}", {"vm": vm, "id": cid, **data}))
+            self._queue.put_nowait((f"qvm-remote/{vm}/{cid}/{what}", {"vm": vm, "id": cid, "time": round(time.time(), 6), **data}))
         except queue.Full:
             return
 
@@ -222,17 +242,27 @@ class _Events:
             return
         self._thread.join(1.0)
 
+    def _wait_for_calm(self):
+        with self._changed:
+            while self._on_way:
+                left = max(self._on_way.values()) + _EVENTS_WAIT - time.monotonic()
+                if left <= 0:
+                    # What takes longer than that is no matter of a moment.
+                    self._on_way.clear()
+                    return
+                self._changed.wait(left)
+
     def _work(self):
         with salt.utils.event.get_event("minion", opts=self._opts, listen=False) as bus:
             while True:
                 item = self._queue.get()
                 if item is None:
                     return
-                time.sleep(_EVENTS_AFTER if self._queue.empty() else 0)
+                self._wait_for_calm()
                 tag, data = item
                 began = time.monotonic()
                 bus.fire_event(data, tag)
                 if self._has_master:
                     # The minion passes what it finds under this tag on to its master.
                     bus.fire_master(data, tag)
-                time.sleep(min(_EVENTS_AFTER, _EVENTS_REST * (time.monotonic() - began)))
+                time.sleep(min(_EVENTS_REST_MAX, _EVENTS_REST * (time.monotonic() - began)))

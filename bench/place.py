@@ -50,6 +50,7 @@ class Place:
         self.ssh = None
         self._probes = {}
         self._interval = POLL_INTERVAL
+        self._events = "ends"
         self._costs = False
         self._fleet = []
         self._running = []
@@ -99,14 +100,16 @@ class Place:
         self._served.clear()
         self.stand.stop_engine()
 
-    def serve(self, polled=None):
+    def serve(self, polled=None, events="ends"):
         """Have the service run, and serve WORK in a session; serve POLL without the agent, or not at all.
 
         Args:
             polled: int, the interval in seconds; 0 for the default; None for not at all.
+            events: str, which of them the engine fires.
         """
-        if polled is not None and polled != self._interval:
-            self._interval = polled
+        interval = self._interval if polled is None else polled
+        if (interval, events) != (self._interval, self._events):
+            self._interval, self._events = interval, events
             self._apply()
         self.start_service()
         if polled is None:
@@ -172,7 +175,7 @@ class Place:
         self._served.discard(WORK)
 
     def _pillar(self, running=True):
-        engine = {"agentless_interval": self._interval} if self._interval else {}
+        engine = {"events": self._events, **({"agentless_interval": self._interval} if self._interval else {})}
         return {"service": {"running": running}, "engine": engine, "vms": {WORK: {}, POLL: {"accept_v1": True}, **{vm: {} for vm in self._fleet}}}
 
     def _apply(self):

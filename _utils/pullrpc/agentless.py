@@ -191,7 +191,7 @@ class Agentless:
             return [], []
         if code:
             raise SessionBroken("the qube can't be asked (is it running, is its disk full?)")
-        items, cancels, untrusted_claim = _read_listing(untrusted_output)
+        items, cancels, untrusted_claim = _read_listing(untrusted_output, room)
         # The agent of qvm-remote 1.x is none: under it, "agent" is a command for dom0.
         self._has_agent = untrusted_claim and not self._config.accept_v1
         return items, cancels
@@ -262,7 +262,7 @@ class Agentless:
         yield b"echo END\n"
 
 
-def _read_listing(untrusted_output):
+def _read_listing(untrusted_output, room):
     lines = untrusted_output.split(b"\n")
     if lines[-2:] != [b"END", b""]:
         raise FrameError("the qube's list is cut")
@@ -278,7 +278,7 @@ def _read_listing(untrusted_output):
             items[-1] = _with_data(items[-1], rest)
         else:
             raise FrameError("the qube's list is malformed")
-    if len(items) > ITEMS_MAX or len(cancels) > CANCELS_MAX:
+    if len(items) > min(room, ITEMS_MAX) or len(cancels) > CANCELS_MAX:
         raise FrameError("the qube's list is too long")
     return items, cancels, has_agent
 

@@ -167,11 +167,12 @@ class Dom0:
         return request, None
 
     def _verify_once(self, *untrusted_request):
-        """The same, unless it has just been done for exactly these bytes and under these settings."""
+        """The same, unless this thread has just done it for exactly these bytes and under these settings. That counts once."""
         at, config, verified, request = getattr(self._verified, "last", _NONE_VERIFIED)
-        if verified == untrusted_request and time.monotonic() - at < _VERIFIED_HOLDS and config is self.config.for_vm(verified[0]):
-            return request, None
-        return self.verify(*untrusted_request)
+        is_known = verified == untrusted_request and time.monotonic() - at < _VERIFIED_HOLDS and config is self.config.for_vm(verified[0])
+        outcome = (request, None) if is_known else self.verify(*untrusted_request)
+        self._verified.last = _NONE_VERIFIED
+        return outcome
 
     def admit(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size):
         """Take a request in: verify it here and now, and keep it on disk. It is not claimed yet.
@@ -393,22 +394,24 @@ class Dom0:
             for part in (OUT, ERR, META):
                 self.spool.remove_part(vm, cid, part)
             self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
+        self.spool.sweep(self.ledger.open_commands())
         self.ledger.prune(self.config.ledger_keep_days)
         self.audit.commands.prune(self.config.audit_commands_max, self.config.audit_keep_days)
         return left
 
-    def refusal(self, vm, cid, reason):
+    def refusal(self, vm, cid, reason, is_proven=True):
         """Make the answer to a request that isn't accepted.
 
         Args:
             vm, cid: str.
             reason: str, one sentence.
+            is_proven: bool, whether dom0 signs it.
 
         Returns:
             (bytes, bytes): ``.err`` and ``.meta``.
         """
         err = _reason_line(reason)
-        return err, _meta(self._key_or_none(vm), cid, b"", err, EXIT_FAILED, "refused")
+        return err, _meta(self._key_or_none(vm) if is_proven else None, cid, b"", err, EXIT_FAILED, "refused")
 
     def expire(self, vm):
         """Give up results of a VM that waited too long.
@@ -417,18 +420,19 @@ class Dom0:
             vm: str.
 
         Returns:
-            list of cid that are still to be delivered, oldest first.
+            (list of cid, list of cid): those still to be delivered, oldest first, and those that were given up just now.
 
         Raises:
             LedgerError: the ledger can't be read or written.
         """
-        waiting = []
+        waiting, expired = [], []
         for cid, done_at in self.ledger.undelivered(vm):
             if time.time() - done_at <= self.config.spool_max_age:
                 waiting.append(cid)
                 continue
             self.close_delivery(vm, cid, "expired")
-        return waiting
+            expired.append(cid)
+        return waiting, expired
 
     def result(self, vm, cid):
         """Fetch a result that waits for delivery.
@@ -495,8 +499,8 @@ class Dom0:
         Raises:
             SpoolError: it can't be read.
         """
-        with self._lock:
-            running = self._running.get((vm, cid))
+        # Without the lock, which is held while the ledger is asked: this is called in the loop of all VMs.
+        running = self._running.get((vm, cid))
         if running is None:
             return None
         data = self.spool.piece(vm, cid, part, offset, size)
@@ -588,7 +592,6 @@ class Dom0:
         finally:
             with self._lock:
                 del self._running[vm, cid]
-                self._cancelled_early.discard((vm, cid))
 
     def _finish_run(self, request, ended):
         outcome, why_stopped = ended
@@ -648,6 +651,11 @@ class Dom0:
         self.audit.write("ended", vm, cid, sync=True, exit=exit_code, status=status, seconds=round(seconds, 3), **more)
         self.ledger.finish(vm, cid, exit_code, status)
         self.spool.remove_inputs(vm, cid)
+        with self._lock:
+            given_up = (vm, cid) in self._cancelled_early
+            self._cancelled_early.discard((vm, cid))
+        if given_up and status != "cancelled":
+            self.close_delivery(vm, cid, "given-up")
         return {"exit": exit_code, "status": status, "seconds": round(seconds, 3)}
 
     def _key_or_none(self, vm):

@@ -110,7 +110,7 @@ def check_new(config, ledger, request, now=None):
             raise Refused("replay", "this id was used before; nothing is ever run twice")
         return state
     if cid_time(request.cid) <= forgotten_before:
-        raise Refused("replay", "this id was made before this qube's access was removed; send it again")
+        raise Refused("replay", "this id is older than what dom0 remembers of this qube; send it again")
     age = (time.time() if now is None else now) - cid_time(request.cid)
     if abs(age) > config.max_age:
         side = "old" if age > 0 else "ahead of dom0's clock"

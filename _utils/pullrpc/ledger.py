@@ -192,6 +192,18 @@ class Ledger:
         with self._guarded():
             return self._db.execute("SELECT vm, cid FROM command WHERE state IN (?, ?)", (CLAIMED, RUNNING)).fetchall()
 
+    def open_commands(self):
+        """List what was claimed and is not delivered.
+
+        Returns:
+            set of (vm, cid)
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            return set(self._db.execute("SELECT vm, cid FROM command WHERE state <> ?", (DELIVERED,)).fetchall())
+
     def waiting(self, vm):
         """Count a VM's commands that were claimed and have not begun.
 
@@ -244,6 +256,8 @@ class Ledger:
     def prune(self, keep_days):
         """Forget delivered commands claimed more than some days ago.
 
+        What stays of them is one time for each VM: no id made up to then is taken any more, whatever dom0's clock says.
+
         Args:
             keep_days: int.
 
@@ -253,10 +267,16 @@ class Ledger:
         Raises:
             LedgerError: it can't be written.
         """
-        with self._guarded():
-            return self._db.execute(
-                "DELETE FROM command WHERE state = ? AND claimed_at < ?", (DELIVERED, time.time() - keep_days * 86400)
-            ).rowcount
+        which = (DELIVERED, time.time() - keep_days * 86400)
+        with self._guarded(), self._transaction():
+            newest = "SELECT vm, max(substr(cid, 1, 15)) FROM command WHERE state = ? AND claimed_at < ? GROUP BY vm"
+            for vm, stamp in self._db.execute(newest, which).fetchall():
+                self._note_forgotten(vm, cid_time(stamp))
+            return self._db.execute("DELETE FROM command WHERE state = ? AND claimed_at < ?", which).rowcount
+
+    def _note_forgotten(self, vm, before):
+        known = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
+        self._db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (vm, max(before, known[0] if known else 0)))
 
     def forget(self, vm):
         """Forget all that a VM had done, since it lost its access.
@@ -277,8 +297,7 @@ class Ledger:
             newest = self._db.execute("SELECT max(substr(cid, 1, 15)) FROM command WHERE vm = ?", (vm,)).fetchone()[0]
             # A VM's clock may be ahead of ours.
             before = max(int(time.time()), cid_time(newest) if newest else 0)
-            known = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
-            self._db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (vm, max(before, known[0] if known else 0)))
+            self._note_forgotten(vm, before)
             return self._db.execute("DELETE FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).rowcount
 
     def count_of(self, vm):

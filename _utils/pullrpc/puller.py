@@ -43,6 +43,11 @@ _KEY_LOOK_EVERY, _KEY_LOOK_MIN = 60.0, 5.0
 #: How long the results of commands just taken in are waited for before the VM is told that dom0 has them, seconds: most
 #: are there by then, which spares a request for each.
 _LINGER = 0.015
+#: A VM that could not take its results is offered them again after this long, seconds.
+_DELIVER_AGAIN = 5.0
+#: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
+#: taken for the answer to another request under the same id.
+_BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt")
 #: Ends of a command that leave its output as it was while it ran, or longer.
 _KEEPS_OUTPUT = ("done", "timeout", "interrupted")
 
@@ -84,6 +89,9 @@ class Puller:
         #: Whether dom0 asked for something else since the poll that is on its way.
         self._asked = False
         self._outbox = {}
+        #: Not before then is the outbox tried again, by the monotonic clock.
+        self._deliver_after = 0.0
+        #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
         self._bell = Bell()
@@ -147,7 +155,6 @@ class Puller:
             end: Finished.
         """
         self._outbox[cid] = end
-        self._untold.discard(cid)
         self.wake()
 
     def wrote(self, cid, out, err):
@@ -199,9 +206,10 @@ class Puller:
             self._session = Agentless(config, self.vm)
             await self._session.hello()
         await self._look_at_key()
-        lost = {cid: end for cid, end in self._outbox.items() if end.lost}
-        waiting = await self._hub.call(self._hub.dom0.expire, self.vm)
-        self._outbox = {**{cid: self._outbox.get(cid, Finished()) for cid in waiting}, **lost}
+        waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
+        late = {cid: Finished(lost="the command ended, but its result waited too long for this qube and is gone") for cid in expired}
+        # What ended in this moment is in the outbox already, and may be in no list.
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **late}
         for outflow in self._outflows.values():
             outflow.rewind()
 
@@ -240,7 +248,10 @@ class Puller:
             self._polling = asyncio.ensure_future(self._session.poll(self._config.poll_wait, self._room()))
             self._polling.add_done_callback(lambda _: self.wake())
             self._poll_began = time.monotonic()
-        await self._bell.wait(self._until_key_look())
+        wait = self._until_key_look()
+        if self._outbox:
+            wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
+        await self._bell.wait(wait)
         if not self._polling.done():
             if self._until_key_look() <= 0:
                 await self._look_at_key()
@@ -258,7 +269,7 @@ class Puller:
 
     async def _linger(self):
         deadline = time.monotonic() + _LINGER
-        while self._untold and time.monotonic() < deadline:
+        while self._untold and time.monotonic() < deadline and not self.ending:
             await self._bell.wait(deadline - time.monotonic())
             await self._deliver()
 
@@ -303,6 +314,9 @@ class Puller:
         listed = {_claimed_cid(item.untrusted_cid): item for item in items}
         if len(listed) != len(items):
             raise FrameError("the qube listed a command twice")
+        for untrusted_cid in cancels:
+            # Its client gave it up before dom0 saw it.
+            listed.pop(untrusted_cid, None)
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
             for cid, end in (await self._hub.call(self._accept_all, whole)).items():
@@ -318,8 +332,7 @@ class Puller:
             return
         # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
         self._retry = _RETRY_FIRST
-        if cid not in self._outbox:
-            self._untold.add(cid)
+        self._untold.add(cid)
         if end == "known":
             await self._spend()
         elif end == "late":
@@ -427,7 +440,8 @@ class Puller:
         if shown:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
-        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused))
+        is_proven = refused.code not in _BEFORE_THE_TOKEN
+        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven)
         self._asked = True
         async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
             continue
@@ -438,17 +452,27 @@ class Puller:
         self._asked = True
         await self._session.drop([cid])
 
+    async def _abandon(self, cid):
+        """Have done with a command whose client is gone without a word."""
+        await self._cancel_in_dom0(cid)
+        if self._session is not None:
+            self._asked = True
+            await self._session.drop([cid])
+
     async def _cancel_in_dom0(self, cid):
         if self._hub.pool.withdraw(self.vm, cid):
             await self._hub.call(self._hub.dom0.drop_queued, self.vm, cid)
         else:
             await self._hub.call(self._hub.dom0.cancel, self.vm, cid)
         self._untold.discard(cid)
+        if cid in self._outflows:
+            # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
+            self._outflows[cid].stopped = True
         self._hub.emit(self.vm, cid, "cancelled", {})
 
     async def _deliver(self):
         """Deliver what waits."""
-        if not self._outbox:
+        if not self._outbox or time.monotonic() < self._deliver_after:
             return
         waiting = dict(self._outbox)
         if all(end.result for end in waiting.values()):
@@ -460,15 +484,26 @@ class Puller:
         try:
             async for cid in self._session.deliver(results):
                 reached.append(cid)
+        except AgentUnable as err:
+            # Its disk may be full. Whatever else it asks for is heard, and what it has of these is no beginning to go on from.
+            self._hub.log(f"{self.vm}: its results wait: {err}")
+            self._deliver_after = time.monotonic() + _DELIVER_AGAIN
+            for cid in waiting:
+                if cid in self._outflows:
+                    self._outflows[cid].stopped = True
+            return
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].lost])
             for cid in reached:
                 self._outbox.pop(cid, None)
+                self._outflows.pop(cid, None)
+                self._untold.discard(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})
         for cid in waiting:
             # Without a result there was nothing (any more) to deliver.
             self._outbox.pop(cid, None)
             self._outflows.pop(cid, None)
+            self._untold.discard(cid)
 
     def _results(self, waiting):
         found = []
@@ -517,7 +552,7 @@ class Puller:
         outflow.answered()
         if not sending.result() and not outflow.stopped:
             outflow.stopped = True
-            self._hub.spawn(self._cancel_in_dom0(cid))
+            self._hub.spawn(self._abandon(cid))
         self.wake()
 
     async def _spend(self):

@@ -140,7 +140,7 @@ class Service:
             results = list(self._to_close)
             try:
                 await self.call(self.dom0.close_deliveries, results)
-            except PullError as err:
+            except Exception as err:  # noqa: BLE001 - whatever it is, what comes later is to be recorded
                 # What could not be recorded is delivered again in the next session, which harms nothing.
                 self.log(str(err))
             del self._to_close[: len(results)]
@@ -215,6 +215,8 @@ class Service:
                 outcome[vm] = "served"
             except PullError as err:
                 outcome[vm] = str(err)
+        # What a VM that broke off had claimed runs to its end under our lock.
+        await self._wait_all()
         return outcome
 
     def _on_wake(self):
@@ -288,7 +290,7 @@ class Service:
             outcome = self._execute(vm, cid)
             self.emit(vm, cid, "done", outcome)
             end = Finished(status=outcome["status"], result=self._small_result(vm, cid))
-        except PullError as err:
+        except Exception as err:  # noqa: BLE001 - whatever it is, a thread that dies would take the answer with it
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
             end = Finished(lost=f"the command was taken, but its end is not known: {err}")
             self.log(f"{vm}: {cid}: {err}")
@@ -328,7 +330,11 @@ class Service:
             puller.stopping = True
             puller.wake()
         for vm, cid in self.pool.close():
-            await self.call(self.dom0.interrupt_queued, vm, cid)
+            try:
+                await self.call(self.dom0.interrupt_queued, vm, cid)
+            except PullError as err:
+                # The next start does the same with what is left.
+                self.log(f"{vm}: {cid}: {err}")
             self._tell("finished", vm, cid, Finished())
         if not await self.call(self.pool.wait_idle, self.dom0.config.stop_grace):
             await self.call(self.dom0.interrupt_running)

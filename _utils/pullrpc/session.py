@@ -216,7 +216,7 @@ class Session:
         """
         request = {"op": "poll", "wait": wait, "max": room, "inline": INLINE_MAX}
         header, payload = await self._duplex.ask(request, payload_max=INLINE_MAX, patience=wait)
-        return _read_poll(_checked(header), payload)
+        return read_poll(_checked(header), payload, room)
 
     async def fetch(self, cid, part, offset, size):
         """Fetch a part of a request.
@@ -320,11 +320,24 @@ def _checked(untrusted_answer):
     return untrusted_answer
 
 
-def _read_poll(untrusted_answer, payload):
+def read_poll(untrusted_answer, payload, room):
+    """Take the answer to a poll apart.
+
+    Args:
+        untrusted_answer: dict.
+        payload: bytes.
+        room: int, most commands that were asked for.
+
+    Returns:
+        (list of Item, list of str)
+
+    Raises:
+        FrameError: it is malformed, or too much.
+    """
     untrusted_items, untrusted_cancels = untrusted_answer.get("items"), untrusted_answer.get("cancels")
     if not isinstance(untrusted_items, list) or not isinstance(untrusted_cancels, list):
         raise FrameError("the agent's list is malformed")
-    if len(untrusted_items) > ITEMS_MAX or len(untrusted_cancels) > CANCELS_MAX:
+    if len(untrusted_items) > min(room, ITEMS_MAX) or len(untrusted_cancels) > CANCELS_MAX:
         raise FrameError("the agent's list is too long")
     items, at = [], 0
     for untrusted_item in untrusted_items:

@@ -79,6 +79,18 @@ class Spool:
                 counted, total = self._counted[vm]
                 self._counted[vm] = (counted, total + size)
 
+    def sweep(self, known):
+        """Remove what was left of commands that nobody knows any more: the engine died just before it claimed them, or just after
+        they were delivered.
+
+        Args:
+            known: set of (vm, cid) whose files are kept.
+        """
+        for vm in _names(self._folder):
+            for cid in _names(os.path.join(self._folder, vm)):
+                if (vm, cid) not in known:
+                    shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+
     def store_request(self, vm, cid, command, token_line):
         """Keep an authenticated request.
 
@@ -225,6 +237,13 @@ class Spool:
     def remove(self, vm, cid):
         """Remove all of a command."""
         shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+
+
+def _names(folder):
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 class StdinWriter:

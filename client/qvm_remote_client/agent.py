@@ -28,8 +28,8 @@ _SETTLES_AFTER = 1_000_000_000
 #: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
 _ITEMS_MAX = 24
 _CANCELS_MAX = 16
-#: Results that nobody fetched are removed after this many seconds.
-_RESULTS_KEPT = 7 * 86400
+#: Results that nobody fetched are removed after this many seconds: later than any command may take.
+_RESULTS_KEPT = 8 * 86400
 
 
 class Agent:

@@ -252,7 +252,7 @@ def _show(result, options):
         reason = _safe_text(result.err_path)
         sys.stderr.write(f"qvm-remote: error: {reason or 'the answer is not authentic: it was not made by dom0 with the key of this qube'}\n")
         if reason:
-            sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, or dom0 has none)\n")
+            sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, dom0 has none, or it was refused unread)\n")
         return EXIT_FAILED
     if result.shown["out"] is not None:
         _copy(result.out_path, 1, result.shown["out"])

@@ -294,14 +294,14 @@ class Request:
         if not taken and unconnected > _CONNECT_WAIT:
             self.give_up()
             raise NoResult(
-                f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and did not run. "
+                f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and does not run any more. "
                 "Is qvm-remote running in dom0, and this qube authorized there?"
             )
         if not taken and waited > _CONNECT_WAIT:
             max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT
             if waited > max_wait:
                 self.give_up()
-                raise NoResult(f"dom0 did not take the request within {max_wait} s; it was taken back and did not run")
+                raise NoResult(f"dom0 did not take the request within {max_wait} s; it was taken back and does not run any more")
         if taken and unconnected > _RECONNECT_WAIT:
             self.give_up()
             raise NoResult("dom0 took the request, but its session ended and did not come back; the command may have run")

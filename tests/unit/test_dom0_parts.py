@@ -202,8 +202,8 @@ def test_a_closed_pool_gives_back_what_waited_and_starts_nothing():
 
 
 def test_a_vm_says_at_the_end_of_its_list_that_it_has_an_agent_now():
-    assert _read_listing(b"I 20260131-235959-4711-0badcafe 1 1 -1\nA\nEND\n")[2] is True
-    assert _read_listing(b"END\n") == ([], [], False)
+    assert _read_listing(b"I 20260131-235959-4711-0badcafe 1 1 -1\nA\nEND\n", 1)[2] is True
+    assert _read_listing(b"END\n", 1) == ([], [], False)
     for text in (b"A\nA\nEND\n", b"A\nC 20260131-235959-4711-0badcafe\nEND\n"):
         with pytest.raises(FrameError):
-            _read_listing(text)
+            _read_listing(text, 1)

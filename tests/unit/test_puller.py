@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM's pull loop on the real ledger, spool and keyring: no ending of a command at an awkward moment loses or garbles its result."""
+
+import asyncio
+import os
+import threading
+import time
+
+import pytest
+from pullrpc import sandbox
+from pullrpc.aio import run
+from pullrpc.config import make_config
+from pullrpc.dom0 import Dom0, _Running
+from pullrpc.errors import AgentUnable, FrameError, Refused
+from pullrpc.ids import new_cid
+from pullrpc.puller import Finished, Puller
+from pullrpc.scheduler import FairPool
+from pullrpc.session import Found, Item, Session, _frames_of, read_poll
+from pullrpc.tokens import fingerprint, make_token
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture
+def dom0(tmp_path):
+    """dom0's side with a key for work, everything in a folder of this test."""
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "audit.log"}
+    one = Dom0(make_config({name: str(tmp_path / folder) for name, folder in names.items()}))
+    one.keyring.put("work", KEY.hex())
+    return one
+
+
+class _Hub:
+    """What the loops share; its pool runs nothing until it is let."""
+
+    def __init__(self, dom0):
+        self.dom0 = dom0
+        self.may_run = threading.Event()
+        self.pool = FairPool(lambda: 1, lambda vm: 1, lambda vm, cid: self.may_run.wait(20))
+        self.logged = []
+        self.log = self.logged.append
+
+    def verify(self, vm, cid, command, token):
+        self.dom0.verify(vm, cid, command, token)
+        return {"verified": True}
+
+    def call(self, function, *args):
+        return asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    def close_deliveries(self, results):
+        if results:
+            self.dom0.close_deliveries(results)
+
+    def spawn(self, coroutine):
+        asyncio.ensure_future(coroutine)
+
+    def emit(self, *_):
+        """Nobody listens."""
+
+
+class _Vm:
+    """A session with an agent that keeps what it is given, as ours does."""
+
+    kind = "agent"
+    streams = True
+    fetch_max = 1 << 18
+
+    def __init__(self):
+        self.delivered, self.parts, self.dropped, self.taken = [], {}, [], []
+        self.is_full = False
+
+    async def hello(self):
+        """Nothing to say."""
+
+    async def inspect(self):
+        return Found(fingerprint(KEY), ())
+
+    async def take(self, cids):
+        self.taken += cids
+
+    async def drop(self, cids):
+        self.dropped += cids
+        for cid in cids:
+            self.parts.pop(cid, None)
+
+    async def stream(self, cid, chunk):
+        self.parts.setdefault(cid, {})[chunk.part] = chunk.offset + len(chunk.data)
+        return True
+
+    async def deliver(self, results):
+        for result in results:
+            for request, payload, done in _frames_of(result):
+                if self.is_full:
+                    raise AgentUnable("no space")
+                if request["op"] == "put":
+                    has = self.parts.setdefault(result.cid, {})
+                    if request["offset"] > has.get(request["part"], 0):
+                        raise AgentUnable("a part of a result is missing")
+                    has[request["part"]] = request["offset"] + len(payload)
+                if done:
+                    self.delivered.append((result.cid, result.exit_code))
+                    yield done
+
+    async def bye(self):
+        """Nothing to say."""
+
+    async def close(self):
+        """Nothing is open."""
+
+
+def _item(form="shell", command=b"true"):
+    cid = new_cid()
+    token = make_token(KEY, "work", cid, 10, form, command)
+    return cid, Item(cid, len(command), len(token), -1, command, token)
+
+
+def _started(dom0):
+    """A command that runs, as far as the ledger goes."""
+    cid, item = _item("ping", b"ping")
+    request = dom0.admit("work", cid, item.command, item.token, -1)
+    assert dom0.claim([(request, 0)]) == {}
+    dom0.ledger.start("work", cid)
+    return cid, request
+
+
+def _play(dom0, scene, monkeypatch):
+    async def play():
+        hub, vm = _Hub(dom0), _Vm()
+
+        async def opened(config, name):
+            return vm
+
+        monkeypatch.setattr(Session, "open", staticmethod(opened))
+        try:
+            await asyncio.wait_for(scene(Puller(hub, "work"), hub, vm), 20)
+        finally:
+            hub.may_run.set()
+            hub.pool.close()
+
+    run(play())
+
+
+def test_a_command_that_ends_while_a_session_begins_is_delivered(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, request = _started(dom0)
+        loop, expire = asyncio.get_running_loop(), dom0.expire
+
+        def expire_while_it_ends(name):
+            found = expire(name)
+            dom0._finish_ping(request, time.monotonic())
+            loop.call_soon_threadsafe(puller.finished, cid, Finished(status="done"))
+            time.sleep(0.05)
+            return found
+
+        monkeypatch.setattr(dom0, "expire", expire_while_it_ends)
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0)]
+        assert dom0.ledger.state("work", cid)[0] == "delivered"
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_why_there_is_no_result_survives_a_session_that_breaks(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, _ = _started(dom0)
+        puller.finished(cid, Finished(lost="nobody knows"))
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_result_that_waited_too_long_is_answered_with_that(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, request = _started(dom0)
+        dom0._finish_ping(request, time.monotonic())
+        dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_command_that_comes_with_its_own_cancel_does_not_run(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid, item = _item()
+        await puller._take_in([item], [cid])
+        assert vm.dropped == [cid]
+        assert dom0.ledger.state("work", cid) is None
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_vm_that_lists_more_than_was_asked_for_breaks_the_protocol():
+    cid, item = _item()
+    row = [cid, item.command_size, item.token_size, -1, 0]
+    assert len(read_poll({"items": [row], "cancels": []}, b"", 1)[0]) == 1
+    with pytest.raises(FrameError, match="too long"):
+        read_poll({"items": [row, row], "cancels": []}, b"", 1)
+    with pytest.raises(FrameError, match="too long"):
+        read_poll({"items": [row], "cancels": []}, b"", 0)
+
+
+def test_a_poll_never_shows_again_what_has_ended_and_is_not_delivered(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid, item = _item()
+        await puller._take_in([item], [])
+        puller.finished(cid, Finished(status="done"))
+        await puller._tell_taken()
+        assert vm.taken == [cid]
+
+    _play(dom0, scene, monkeypatch)
+
+
+class _Ending:
+    """A command that has just ended by itself: to cancel it comes too late."""
+
+    def cancel(self):
+        """Nothing happens any more."""
+
+
+def test_a_client_that_gives_up_as_its_command_ends_holds_nothing_up(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, request = _started(dom0)
+        await puller._open()
+        for part, data in (("out", b"x" * 100), ("err", b"")):
+            with open(dom0.spool.path("work", cid, part), "wb") as file:
+                file.write(data)
+        dom0._running["work", cid] = running = _Running(_Ending(), KEY)
+        puller.wrote(cid, 100, 0)
+        puller._stream()
+        await asyncio.sleep(0.05)
+        assert vm.parts[cid] == {"out": 100}
+        with open(dom0.spool.path("work", cid, "out"), "ab") as file:
+            file.write(b"y" * 50)
+        await puller._cancel(cid)
+        outcome = sandbox.Outcome(0, None, False, False, 150, 0, False, False, 0.1)
+        del dom0._running["work", cid]
+        dom0._finish_run(request, (outcome, running.why_stopped))
+        puller.finished(cid, Finished(status="done"))
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_vm_whose_disk_is_full_is_still_heard_and_gets_its_results_later(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid, request = _started(dom0)
+        dom0._finish_ping(request, time.monotonic())
+        puller.finished(cid, Finished(status="done"))
+        vm.is_full = True
+        await puller._deliver()
+        assert vm.delivered == []
+        assert "its results wait" in hub.logged[0]
+        vm.is_full = False
+        puller._deliver_after = 0.0
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_nothing_is_kept_of_commands_that_ended_while_there_was_no_session(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        for _ in range(3):
+            cid = new_cid()
+            puller.wrote(cid, 10, 0)
+            await puller._close()
+            puller.finished(cid, Finished(status="cancelled"))
+            await puller._open()
+            await puller._deliver()
+        assert not puller._outflows
+        assert not puller._outbox
+        assert not puller._untold
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_cancel_before_the_start_is_remembered_no_longer_than_the_command(dom0):
+    cid, item = _item("ping", b"ping")
+    assert dom0.claim([(dom0.admit("work", cid, item.command, item.token, -1), 0)]) == {}
+    dom0.cancel("work", cid)
+    dom0.execute("work", cid)
+    assert not dom0._cancelled_early
+    # Its client gave up: nobody waits for the result.
+    assert dom0.ledger.state("work", cid)[0] == "delivered"
+    assert not os.path.exists(dom0.spool.path("work", cid))
+
+
+def test_a_start_removes_what_belongs_to_no_command_and_nothing_else(dom0):
+    orphan, item = _item()
+    dom0.admit("work", orphan, item.command, item.token, -1)
+    kept, request = _started(dom0)
+    dom0._finish_ping(request, time.monotonic())
+    dom0.recover()
+    assert not os.path.exists(dom0.spool.path("work", orphan))
+    assert dom0.result("work", kept)[0] == 0
+
+
+def test_an_id_that_was_forgotten_with_age_is_never_taken_again(dom0):
+    cid, request = _started(dom0)
+    dom0._finish_ping(request, time.monotonic())
+    dom0.close_delivery("work", cid)
+    # dom0's clock ran ahead, and an engine started.
+    dom0.ledger._db.execute("UPDATE command SET claimed_at = claimed_at - 100 * 86400")
+    dom0.recover()
+    assert dom0.ledger.state("work", cid) is None
+    assert dom0.ledger.forgotten_before("work") > 0
+    token = make_token(KEY, "work", cid, 10, "ping", b"ping")
+    with pytest.raises(Refused):
+        dom0.admit("work", cid, b"ping", token, -1)
+
+
+def test_dom0_signs_no_refusal_for_whoever_may_not_have_the_key(dom0):
+    cid = new_cid()
+    assert dom0.refusal("work", cid, "no", is_proven=False)[1].startswith(b"mac -\n")
+    assert not dom0.refusal("work", cid, "no")[1].startswith(b"mac -\n")
