@@ -51,6 +51,7 @@ class Place:
         self._probes = {}
         self._interval = POLL_INTERVAL
         self._events = "ends"
+        self._transport = "qvm-run"
         self._costs = False
         self._fleet = []
         self._running = []
@@ -100,16 +101,17 @@ class Place:
         self._served.clear()
         self.stand.stop_engine()
 
-    def serve(self, polled=None, events="ends"):
+    def serve(self, polled=None, events="ends", transport="qvm-run"):
         """Have the service run, and serve WORK in a session; serve POLL without the agent, or not at all.
 
         Args:
             polled: int, the interval in seconds; 0 for the default; None for not at all.
             events: str, which of them the engine fires.
+            transport: str, by which it reaches VMs.
         """
-        interval = self._interval if polled is None else polled
-        if (interval, events) != (self._interval, self._events):
-            self._interval, self._events = interval, events
+        wanted = (self._interval if polled is None else polled, events, transport)
+        if wanted != (self._interval, self._events, self._transport):
+            self._interval, self._events, self._transport = wanted
             self._apply()
         self.start_service()
         if polled is None:
@@ -160,9 +162,13 @@ class Place:
             self.stand.start(*new)
             self._running += new
         self.serve()
-        self._await(dict.fromkeys((WORK, *self._running), "agent"))
+        self.await_fleet()
         self.set_costs(costs)
         return [WORK, *self._running]
+
+    def await_fleet(self):
+        """Wait until all of it that runs is served."""
+        self._await(dict.fromkeys((WORK, *self._running), "agent"))
 
     def begin_anew(self):
         """Have WORK start again, and with it its session."""
@@ -176,7 +182,8 @@ class Place:
 
     def _pillar(self, running=True):
         engine = {"events": self._events, **({"agentless_interval": self._interval} if self._interval else {})}
-        return {"service": {"running": running}, "engine": engine, "vms": {WORK: {}, POLL: {"accept_v1": True}, **{vm: {} for vm in self._fleet}}}
+        vms = {WORK: {}, POLL: {"accept_v1": True}, **{vm: {} for vm in self._fleet}}
+        return {"service": {"running": running}, "transport": self._transport, "engine": engine, "vms": vms}
 
     def _apply(self):
         self.say("dom0: qubesctl state.apply qvm-remote")

@@ -77,7 +77,7 @@ def pipeline(count, window):
 
     def finish():
         request = waiting.pop(0)
-        result = request.wait(lambda _: None)
+        result = request.wait(lambda _: None, lambda *_: None)
         if not result.authentic or result.exit_code:
             raise RuntimeError(f"{request.cid} ended with {result.exit_code}")
         request.keep(result, 30)

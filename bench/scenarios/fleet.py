@@ -64,6 +64,11 @@ def run_many(place):
     for count in (place.size.many, place.size.most):
         running = len(place.have_fleet(count))
         rows += _idle(place, idle(running))
+        if count == place.size.many:
+            place.serve(transport="qubesadmin")
+            place.await_fleet()
+            rows += _idle(place, f"{idle(running)}, transport: qubesadmin")
+            place.serve()
     rows += _true(place, running)
     place.set_costs(False)
     return rows

@@ -50,6 +50,7 @@ EXPECTED = {
     "commands a second from 1 VM": (*_RATES, *(f"{mode}, 8 at a time" for mode in _SSH)),
     "commands a second from 3 VMs": _RATES,
     "idle with 3 running VMs": _IDLE,
+    "idle with 3 running VMs, transport: qubesadmin": _IDLE,
     "idle with 5 running VMs": _IDLE,
     "round trip of true, 5 VMs connected": (_SPAWN, _SESSION),
 }
