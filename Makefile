@@ -39,7 +39,7 @@ test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out.
 	-@$(PYTHON3) tools/bootstrap.py --model
 	$(BIN)/nox --session oldest
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile tests
 
 lint: prepare
 	$(BIN)/ruff check .

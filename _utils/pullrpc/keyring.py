@@ -29,8 +29,8 @@ _STAGED, _OLD = ".key.new", ".key.old"
 _AFTER_FIRST_USE = 30
 #: A key file is 64 digits and a newline; one byte more shows that it is too long.
 _READ_MAX = 66
-#: How long it is believed who else has which key, seconds, and how long after a change of the folder its time may stand still.
-_OWNERS_HOLD, _MTIME_STEP = 5.0, 1.0
+#: How long after a change of a file its time may stand still, seconds.
+_CTIME_STEP = 1.0
 
 
 class Keyring:
@@ -42,8 +42,8 @@ class Keyring:
 
     def __init__(self, folder):
         self._folder = folder
-        #: When all keys were read, how the folder was then, and the VMs by the digests of their keys.
-        self._owners = (float("-inf"), None, {})
+        #: How the files were before they were read, and the VMs by the digests of their keys.
+        self._owners = (None, {})
 
     def names(self):
         """List the VMs that have a key file, good or not.
@@ -346,7 +346,7 @@ class Keyring:
             return None
 
     def _store(self, vm, key, suffix, record=None):
-        other = self._other_with(vm, key, now=True)
+        other = self._other_with(vm, key)
         if other:
             raise KeyringError(f"this is already the key of {other}; give each VM its own")
         if record:
@@ -405,28 +405,29 @@ class Keyring:
         except KeyringError as err:
             raise KeyringError(f"the key file of {vm} can't be used: {err}") from None
 
-    def _other_with(self, vm, key, now=False):
-        """Find another VM that has this key (or had, or is to have it), however badly its file is protected.
-
-        Args:
-            vm: str.
-            key: bytes.
-            now: bool, whether to look at all files here and now; else what was seen within some seconds may do, unless a file
-                was added, replaced or removed since.
-        """
+    def _other_with(self, vm, key):
+        """Find another VM that has this key (or had, or is to have it), however badly its file is protected."""
         # Before the files are read: what changes while they are is noticed the next time.
-        try:
-            info = os.stat(self._folder)
-        except OSError as err:
-            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
-        folder = (info.st_dev, info.st_ino, info.st_mtime_ns)
-        at, seen, owners = self._owners
-        if now or seen != folder or time.monotonic() - at > _OWNERS_HOLD:
+        seen, newest = self._look()
+        known, owners = self._owners
+        if seen != known:
             owners = self._read_owners()
             # A clock of the file system that stands still for a moment would hide a change within it.
-            settled = abs(time.time() - info.st_mtime) > _MTIME_STEP
-            self._owners = (time.monotonic(), folder if settled else None, owners)
+            self._owners = (seen if abs(time.time() - newest) > _CTIME_STEP else None, owners)
         return min(owners.get(sha256(key), set()) - {vm}, default=None)
+
+    def _look(self):
+        """What tells whether any file has changed since it was read, and the time of the newest change."""
+        seen, newest = [], 0.0
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    info = entry.stat(follow_symlinks=False)
+                    seen.append((entry.name, info.st_ino, info.st_size, info.st_ctime_ns))
+                    newest = max(newest, info.st_ctime)
+        except OSError as err:
+            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
+        return seen, newest
 
     def _read_owners(self):
         owners = {}
