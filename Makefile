@@ -4,14 +4,15 @@ BENCH ?=
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test lint model install-client clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
 	@echo "make demo-shell      the same, then a prompt inside a VM, with the engine running"
 	@echo "make bench           measure everything, beside qvm-run and ssh (BENCH=--short: a minute; BENCH=--help)"
 	@echo "make bench-fleet     time an apply, for each VM"
-	@echo "make test            lint, then all tests"
+	@echo "make test            lint, then the tests"
+	@echo "make test-all        the same, and the tests that take minutes: the real systemd, the whole short benchmark, ..."
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
@@ -39,7 +40,10 @@ test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out.
 	-@$(PYTHON3) tools/bootstrap.py --model
 	$(BIN)/nox --session oldest
-	$(BIN)/python -m pytest -n 3 --dist loadfile tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" tests
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long tests
 
 lint: prepare
 	$(BIN)/ruff check .

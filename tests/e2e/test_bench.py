@@ -61,9 +61,13 @@ _MAY_BE_ZERO = ("idle ", "where a round")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     """What the short form wrote."""
-    path = tmp_path_factory.mktemp("bench") / "result.json"
+    return _run(tmp_path_factory.mktemp("bench"))
+
+
+def _run(folder, *options):
+    path = folder / "result.json"
     done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "bench", "run.py"), "--short", "--json", str(path)],
+        [sys.executable, os.path.join(ROOT, "bench", "run.py"), "--short", "--json", str(path), *options],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -76,6 +80,14 @@ def result(tmp_path_factory):
     return found
 
 
+def test_single_scenarios_run_by_themselves(tmp_path):
+    found = _run(tmp_path, "--only", "clients", "--only", "throughput")
+    scenarios = {row["scenario"] for row in found["rows"]}
+    assert scenarios == {name for name in EXPECTED if "clients" in name or "commands a second" in name}
+    assert all(row.get("value", row.get("median")) > 0 for row in found["rows"])
+
+
+@pytest.mark.long
 def test_every_row_is_there_and_no_other(result):
     expected = {(scenario, mode) for scenario, modes in EXPECTED.items() for mode in modes}
     if any(note.startswith("no rows of ssh: ") for note in result["notes"]):
@@ -84,6 +96,7 @@ def test_every_row_is_there_and_no_other(result):
     assert len(result["rows"]) == len(expected)
 
 
+@pytest.mark.long
 def test_all_figures_are_finite_positive_numbers(result):
     for row in result["rows"]:
         for name in ("median", "p99", "ratio", "value", "n"):
@@ -92,6 +105,7 @@ def test_all_figures_are_finite_positive_numbers(result):
             assert figure > 0 or (figure == 0 and row["scenario"].startswith(_MAY_BE_ZERO)), row
 
 
+@pytest.mark.long
 def test_every_goal_is_judged_and_the_machine_described(result):
     has_ssh = not any(note.startswith("no rows of ssh: ") for note in result["notes"])
     assert len(result["goals"]) == (9 if has_ssh else 7)

@@ -198,6 +198,7 @@ def test_a_halted_vm_gets_its_key_when_it_runs_and_is_not_started_for_it(machine
     machine.shutdown("idle")
 
 
+@pytest.mark.long
 def test_a_vm_that_is_shut_down_in_the_middle_of_an_apply_gets_its_key_later(machine):
     machine.create("fleeting:debian-13")
     machine.start("fleeting")
@@ -275,6 +276,7 @@ def test_an_altered_key_that_pillar_gives_waits_for_the_next_apply(machine):
     assert machine.remote("hostname", vm="dev").stdout == b"dom0\n"
 
 
+@pytest.mark.long
 def test_a_key_that_a_vm_has_made_anew_is_fetched_and_never_overwritten(machine):
     machine.start("idle")
     machine.set_pillar(_pillar(vms={"idle": {"key": "own"}, "spare": {}}))
@@ -297,6 +299,7 @@ def test_a_template_that_was_installed_anew_gets_the_client_again(machine):
     assert _changed(machine.apply(sls="qvm-remote.client")) == set()
 
 
+@pytest.mark.long
 def test_rotation_under_load_loses_no_command(machine):
     asking = "until [ -e /tmp/enough ]; do qvm-remote -n echo fine >> /tmp/said 2>&1 || echo failed >> /tmp/said; done"
     clients = [machine.popen_vm("work", "sh", "-c", asking) for _ in range(3)]
@@ -357,6 +360,7 @@ def test_new_settings_are_taken_over_without_losing_what_runs(machine):
     machine.apply()
 
 
+@pytest.mark.long
 def test_a_service_of_another_setup_or_older_code_is_restarted_once(machine):
     more = {"vms": {"idle": {}, "spare": {}}}
     machine.set_pillar(_pillar(minion={"id": "remote-dom0"}, **more))
@@ -408,6 +412,7 @@ def test_keys_that_pillar_does_not_name_are_shown_and_taken_on_demand(machine):
     assert "extra" not in machine.call("keys")
 
 
+@pytest.mark.long
 def test_salts_own_tools_work_beside_the_service_and_a_wiped_cache_does_not_hurt_it(machine):
     machine.dom0("sh", "-c", "rm -rf /var/cache/salt /var/cache/qvm-remote/*", check=True)
     assert machine.remote("hostname").stdout == b"dom0\n"
@@ -448,6 +453,7 @@ def test_the_service_is_gone_after_a_reboot(machine):
     assert machine.dom0("ls", "/run/systemd/system/qvm-remote.service").returncode != 0
 
 
+@pytest.mark.long
 def test_with_the_risk_accepted_it_survives_one(machine):
     machine.set_pillar(_pillar(service={"enable": True, "accept_risk": True}, transport="qubesadmin"))
     assert "enabled" in machine.apply()["qvm-remote-dom0-service"]["changes"]

@@ -8,7 +8,7 @@ import time
 import pytest
 from qubes_sim.real_systemd import SystemdStand, is_possible
 
-pytestmark = pytest.mark.skipif(not is_possible(), reason="needs root, systemd, and cgroups of its own")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not is_possible(), reason="needs root, systemd, and cgroups of its own")]
 _PILLAR = {"max_age": 60, "limits": {"memory": "256M", "tasks": 64}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
 
