@@ -6,6 +6,8 @@ import os
 import pytest
 from qubes_sim.stand import Stand
 
+pytestmark = pytest.mark.long
+
 TEMPLATES = [f"template-{number}" for number in range(5)]
 VMS = [f"vm-{number:02}" for number in range(50)]
 RUNNING = VMS[::10]

@@ -453,7 +453,6 @@ def test_the_service_is_gone_after_a_reboot(machine):
     assert machine.dom0("ls", "/run/systemd/system/qvm-remote.service").returncode != 0
 
 
-@pytest.mark.long
 def test_with_the_risk_accepted_it_survives_one(machine):
     machine.set_pillar(_pillar(service={"enable": True, "accept_risk": True}, transport="qubesadmin"))
     assert "enabled" in machine.apply()["qvm-remote-dom0-service"]["changes"]

@@ -7,6 +7,8 @@ import pytest
 from pullrpc.package import client_files
 from qubes_sim.stand import ROOT, Stand
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):

@@ -15,6 +15,8 @@ import salt.utils.yaml
 from conftest import ROOT, Dom0Minion
 from qubes_sim.stand import Stand
 
+pytestmark = pytest.mark.long
+
 MACHINES = ("laptop-1", "laptop-2", "laptop-3")
 SETTINGS = {"discover_interval": 1, "poll_wait": 5, "max_age": 60, "events": "all"}
 
