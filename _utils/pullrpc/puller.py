@@ -89,7 +89,7 @@ class Puller:
         #: Whether dom0 asked for something else since the poll that is on its way.
         self._asked = False
         self._outbox = {}
-        #: Not before then is the outbox tried again, by the monotonic clock.
+        #: Not before then is the outbox tried again, by the monotonic clock; 0 while the VM takes what it is given.
         self._deliver_after = 0.0
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
@@ -486,7 +486,9 @@ class Puller:
                 reached.append(cid)
         except AgentUnable as err:
             # Its disk may be full. Whatever else it asks for is heard, and what it has of these is no beginning to go on from.
-            self._hub.log(f"{self.vm}: its results wait: {err}")
+            if not self._deliver_after:
+                # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
+                self._hub.log(f"{self.vm}: its results wait: {err}")
             self._deliver_after = time.monotonic() + _DELIVER_AGAIN
             for cid in waiting:
                 if cid in self._outflows:
@@ -499,6 +501,7 @@ class Puller:
                 self._outflows.pop(cid, None)
                 self._untold.discard(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})
+        self._deliver_after = 0.0
         for cid in waiting:
             # Without a result there was nothing (any more) to deliver.
             self._outbox.pop(cid, None)
