@@ -25,6 +25,8 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm``, 
 ``qvm-remote/<vm>/<id>/accepted`` (*)      verified and claimed; it will run once
 ``qvm-remote/<vm>/<id>/refused``           it will not run; ``code``: id, size, key, token, stale, replay, ...
 ``qvm-remote/<vm>/<id>/running`` (*)       it begins
+``qvm-remote/<vm>/<id>/asked``             dom0's user is asked about it
+``qvm-remote/<vm>/<id>/answered``          ``answer``: yes, no, timeout, failed, withdrawn
 ``qvm-remote/<vm>/<id>/done``              it ended; ``exit``, ``status``, ``seconds``
 ``qvm-remote/<vm>/<id>/delivered`` (*)     its result is in the VM
 ``qvm-remote/<vm>/<id>/cancelled``         its client gave up

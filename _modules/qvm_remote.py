@@ -189,7 +189,74 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
 
 
 def _authorize(dom0, vm, untrusted_key):
-    return dom0.keyring.put(vm, untrusted_key, lambda shown: dom0.audit.write("authorized", vm, sync=True, fingerprint=shown))
+    uuid = _uuid(dom0.config, vm)
+    return dom0.keyring.put(vm, untrusted_key, lambda shown: dom0.audit.write("authorized", vm, sync=True, fingerprint=shown, uuid=uuid), uuid)
+
+
+def _uuid(settings, vm):
+    """Which qube has a name now; empty when there is none."""
+    at, known = __context__.get("qvm_remote.uuids", (float("-inf"), {}))
+    if time.monotonic() - at > _LIST_HOLDS:
+        known = pullrpc.transport.uuids(settings)
+        __context__["qvm_remote.uuids"] = (time.monotonic(), known)
+    return known.get(vm, "")
+
+
+def identity(vm, config=None):
+    """Say whether a VM's key is for the qube that has this name now.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``bound``: the UUID of the qube that the key is for, ``now``: of the one that has the name now (each empty when there is
+        none), ``fits`` (bool): False when these are two; then the VM is refused whatever it asks for.
+
+    Raises:
+        CommandExecutionError: it can't be told.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.identity work
+    """
+    with _told():
+        dom0 = _dom0(config)
+        bound = dom0.keyring.bound(pullrpc.ids.check_vm_name(vm))
+        now = _uuid(dom0.config, vm)
+    return {"bound": bound, "now": now, "fits": not bound or not now or bound == now}
+
+
+def bind(vm, config=None):
+    """Say that the qube that has a name now is the one that is to have access under it: it was restored from a backup, say.
+
+    It goes on with the key and the commands of the one before. To give a new qube access of its own, apply the states instead.
+
+    Args:
+        vm: name of a VM that has a key.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``vm``, ``old`` and ``new`` (UUIDs).
+
+    Raises:
+        CommandExecutionError: there is no such qube, or it has no key here.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local -c /etc/qubes/remote qvm_remote.bind work
+    """
+    with _told():
+        dom0 = _dom0(config)
+        old = dom0.keyring.bound(pullrpc.ids.check_vm_name(vm))
+        now = pullrpc.transport.uuids(dom0.config, vm)[vm]
+        dom0.audit.write("bound", vm, sync=True, uuid=now)
+        dom0.keyring.bind(vm, now)
+    return {"vm": vm, "old": old, "new": now}
 
 
 def _read_stdin():
@@ -216,11 +283,12 @@ def explain(vm, command, config=None):
 
     Args:
         vm: name of the VM.
-        command: the command line as it would be given to qvm-remote, or a list of its exact words.
+        command: the command line as it would be given to qvm-remote, a script of several lines, or a list of exact words.
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``allowed`` (bool), ``reason``, ``rule`` (empty when none decided), ``words`` (list; None where a shell reads the line).
+        dict: ``allowed`` (bool), ``asks`` (bool: dom0's user decides), ``reason``, ``rule`` (empty when none decided), ``words`` (list;
+        of lists for a script of several lines; None where a shell reads it).
 
     Raises:
         CommandExecutionError: the VM's name or the settings can't be used, or the VMs of a tag can't be listed.
@@ -233,15 +301,23 @@ def explain(vm, command, config=None):
     """
     with _told():
         policy = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force
-        if policy == pullrpc.policy.FULL:
-            words = None if isinstance(command, str) else tuple(command)
-        else:
-            try:
-                words = pullrpc.policy.split_plain(command) if isinstance(command, str) else tuple(command)
-            except pullrpc.errors.Refused as refused:
-                return {"allowed": False, "reason": str(refused), "rule": "", "words": None}
-        decision = pullrpc.policy.decide(policy, words, pullrpc.transport.vms_with_tag)
-        return {"allowed": decision.allowed, "reason": decision.reason, "rule": decision.rule, "words": words and list(words)}
+        tagged, words = pullrpc.transport.vms_with_tag, None
+        try:
+            if isinstance(command, (list, tuple)):
+                words = list(command)
+                decision = pullrpc.policy.decide(policy, tuple(words), tagged)
+            elif policy in (pullrpc.policy.FULL, pullrpc.policy.NONE):
+                decision = pullrpc.policy.decide(policy, (), tagged)
+            elif "\n" in command.strip():
+                steps = pullrpc.policy.split_script(command)
+                words = [list(argv) for _, argv in steps]
+                decision = pullrpc.policy.decide_steps(policy, steps, tagged)
+            else:
+                words = list(pullrpc.policy.split_plain(command))
+                decision = pullrpc.policy.decide(policy, tuple(words), tagged)
+        except pullrpc.errors.Refused as refused:
+            return {"allowed": False, "asks": False, "reason": str(refused), "rule": "", "words": None}
+        return {"allowed": decision.allowed, "asks": decision.asks, "reason": decision.reason, "rule": decision.rule, "words": words}
 
 
 def access(vm, config=None):
@@ -388,6 +464,9 @@ def _runs(settings, vm):
 
 
 def _hand(dom0, vm):
+    reason = dom0.stranger(vm, pullrpc.transport.uuids(dom0.config, vm)[vm])
+    if reason:
+        raise pullrpc.errors.KeyringError(reason)
     key = dom0.keyring.newest(vm)
     pullrpc.provision.hand_key(dom0.config.for_vm(vm), vm, key)
     dom0.handover.handed(vm, key)
@@ -954,9 +1033,10 @@ def status(config=None):
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting),
-        ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there
-        (fits, pending, lost, altered), and ``access``: what that VM may have run.
+        dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
+        stranger: another qube than the one that has access under this name), ``asking`` (VM, id and time of the question that
+        dom0's user sees now, or None), ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was
+        last seen of the key there (fits, pending, lost, altered), and ``access``: what that VM may have run.
 
     Raises:
         CommandExecutionError: the settings or the ledger can't be used.
@@ -978,6 +1058,7 @@ def status(config=None):
             "version": pullrpc.__version__,
             "engine": "running" if running else "stopped",
             "sessions": _published(dom0.config).get("sessions", {}) if running else {},
+            "asking": _published(dom0.config).get("asking") if running else None,
             "commands": dom0.ledger.counts(),
             "keys": known,
         }

@@ -399,6 +399,9 @@ def _have_key(ret, vm, key, settings):
     if "problem" in known:
         raise _Failed(known["problem"])
     shown = known.get("next") or known.get("fingerprint")
+    if shown and not __salt__["qvm_remote.identity"](vm, config=settings)["fits"]:
+        _have_key_anew(ret, vm, key, shown, settings)
+        return
     wanted = __salt__["qvm_remote.given_fingerprint"](vm) if key == "given" else shown
     # A key of the qube's own that was changed there is fetched again; dom0's copy of it must not go back.
     changed_there = key == "own" and shown and __salt__["qvm_remote.inspect"](vm, config=settings)["key"] == "altered"
@@ -414,6 +417,27 @@ def _have_key(ret, vm, key, settings):
     stored = _change(ret, "key", shown, new, f"{vm} would be authorized", do, f"{vm} was authorized")
     if stored:
         ret["changes"]["key"]["new"] = stored.get("fingerprint") or stored["new"]
+
+
+def _have_key_anew(ret, vm, key, shown, settings):
+    """The qube of this name is not the one that the key was for: neither that key nor what waits for that one is for it."""
+    if key == "given" and __salt__["qvm_remote.given_fingerprint"](vm) == shown:
+        raise _Failed(
+            f"{vm} is another qube than the one that pillar's key was given to; give it a key of its own there, or say that it is the same: qvm_remote.bind {vm}"
+        )
+    new = {"own": {"from_vm": True}, "given": {"from_pillar": True}}.get(key)
+
+    def do():
+        __salt__["qvm_remote.forget"](vm, config=settings)
+        if new is None:
+            return __salt__["qvm_remote.generate"](vm, config=settings)
+        return __salt__["qvm_remote.authorize"](vm, config=settings, **new)
+
+    would = f"{vm} is another qube than the one that had access under this name, which would lose it; this one would get access of its own"
+    done = f"{vm} is another qube than the one that had access under this name, which lost it; this one got access of its own"
+    stored = _change(ret, "key", shown, "a new key", would, do, done)
+    if stored:
+        ret["changes"]["key"]["new"] = stored["fingerprint"]
 
 
 def _give_key(vm, shown, settings):

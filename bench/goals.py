@@ -43,7 +43,7 @@ def judge(rows, size):
             lambda: get(many, throughput.PIPELINE, "value") / get(many, throughput.LOOP, "value"),
         ),
         ("10 MiB out: speed of session / of ssh localhost", 0.5, True, lambda: get(round_trip.OUT, modes.SSH) / get(round_trip.OUT, modes.SESSION)),
-        (f"{most}: cores used by the service", 0.01, False, lambda: get(most, f"{service}: CPU", "value") / 60),
+        (f"{most}: cores used by the engine", 0.01, False, lambda: get(most, fleet.ENGINE, "value") / 60),
         (f"{most}: processes started a minute", 0, False, lambda: get(most, f"{service}: processes and threads started", "value")),
         (
             f"median of true: {size.most} VMs connected / 1",

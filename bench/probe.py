@@ -113,10 +113,12 @@ def usage(service):
         service: str, a word on the command line of the service's own processes; the others are those of its sessions.
 
     Returns:
-        dict: ``cpu`` (seconds, with children that have ended), ``pids`` (numbers that the kernel has given to processes and threads
+        dict: ``cpu`` (seconds, with children that have ended), ``engine_cpu`` (seconds, of the process that started the sessions),
+        ``pids`` (numbers that the kernel has given to processes and threads
         of this domain so far), ``pss`` and ``sessions_pss`` (bytes), ``processes`` (how many).
     """
-    found = {"cpu": 0.0, "pss": 0, "sessions_pss": 0, "processes": 0}
+    own, parents = {}, set()
+    found = {"cpu": 0.0, "engine_cpu": 0.0, "pss": 0, "sessions_pss": 0, "processes": 0}
     with open("/proc/loadavg", encoding="ascii") as file:
         # The last number given is that of the reader's own PID namespace.
         found["pids"] = int(file.read().split()[4])
@@ -125,7 +127,8 @@ def usage(service):
             with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
                 words = file.read()
             with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-                user, system, user_of_children, system_of_children = map(int, file.read().rpartition(")")[2].split()[11:15])
+                fields = file.read().rpartition(")")[2].split()
+            user, system, user_of_children, system_of_children = map(int, fields[11:15])
             if int(pid) == 1:
                 # Whoever lost its parent was waited for by the first process.
                 found["cpu"] += (user_of_children + system_of_children) / _TICKS
@@ -138,8 +141,12 @@ def usage(service):
             continue
         found["cpu"] += (user + system + user_of_children + system_of_children) / _TICKS
         found["pss"] += pss
-        found["sessions_pss"] += 0 if service in words else pss
+        own[int(pid)] = (user + system) / _TICKS
+        if service not in words:
+            found["sessions_pss"] += pss
+            parents.add(int(fields[1]))
         found["processes"] += 1
+    found["engine_cpu"] = sum(own.get(pid, 0.0) for pid in parents - {1})
     return found
 
 

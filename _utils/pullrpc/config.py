@@ -14,6 +14,7 @@ import re
 from .errors import ConfigError, PullError
 from .ids import check_vm_name
 from .policy import FULL, NONE, check_policy
+from .question import SCREEN
 
 _MIB = 1 << 20
 #: (lowest, highest) of each whole-number setting.
@@ -42,6 +43,8 @@ _BOUNDS = {
     "cpu_weight": (1, 10000),
     "nofile": (64, 1 << 20),
     "until": (0, 1 << 40),
+    "ask_timeout": (5, 3600),
+    "rate": (1, 1000000),
 }
 #: Words that a setting may have.
 _CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate"), "default_policy": (FULL, NONE), "events": ("ends", "all")}
@@ -53,7 +56,7 @@ _PATH = re.compile(r"/[A-Za-z0-9_.+/-]*\Z")
 _OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
 _ONLY_PER_VM = ("accept_v1", "key", "policy", "until", "user")
-_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", *_ONLY_PER_VM)
+_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "rate", *_ONLY_PER_VM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Config:
         answer_wait: how long any other answer may take.
         discover_interval: how often running VMs are listed.
         agentless_interval: how often a VM without the agent is asked.
+        rate: most commands of one VM accepted within a minute.
+        ask_helper: the program that puts questions to dom0's user, or ``screen`` for the one that comes with qvm-remote.
+        ask_timeout: how long that user has to answer.
         events: ``ends`` (how commands ended, sessions, keys) or ``all`` (each step of a command, too).
         stop_grace: how long running commands may go on once the engine is told to stop.
         memory_max, tasks_max, cpu_weight, nofile: limits of one command.
@@ -119,10 +125,13 @@ class Config:
     parallel: int = 8
     vm_parallel: int = 4
     vm_queue: int = 64
-    poll_wait: int = 25
+    poll_wait: int = 240
     answer_wait: int = 20
     discover_interval: int = 5
     agentless_interval: int = 2
+    rate: int = 6000
+    ask_helper: str = SCREEN
+    ask_timeout: int = 60
     events: str = "ends"
     stop_grace: int = 3
     memory_max: int = 1024 * _MIB
@@ -256,6 +265,8 @@ def check_setting(name, value):
         raise ConfigError("must be the name of a user in the qube (small letters, digits, - and _)")
     if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
         raise ConfigError("must be one line of text")
+    if name == "ask_helper" and value != SCREEN and not _PATH.match(value):
+        raise ConfigError(f"must be {SCREEN}, or the absolute path of a program")
     if name in (*_OWN_FOLDERS, "audit_log") and not (_PATH.match(value) and os.path.normpath(value) == value and not value.startswith("//")):
         raise ConfigError("must be an absolute path of letters, digits, '_', '.', '+' and '-', without '..' and '//'")
     if name == "key_dir" and f"{value}/".startswith("/srv/"):

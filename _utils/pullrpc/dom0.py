@@ -7,11 +7,13 @@ It never talks to a VM.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import secrets
+import sys
 import threading
 import time
 
@@ -23,6 +25,8 @@ from .gate import authenticate, check_new, check_policy
 from .handover import Handover
 from .keyring import Keyring
 from .ledger import CLAIMED, DONE, RUNNING, Ledger
+from .question import YES
+from .rates import Rates
 from .spool import ERR, META, OUT, Spool
 from .tokens import TOKEN_MAX, chunk_mac, fingerprint, make_meta
 from .transport import vms_with_tag
@@ -31,9 +35,14 @@ from .validate import check_size
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
+_RUN_STEPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py")
 #: How long a request counts as verified: from the execution module's check to the engine's next step, seconds.
 _VERIFIED_HOLDS = 0.5
 _NONE_VERIFIED = (float("-inf"), None, None, None)
+_STRANGER = (
+    "this is another qube than the one that got access to dom0 under the name {vm}; if it is to have access as well: in dom0, "
+    "apply qvm-remote's states once more, or qvm_remote.bind {vm}"
+)
 _NOT_WAITING = "this command is not waiting to run; nothing is ever run twice"
 _INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
@@ -108,6 +117,9 @@ class Dom0:
         self._verified = threading.local()
         self._running = {}
         self._cancelled_early = set()
+        #: What dom0's user said of commands that wait: (vm, cid) to (token MAC, word, reason).
+        self._answers = {}
+        self._rates = Rates()
         #: Told of what a command that runs has written so far: callable of vm, cid, bytes of stdout and of stderr; or None.
         self.on_output = None
         self._lock = threading.Lock()
@@ -195,6 +207,7 @@ class Dom0:
         check_size(untrusted_stdin_size, config.stdin_max, "stdin")
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
+        self._rates.check(vm, config.rate)
         if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
@@ -312,7 +325,7 @@ class Dom0:
             # Its key may have been replaced since it was claimed; if it was revoked, there is none of them.
             request = authenticate(config, functools.partial(self.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
             key = request.key
-            request = check_policy(config, self.ledger, vms_with_tag, request)
+            request = self._answered(check_policy(config, self.ledger, vms_with_tag, request))
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -351,6 +364,50 @@ class Dom0:
                 return
         if seen and seen[0] == DONE:
             self.close_delivery(vm, cid, "given-up")
+
+    def stranger(self, vm, uuid):
+        """Say why a qube gets nothing although its name has a key: the key is for another one, which had that name before.
+
+        A key that was stored before there was a qube of its name is for the first one that is seen.
+
+        Args:
+            vm: str, a checked name.
+            uuid: str, the qube that has this name now.
+
+        Returns:
+            str, the reason; None when the key is for this one, or there is none.
+        """
+        try:
+            if not self.keyring.exists(vm):
+                return None
+            bound = self.keyring.bound(vm)
+            if not bound:
+                self.audit.write("bound", vm, sync=True, uuid=uuid)
+                self.keyring.bind(vm, uuid)
+            return None if bound in ("", uuid) else _STRANGER.format(vm=vm)
+        except (KeyringError, AuditError) as err:
+            return str(err)
+
+    def answer(self, request, word, reason):
+        """Note what dom0's user said of a command that waits.
+
+        Args:
+            request: Request, the very one that was shown.
+            word: str, see :mod:`pullrpc.question`.
+            reason: str, what its VM is to hear if that is no yes.
+        """
+        with self._lock:
+            self._answers[request.vm, request.cid] = (request.token_mac, word, reason)
+
+    def _answered(self, request):
+        with self._lock:
+            token_mac, word, reason = self._answers.pop((request.vm, request.cid), (None, None, None))
+        if word is None and not request.asks:
+            return request
+        # Whatever the rules say by now: who was asked and said no has said no.
+        if word != YES or token_mac != request.token_mac:
+            raise Refused("asked", reason or "dom0's user has to be asked about this by now, and was not; send it again")
+        return dataclasses.replace(request, by=f"{request.by}; user: yes")
 
     def interrupt_running(self):
         """Kill everything that runs; the results say ``interrupted`` and are kept."""
@@ -568,7 +625,9 @@ class Dom0:
     def _run(self, config, request, stdin_path):
         vm, cid = request.vm, request.cid
         script = request.command.encode("utf-8") if request.form == "script" else None
-        argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}[request.form]
+        argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}.get(request.form)
+        if request.form == "steps":
+            argv, script = (sys.executable, "-I", "-S", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
         for part in (OUT, ERR):
             self.spool.remove_part(vm, cid, part)
         job = sandbox.Job(
@@ -652,6 +711,7 @@ class Dom0:
         self.ledger.finish(vm, cid, exit_code, status)
         self.spool.remove_inputs(vm, cid)
         with self._lock:
+            self._answers.pop((vm, cid), None)
             given_up = (vm, cid) in self._cancelled_early
             self._cancelled_early.discard((vm, cid))
         if given_up and status != "cancelled":

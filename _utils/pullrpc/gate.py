@@ -13,7 +13,7 @@ import time
 from .errors import KeyringError, LedgerError, Refused, TransportError
 from .ids import check_cid, cid_time
 from .ledger import DELIVERED
-from .policy import FULL, NONE, decide, split_plain
+from .policy import FULL, NONE, decide, decide_steps, split_plain, split_script
 from .tokens import parse_token, token_matches
 from .validate import check_command, parse_argv
 
@@ -29,12 +29,14 @@ class Request:
         vm, cid: str.
         command: str.
         argv: tuple of str for the form *argv*, else None.
-        form: str, one of :data:`pullrpc.tokens.FORMS`.
+        form: str, one of :data:`pullrpc.tokens.FORMS`, or *steps*: a script whose lines are run one by one, without a shell.
         timeout: int, seconds.
         stdin_digest: bytes, SHA-256 of its stdin; empty when it has none.
         token_mac: bytes, which tells this request from any other.
         key: bytes, the one it was signed with; its result is signed with the same. Not part of its text.
         by: str, the policy or rule that lets it run; empty until that was looked at.
+        steps: tuple of (int, tuple of str), the lines of a script that rules allow, for the form *steps*; else None.
+        asks: bool, whether it runs only if dom0's user says so.
     """
 
     vm: str
@@ -47,6 +49,8 @@ class Request:
     token_mac: bytes
     key: bytes = dataclasses.field(repr=False)
     by: str = ""
+    steps: tuple | None = None
+    asks: bool = False
 
 
 def authenticate(config, accepted_keys, vm, untrusted_cid, untrusted_command, untrusted_token):
@@ -144,16 +148,19 @@ def check_policy(config, ledger, tagged, request, now=None):
         return dataclasses.replace(request, by=FULL)
     if policy == NONE:
         raise Refused("policy", f"dom0 lets this qube run nothing (policy: none); in dom0's pillar, qvm-remote:vms:{request.vm}:policy allows it something")
-    if request.form == "script":
-        raise Refused("policy", "dom0 runs single commands for this qube, and no scripts; send one command at a time")
-    argv = request.argv if request.form == "argv" else split_plain(request.command)
+    argv = steps = None
     try:
-        decision = decide(policy, argv, tagged)
+        if request.form == "script":
+            steps = tuple(split_script(request.command))
+            decision = decide_steps(policy, steps, tagged)
+        else:
+            argv = request.argv if request.form == "argv" else split_plain(request.command)
+            decision = decide(policy, argv, tagged)
     except TransportError as err:
         raise Refused("storage", f"dom0 can't tell whether this qube may run that: {err}") from None
-    if not decision.allowed:
+    if not decision.allowed and not decision.asks:
         raise Refused("policy", f"dom0's policy for this qube does not let it run that: {decision.reason} (in dom0: qvm_remote.explain {request.vm} COMMAND)")
-    return dataclasses.replace(request, argv=argv, form="argv", by=decision.rule)
+    return dataclasses.replace(request, argv=argv, steps=steps, form="steps" if steps else "argv", by=decision.rule, asks=decision.asks)
 
 
 def _check_until(config, ledger, vm, now):

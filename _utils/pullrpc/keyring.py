@@ -7,6 +7,8 @@ time it is used. Keys are never logged, returned to a caller outside this packag
 A rotation has two steps. *Staged*: ``<vm>.key.new`` waits to be handed to its VM; both keys work, since the VM may have
 either. *Handed*: the new key is ``<vm>.key``, and the one before is ``<vm>.key.old``, whose time says when it was
 replaced; it works for what was signed just before, for ``overlap`` seconds at most. What was accepted by then is still run.
+
+``<vm>.key.uuid`` says which qube the key is for, since a name may be given to another one.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import time
 
 from .digests import sha256
 from .errors import KeyringError, PullError
-from .files import forget, sync_folder, write_durably
+from .files import forget, read_bounded, sync_folder, write_durably
 from .ids import check_vm_name
 from .tokens import fingerprint, parse_key
 
 _SUFFIX = ".key"
 _STAGED, _OLD = ".key.new", ".key.old"
+_BOUND = ".key.uuid"
+_UUID_MAX = 64
 #: Once the VM has used its new key, the old one works for so long: for clients that had read it just before, seconds.
 _AFTER_FIRST_USE = 30
 #: A key file is 64 digits and a newline; one byte more shows that it is too long.
@@ -265,13 +269,56 @@ class Keyring:
                 shown[vm] = {"problem": str(err)}
         return shown
 
-    def put(self, vm, untrusted_key, record=None):
+    def bound(self, vm):
+        """Say which qube a VM's key is for.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            str, a UUID; empty when that was never noted.
+
+        Raises:
+            KeyringError: it can't be read.
+        """
+        try:
+            uuid = read_bounded(self._path(vm, _BOUND), _UUID_MAX).decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, PullError) as err:
+            raise KeyringError(f"can't tell which qube the key of {vm} is for: {err}") from err
+        if not uuid:
+            raise KeyringError(f"can't tell which qube the key of {vm} is for: {self._path(vm, _BOUND)} is empty or no plain file; in dom0: qvm_remote.bind {vm}")
+        return uuid
+
+    def bind(self, vm, uuid):
+        """Note which qube a VM's key is for.
+
+        Args:
+            vm: str, a checked name that has a key.
+            uuid: str.
+
+        Raises:
+            KeyringError: it has none, or it can't be noted.
+        """
+        with self._locked():
+            self._read(vm)
+            self._bind(vm, uuid)
+
+    def _bind(self, vm, uuid):
+        try:
+            write_durably(self._path(vm, _BOUND), uuid.encode("ascii") + b"\n", 0o600)
+        except OSError as err:
+            raise KeyringError(f"can't note which qube the key of {vm} is for: {err.strerror}") from err
+
+    def put(self, vm, untrusted_key, record=None, uuid=""):
         """Store a VM's key, in place of the one it had.
 
         Args:
             vm: str.
             untrusted_key: bytes or str, 64 hex digits.
             record: callable of its fingerprint, called once it is checked and before it is stored; what it raises prevents that.
+            uuid: str, the qube it is for; empty for the first one that is seen under this name.
 
         Returns:
             str, the key's fingerprint.
@@ -288,7 +335,10 @@ class Keyring:
             raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
         with self._locked():
             self._store(vm, key, _SUFFIX, record)
-            self._forget(vm, _STAGED, _OLD)
+            # Last: a key that is cut off from what it belongs to is refused, and not believed of another qube.
+            if uuid:
+                self._bind(vm, uuid)
+            self._forget(vm, _STAGED, _OLD, *(() if uuid else (_BOUND,)))
         return fingerprint(key)
 
     def remove(self, vm):
@@ -310,7 +360,7 @@ class Keyring:
         with self._locked():
             had_one = any(os.path.lexists(self._path(vm, suffix)) for suffix in (_SUFFIX, _STAGED, _OLD))
             # The key itself goes first: without it the others are never looked at.
-            self._forget(vm, _SUFFIX, _STAGED, _OLD)
+            self._forget(vm, _SUFFIX, _STAGED, _OLD, _BOUND)
         return had_one
 
     @contextlib.contextmanager

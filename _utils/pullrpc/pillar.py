@@ -26,13 +26,16 @@ _LIMITS = {
     "parallel": "parallel",
     "parallel_per_vm": "vm_parallel",
     "queue": "vm_queue",
+    "rate": "rate",
     "memory": "memory_max",
     "tasks": "tasks_max",
     "cpu_weight": "cpu_weight",
     "files": "nofile",
 }
 #: The same for one VM.
-_VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel"}
+_VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel", "rate": "rate"}
+#: Pillar's words for how dom0's user is asked.
+_ASK = {"helper": "ask_helper", "timeout": "ask_timeout"}
 _SIZES = ("command", "stdin", "output", "memory")
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)\Z")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -60,7 +63,7 @@ _ENGINE = (
     "qvm_ls",
 )
 _TOP = (
-    *("service", "minion", "transport", "max_age", "default_policy", "limits", "client", "defaults", "select", "vms"),
+    *("service", "minion", "transport", "max_age", "default_policy", "ask", "limits", "client", "defaults", "select", "vms"),
     *("unlisted", "clean", "engine"),
 )
 _VM = ("state", "key", "user", "policy", "until", "accept_v1", "rotate_days", *_VM_LIMITS)
@@ -225,6 +228,8 @@ def _engine_settings(pillar):
     for word, value in _part(pillar, "limits", tuple(_LIMITS)).items():
         path = f"limits:{word}"
         settings[_LIMITS[word]] = _setting(_LIMITS[word], _size(value, path) if word in _SIZES else value, path)
+    for word, value in _part(pillar, "ask", tuple(_ASK)).items():
+        settings[_ASK[word]] = _setting(_ASK[word], value, f"ask:{word}")
     for name, value in _part(pillar, "engine", _ENGINE).items():
         settings[name] = _setting(name, value, f"engine:{name}")
     return settings

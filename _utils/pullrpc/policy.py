@@ -14,9 +14,14 @@ import time
 from .errors import ConfigError, Refused
 
 FULL, NONE = "full", "none"
+#: A policy's lists, in the order in which they are looked at; the first of them with a rule that fits decides.
+_LISTS = ("deny", "ask", "allow")
+_SAYS = {"deny": "forbids it", "ask": "has dom0's user asked", "allow": "allows it"}
 #: Any one word that is no option; whatever follows, options included; the name of a VM that has this tag.
 _ANY, _REST, _TAG = "*", "**", "@tag:"
 _RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
+#: Most commands in a script.
+_STEPS_MAX = 256
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
 _TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 #: Characters that a shell takes as they are, outside of quotes and inside of double ones.
@@ -59,14 +64,16 @@ class Decision:
     """What the rules say of a command.
 
     Attributes:
-        allowed: bool.
+        allowed: bool, whether it may run without more ado.
         rule: str, the rule that decided, as pillar would have it; empty when none did.
         reason: str, in words that help.
+        asks: bool, whether dom0's user decides; it is not allowed then.
     """
 
     allowed: bool
     rule: str
     reason: str
+    asks: bool = False
 
 
 def check_policy(policy):
@@ -80,8 +87,8 @@ def check_policy(policy):
     """
     if policy in (FULL, NONE):
         return
-    if not isinstance(policy, dict) or not policy or any(name not in ("allow", "deny") for name in policy):
-        raise ConfigError("must be full, none, or a mapping with allow and deny")
+    if not isinstance(policy, dict) or not policy or any(name not in _LISTS for name in policy):
+        raise ConfigError("must be full, none, or a mapping with allow, ask and deny")
     for name, rules in policy.items():
         if not isinstance(rules, list) or len(rules) > _RULES_MAX:
             raise ConfigError(f"{name} must be a list of at most {_RULES_MAX} rules")
@@ -131,13 +138,32 @@ def decide(policy, argv, tagged):
         return Decision(True, FULL, "its policy is full: it may run anything")
     if policy == NONE:
         return Decision(False, NONE, "its policy is none: it may run nothing")
-    for name, allowed in (("deny", False), ("allow", True)):
+    for name in _LISTS:
         for rule in policy.get(name, ()):
             for pattern in _expand(rule):
                 if _matches(pattern, argv, tagged):
                     shown = f"{name}: {' '.join(pattern)}"
-                    return Decision(allowed, shown, f"the rule '{shown}' {'allows' if allowed else 'forbids'} it")
+                    return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
     return Decision(False, "", "no rule allows it")
+
+
+def decide_steps(policy, steps, tagged):
+    """Say whether a script of single commands may run: all of them, or none.
+
+    Args:
+        policy: as :func:`check_policy` takes it, with rules.
+        steps: list of (number of its line, tuple of str).
+        tagged: as for :func:`decide`.
+
+    Returns:
+        Decision; its rule is that of the first command that decides, its reason names that line.
+    """
+    decisions = [(at, decide(policy, argv, tagged)) for at, argv in steps]
+    for deciding in (lambda one: not one.allowed and not one.asks, lambda one: one.asks):
+        for at, decision in decisions:
+            if deciding(decision):
+                return dataclasses.replace(decision, reason=f"line {at}: {decision.reason}")
+    return decisions[0][1]
 
 
 def _matches(pattern, argv, tagged):
@@ -174,6 +200,8 @@ def describe(config, now=None):
         text = "may run nothing (policy: none)"
     else:
         text = f"may run what {len(policy.get('allow', ()))} rules allow and {len(policy.get('deny', ()))} do not forbid"
+        if policy.get("ask"):
+            text += f"; dom0's user is asked about what {len(policy['ask'])} others name"
     if not config.until:
         return text
     ended = (time.time() if now is None else now) >= config.until
@@ -217,9 +245,34 @@ def split_plain(line):
     return tuple(words)
 
 
+def split_script(text):
+    """Read a script that needs no shell: one command on each line; empty lines and those that begin with ``#`` mean nothing.
+
+    Args:
+        text: str.
+
+    Returns:
+        list of (int, tuple of str): the number of each line, from 1, and its words; at least one.
+
+    Raises:
+        Refused: there is none, there are too many, or a shell would do more with one (code ``policy``).
+    """
+    steps = []
+    for at, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if not line.strip(" \t") or line.lstrip(" \t").startswith("#"):
+            continue
+        try:
+            steps.append((at, split_plain(line)))
+        except Refused as refused:
+            raise Refused(refused.code, f"line {at}: {refused}") from None
+    if not 1 <= len(steps) <= _STEPS_MAX:
+        raise Refused("policy", f"for this qube dom0 takes scripts of 1 to {_STEPS_MAX} lines, each a single command; this one has {len(steps)}")
+    return steps
+
+
 def _needs_shell():
     return Refused(
         "policy",
         "dom0 runs single commands for this qube, and no shell: no pipes, redirections, variables, patterns or several commands; "
-        "send one command, with words in quotes where needed, or use --exec",
+        "send one command, with words in quotes where needed, or use --exec; a script may have one such command on each line",
     )

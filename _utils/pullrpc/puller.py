@@ -38,8 +38,9 @@ _RETRY_FIRST, _RETRY_UNREACHABLE, _RETRY_BROKEN = 1.0, 15.0, 60.0
 _GOOD_SESSION = 60.0
 #: What a VM may have done for nothing (refusals, cancels, empty answers): so many at once, then so many a second.
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
-#: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds.
-_KEY_LOOK_EVERY, _KEY_LOOK_MIN = 60.0, 5.0
+#: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds; where many VMs are served
+#: no more often than one of them each so many seconds.
+_KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
 #: How long the results of commands just taken in are waited for before the VM is told that dom0 has them, seconds: most
 #: are there by then, which spares a request for each.
 _LINGER = 0.015
@@ -47,7 +48,9 @@ _LINGER = 0.015
 _DELIVER_AGAIN = 5.0
 #: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
 #: taken for the answer to another request under the same id.
-_BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt")
+_BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity")
+#: How such a VM shows up in the status.
+_STRANGER = "stranger"
 #: Ends of a command that leave its output as it was while it ran, or longer.
 _KEEPS_OUTPUT = ("done", "timeout", "interrupted")
 
@@ -71,8 +74,9 @@ class Puller:
     """Serves one VM until told to stop, or until the VM is gone.
 
     Args:
-        hub: what the loops share: ``dom0`` (Dom0), ``pool`` (FairPool), ``verify`` (callable of vm, cid, command, token, which
+        hub: what the loops share: ``dom0`` (Dom0), ``lines`` (Lines), ``verify`` (callable of vm, cid, command, token, which
             gives a dict with ``verified``, ``code`` and ``reason``), ``call`` (runs a function in a thread and gives an awaitable),
+            ``served`` (callable that gives how many VMs are), ``uuid_of`` (coroutine function of a VM's name: which qube has it now),
             ``close_deliveries`` (has results recorded as delivered, soon), ``spawn`` (runs a coroutine beside the loops), ``emit``
             (callable of vm, cid, what, data), ``log`` (callable of str).
         vm: str, a checked name.
@@ -83,6 +87,9 @@ class Puller:
         self._hub = hub
         self._base = self._own = None
         self._key_looked = self._key_doubted = float("-inf")
+        #: Why nothing is taken from this VM and nothing given to it: it is not the one that has access under its name.
+        self._stranger = None
+        self._uuid = ""
         self._session = None
         self._polling = None
         self._poll_began = 0.0
@@ -180,7 +187,7 @@ class Puller:
         """
         try:
             await self._open()
-            self.state = self._session.kind
+            self.state = _STRANGER if self._stranger else self._session.kind
             self._hub.emit(self.vm, "-", "connected", {"kind": self._session.kind})
             await self._serve()
         except FrameError as err:
@@ -205,6 +212,9 @@ class Puller:
         except NoAgent:
             self._session = Agentless(config, self.vm)
             await self._session.hello()
+        # Looked up once the session is open: as long as that lasts it is the same VM.
+        self._uuid = await self._hub.uuid_of(self.vm)
+        await self._look_who_it_is()
         await self._look_at_key()
         waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
         late = {cid: Finished(lost="the command ended, but its result waited too long for this qube and is gone") for cid in expired}
@@ -249,7 +259,7 @@ class Puller:
             self._polling.add_done_callback(lambda _: self.wake())
             self._poll_began = time.monotonic()
         wait = self._until_key_look()
-        if self._outbox:
+        if self._outbox and not self._stranger:
             wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
         await self._bell.wait(wait)
         if not self._polling.done():
@@ -265,7 +275,7 @@ class Puller:
         await self._linger()
 
     def _room(self):
-        return max(0, self._config.vm_queue - self._hub.pool.waiting(self.vm))
+        return max(0, self._config.vm_queue - self._hub.lines.waiting(self.vm))
 
     async def _linger(self):
         deadline = time.monotonic() + _LINGER
@@ -280,12 +290,23 @@ class Puller:
             await self._session.take(cids)
 
     def _until_key_look(self):
-        wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else _KEY_LOOK_EVERY
+        every = max(_KEY_LOOK_EVERY, self._hub.served() * _KEY_LOOK_EACH)
+        wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else every
         return max(0.0, self._key_looked + wait - time.monotonic())
+
+    async def _look_who_it_is(self):
+        """See whether the VM in this session is the one that has access under its name."""
+        self._stranger = await self._hub.call(self._hub.dom0.stranger, self.vm, self._uuid)
+        if self.state in (_STRANGER, self._session.kind):
+            self.state = _STRANGER if self._stranger else self._session.kind
 
     async def _look_at_key(self):
         """See whether the VM has its key; hand it over if it hasn't and should."""
+        if self._stranger:
+            await self._look_who_it_is()
         self._key_looked = time.monotonic()
+        if self._stranger:
+            return
         self._asked = True
         dom0 = self._hub.dom0
         try:
@@ -309,6 +330,9 @@ class Puller:
             self._hub.emit(self.vm, "-", news, {})
 
     async def _take_in(self, items, cancels):
+        if self._stranger:
+            # Perhaps somebody has said meanwhile that it is the right one.
+            await self._look_who_it_is()
         for untrusted_cid in cancels:
             await self._cancel(_claimed_cid(untrusted_cid))
         listed = {_claimed_cid(item.untrusted_cid): item for item in items}
@@ -365,15 +389,24 @@ class Puller:
                 continue
             # Told before it can run: whoever listens hears of it in this order.
             self._hub.emit(self.vm, request.cid, "accepted", {})
-            ends[request.cid] = None if self._hub.pool.submit(self.vm, request.cid) else "late"
+            ends[request.cid] = None if self._hub.lines.submit(request) else "late"
         return ends
 
     def _admit(self, cid, item, untrusted_command, untrusted_token):
+        if self._stranger:
+            raise Refused("identity", self._stranger)
         self._check_sizes(item)
         verdict = self._hub.verify(self.vm, cid, untrusted_command, untrusted_token)
         if verdict.get("verified") is not True:
             raise Refused(str(verdict.get("code", "doubt")), str(verdict.get("reason", "dom0 could not verify the request")))
-        return self._hub.dom0.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
+        request = self._hub.dom0.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
+        if request is not None and request.asks:
+            try:
+                self._hub.lines.check_question(request)
+            except Refused:
+                self._hub.dom0.dismiss(request)
+                raise
+        return request
 
     def _check_sizes(self, item):
         check_size(item.command_size, self._config.command_max, "command")
@@ -429,7 +462,7 @@ class Puller:
 
     async def _refuse(self, cid, refused):
         await self._spend()
-        if refused.code == "token":
+        if refused.code in ("token", "identity"):
             self._key_doubted = time.monotonic()
         try:
             shown = await self._hub.call(self._hub.dom0.audit.refusal, self.vm, cid, refused.code)
@@ -460,7 +493,7 @@ class Puller:
             await self._session.drop([cid])
 
     async def _cancel_in_dom0(self, cid):
-        if self._hub.pool.withdraw(self.vm, cid):
+        if self._hub.lines.withdraw(self.vm, cid):
             await self._hub.call(self._hub.dom0.drop_queued, self.vm, cid)
         else:
             await self._hub.call(self._hub.dom0.cancel, self.vm, cid)
@@ -472,7 +505,7 @@ class Puller:
 
     async def _deliver(self):
         """Deliver what waits."""
-        if not self._outbox or time.monotonic() < self._deliver_after:
+        if self._stranger or not self._outbox or time.monotonic() < self._deliver_after:
             return
         waiting = dict(self._outbox)
         if all(end.result for end in waiting.values()):
@@ -527,7 +560,7 @@ class Puller:
 
     def _stream(self):
         """Send on what running commands have written."""
-        for cid, outflow in list(self._outflows.items()):
+        for cid, outflow in [] if self._stranger else list(self._outflows.items()):
             piece = None if cid in self._outbox else outflow.next()
             while piece is not None:
                 try:

@@ -15,7 +15,7 @@ from .ids import check_vm_name
 
 #: Names of ours in each folder that the settings name; temporary ones of a process that was killed among them.
 _OURS = {
-    "key_dir": ("*.key", "*.key.new", "*.key.old", ".*.key*.*"),
+    "key_dir": ("*.key", "*.key.new", "*.key.old", "*.key.uuid", ".*.key*.*"),
     "state_dir": ("ledger.sqlite*", "spool", "handover", "pki"),
     "run_dir": ("engine.lock", "sessions.json", ".sessions.json.*", "jobs", "minion"),
 }

@@ -16,12 +16,12 @@ from . import sandbox
 from .aio import Bell, Threads, run
 from .config import digest
 from .dom0 import of_bytes
-from .errors import PullError
+from .errors import PullError, TransportError
 from .files import forget, write_whole
+from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
-from .scheduler import FairPool
-from .transport import running_vms
+from .transport import running_vms, uuids
 from .watch import Watcher
 
 #: After its processes were killed, how long until a command must have been recorded as ended, seconds.
@@ -66,10 +66,12 @@ class Service:
         self._running = set()
         self._spawned = set()
         self._to_close = []
+        self._uuids_wanted = {}
+        self._looking_up = False
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
-        self.pool = FairPool(lambda: dom0.config.parallel, lambda vm: dom0.config.for_vm(vm).vm_parallel, self._run_one)
+        self.lines = Lines(dom0, self._run_one, self._interrupt_late, emit, log, self._asks_another)
 
     def run(self):
         """Serve until :meth:`stop` is called.
@@ -113,6 +115,53 @@ class Service:
             awaitable of what it returns.
         """
         return self._threads.call(function, *args)
+
+    def served(self):
+        """How many VMs are served.
+
+        Returns:
+            int
+        """
+        return len(self._pullers)
+
+    async def uuid_of(self, vm):
+        """Look up which qube has a name now; those that are asked for at the same time share one look.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            str
+
+        Raises:
+            TransportError: it can't be told.
+        """
+        future = self._loop.create_future()
+        self._uuids_wanted.setdefault(vm, []).append(future)
+        if not self._looking_up:
+            self.spawn(self._look_up())
+        return await future
+
+    async def _look_up(self):
+        self._looking_up = True
+        try:
+            while self._uuids_wanted:
+                # What is asked for from here on is looked up by the next one: each look begins after it was asked for.
+                wanted, self._uuids_wanted = self._uuids_wanted, {}
+                try:
+                    found, problem = await self.call(uuids, self.dom0.config, *sorted(wanted)), None
+                except PullError as err:
+                    found, problem = {}, str(err)
+                for vm, futures in wanted.items():
+                    for future in futures:
+                        if future.done():
+                            continue
+                        if problem:
+                            future.set_exception(TransportError(problem))
+                        else:
+                            future.set_result(found[vm])
+        finally:
+            self._looking_up = False
 
     def spawn(self, coroutine):
         """Have a coroutine run beside whatever runs.
@@ -184,7 +233,7 @@ class Service:
             if self._spawned:
                 await asyncio.wait(self._spawned, timeout=_GOODBYE_WAIT)
             self.dom0.on_output = None
-            self.pool.close()
+            self.lines.close()
             self._threads.close()
             sandbox.close_idle()
 
@@ -274,7 +323,7 @@ class Service:
     def _publish(self):
         """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
         sessions = {vm: puller.state for vm, puller in sorted(self._pullers.items())}
-        note = {"settings": digest(self.dom0.config), "setup": self._setup, "sessions": sessions}
+        note = {"settings": digest(self.dom0.config), "setup": self._setup, "sessions": sessions, "asking": self.lines.open_question}
         if note == self._published:
             return
         try:
@@ -295,6 +344,21 @@ class Service:
             end = Finished(lost=f"the command was taken, but its end is not known: {err}")
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, end)
+
+    def _interrupt_late(self, vm, cid):
+        """Finish a command that dom0's user was asked about when the service ended; in the thread that asks."""
+        try:
+            self.dom0.interrupt_queued(vm, cid)
+        except PullError as err:
+            self.log(f"{vm}: {cid}: {err}")
+        self._post("finished", vm, cid, Finished())
+
+    def _asks_another(self):
+        """Have the note for whoever asks for the status written anew; in the thread that asks."""
+        try:
+            self._loop.call_soon_threadsafe(self._bell.ring)
+        except RuntimeError:
+            return
 
     def _small_result(self, vm, cid):
         """A result that is worth keeping at hand until it is delivered; None for another one."""
@@ -318,7 +382,7 @@ class Service:
             getattr(puller, what)(cid, *news)
 
     async def _wait_all(self):
-        while self.pool.waiting_count() or self.pool.busy():
+        while not self.lines.is_idle():
             await asyncio.sleep(_WAIT_STEP)
         # What the pool's threads posted last is heard before this goes on.
         await asyncio.sleep(0)
@@ -329,16 +393,16 @@ class Service:
         for puller in pullers:
             puller.stopping = True
             puller.wake()
-        for vm, cid in self.pool.close():
+        for vm, cid in self.lines.close():
             try:
                 await self.call(self.dom0.interrupt_queued, vm, cid)
             except PullError as err:
                 # The next start does the same with what is left.
                 self.log(f"{vm}: {cid}: {err}")
             self._tell("finished", vm, cid, Finished())
-        if not await self.call(self.pool.wait_idle, self.dom0.config.stop_grace):
+        if not await self.call(self.lines.wait_idle, self.dom0.config.stop_grace):
             await self.call(self.dom0.interrupt_running)
-            await self.call(self.pool.wait_idle, _KILL_WAIT)
+            await self.call(self.lines.wait_idle, _KILL_WAIT)
         for puller in pullers:
             puller.ending = True
             puller.wake()

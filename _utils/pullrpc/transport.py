@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ _LIST_WAIT = 30
 #: How long a qvm-run told to end may take, seconds.
 _END_WAIT = 1.0
 _READ_SIZE = 1 << 16
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 #: How long a template may take to start or shut down, seconds.
 _START_WAIT = 180
 
@@ -40,6 +42,44 @@ def running_vms(config):
         TransportError: they can't be listed.
     """
     return _running_by_library() if config.transport == "qubesadmin" else _running_by_program(config.qvm_ls)
+
+
+def uuids(config, *vms):
+    """Look up which qubes now have some names: a name may be given to another qube, a UUID is not (core-admin, property ``uuid``).
+
+    Args:
+        config: Config.
+        vms: str, checked names of qubes that there are; none for all qubes.
+
+    Returns:
+        dict of name to str.
+
+    Raises:
+        TransportError: there is no such qube, or it can't be told.
+    """
+    found = _uuids_by_library(vms) if config.transport == "qubesadmin" else _uuids_by_program(config.qvm_ls, vms)
+    for vm in vms:
+        if not _UUID.match(found.get(vm, "")):
+            raise TransportError(f"can't tell which qube {vm} is: qubesd names no UUID of it")
+    return {vm: found[vm] for vm in vms} if vms else {vm: uuid for vm, uuid in found.items() if _UUID.match(uuid)}
+
+
+def _uuids_by_program(program, vms):
+    rows = [line.split("|") for line in _list(program, "--raw-data", "--fields", "name,uuid", *(("--", *vms) if vms else ()))]
+    if any(len(row) != 2 for row in rows):
+        raise TransportError("can't tell which qubes there are: qvm-ls answered in a form that is not known here")
+    return dict(rows)
+
+
+def _uuids_by_library(vms):
+    qubesadmin = _qubesadmin()
+    try:
+        domains = qubesadmin.Qubes().domains
+        return {vm: str(domains[vm].uuid) for vm in vms or [one.name for one in domains if one.name != "dom0"]}
+    except KeyError as err:
+        raise TransportError(f"there is no qube {err}") from None
+    except (qubesadmin.exc.QubesException, AttributeError, OSError) as err:
+        raise TransportError(f"can't tell which qubes there are: {err}") from err
 
 
 def list_vms(tags=()):

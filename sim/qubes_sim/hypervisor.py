@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 
 from . import domain, linux, wire
 from .events import Events
@@ -24,7 +25,7 @@ from .roots import Store
 
 #: What qvm-prefs shows of a new VM.
 _PREFS = {"label": "red", "autostart": "False", "memory": "400", "netvm": "", "provides_network": "False"}
-_READ_ONLY = ("name", "klass", "template")
+_READ_ONLY = ("name", "klass", "template", "uuid")
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z")
 _RESERVED = ("dom0", "domain-0", "none", "default")
 #: Where dom0's Python library lies; the real one is among Python's own packages, where a virtual environment does not look.
@@ -49,6 +50,7 @@ class Domain:
     def __init__(self, name, klass, template):
         self.name = name
         self.klass = klass
+        self.uuid = str(uuid.uuid4())
         self.template = template
         self.state = "Halted"
         self.prefs = dict(_PREFS)
@@ -226,6 +228,7 @@ class Hypervisor:
             {
                 "name": one.name,
                 "class": one.klass,
+                "uuid": one.uuid,
                 "template": one.template or "",
                 "state": one.state,
                 "tags": sorted(one.tags),
@@ -352,7 +355,7 @@ class Hypervisor:
 
     def _prefs(self, message):
         one = self._find(message["name"])
-        shown = {**one.prefs, "name": one.name, "klass": one.klass, "template": one.template or ""}
+        shown = {**one.prefs, "name": one.name, "klass": one.klass, "template": one.template or "", "uuid": one.uuid}
         if message["value"] is not None:
             if message["prop"] not in shown or message["prop"] in _READ_ONLY:
                 raise SimError(f"no such property, or it can't be set: {message['prop']}")

@@ -4,11 +4,18 @@
 import datetime
 import json
 import os
+import time
 
 import pytest
 from qubes_sim.stand import Stand
 
-POLICY = {"allow": ["observe", {"manage": "mine"}, ["qvm-prefs", "work", "memory", "*"]], "deny": [["qvm-kill", "@tag:mine"]]}
+#: Answers as the file beside it says, and keeps what it was asked.
+_HELPER = "#!/bin/sh\ncat > /tmp/asked\nread answer < /tmp/answer\necho $answer\n[ $answer = yes ]\n"
+POLICY = {
+    "allow": ["observe", {"manage": "mine"}, ["qvm-prefs", "work", "memory", "*"]],
+    "ask": [["qvm-remove", "--force", "@tag:mine"]],
+    "deny": [["qvm-kill", "@tag:mine"]],
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +24,15 @@ def machine(tmp_path_factory):
     with Stand(os.path.join(str(tmp_path_factory.mktemp("policy")), "sim")) as stand:
         stand.set_up(_pillar(POLICY))
         stand.create("build")
+        stand.dom0("sh", "-c", "cat > /tmp/helper && chmod 700 /tmp/helper", data=_HELPER.encode(), check=True)
         stand.dom0("qvm-tags", "build", "add", "mine", check=True)
         stand.wait_served("work", "dev")
         yield stand
 
 
 def _pillar(policy, **more):
-    return {"vms": {"work": {}, "dev": {"policy": policy, **more}}, "engine": {"discover_interval": 1, "poll_wait": 5}}
+    ask = {"helper": "/tmp/helper", "timeout": 20}
+    return {"ask": ask, "vms": {"work": {}, "dev": {"policy": policy, **more}}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
 
 def _apply(machine, policy, **more):
@@ -65,9 +74,34 @@ def test_all_else_is_refused_and_says_why(machine, line, reason):
     assert machine.dom0("test", "-e", "/tmp/policy-broken").returncode == 1
 
 
-def test_a_script_is_refused(machine):
-    code, text = _remote(machine, data=b"qvm-ls\n")
-    assert (code, b"no scripts" in text) == (125, True)
+def test_a_script_runs_if_each_of_its_lines_may_and_not_at_all_if_one_may_not(machine):
+    code, text = _remote(machine, data=b"# what runs\nqvm-ls --raw-list\nqvm-prefs work memory\n")
+    assert (code, b"work\n444\n" in text) == (0, True)
+    code, text = _remote(machine, data=b"qvm-prefs work memory 400\nqvm-prefs dev memory 400\n")
+    assert (code, b"line 2: no rule allows it" in text) == (125, True)
+    assert _remote(machine, "qvm-prefs work memory") == (0, b"444\n")
+
+
+def _answer(machine, word):
+    machine.dom0("sh", "-c", f"echo {word} > /tmp/answer", check=True)
+
+
+def test_what_the_user_is_asked_about_runs_after_a_yes_alone_and_what_was_asked_is_all_of_it(machine):
+    machine.create("old")
+    machine.dom0("qvm-tags", "old", "add", "mine", check=True)
+    _answer(machine, "no")
+    code, text = _remote(machine, "qvm-remove --force old")
+    assert (code, b"was asked and said no" in text) == (125, True)
+    assert machine.dom0("qvm-check", "old").returncode == 0
+    code, text = _remote(machine, "qvm-remove --force old")
+    assert (code, b"dom0 asks again in" in text) == (125, True)
+    time.sleep(5)
+    _answer(machine, "yes")
+    assert _remote(machine, data=b"qvm-ls --raw-list\nqvm-remove --force old\nqvm-ls --raw-list\n")[0] == 0
+    assert machine.dom0("qvm-check", "old").returncode == 1
+    asked = machine.dom0("cat", "/tmp/asked").stdout.decode()
+    assert "The qube dev asks dom0 to run, as root, these 3 commands" in asked
+    assert "    2  qvm-remove --force old\n" in asked
 
 
 def test_a_tag_that_is_taken_away_takes_the_right_with_it(machine):
@@ -85,7 +119,7 @@ def test_another_vm_is_not_touched_by_it_and_all_is_said(machine):
     assert (shown["allowed"], shown["rule"], shown["words"]) == (False, "deny: qvm-kill @tag:mine", ["qvm-kill", "build"])
     status = json.loads(machine.dom0("salt-call", "--local", "-c", config, "--out=json", "qvm_remote.status", check=True).stdout)["local"]
     assert status["keys"]["work"]["access"] == "may run anything in dom0, as root (policy: full)"
-    assert status["keys"]["dev"]["access"] == "may run what 3 rules allow and 1 do not forbid"
+    assert status["keys"]["dev"]["access"] == "may run what 3 rules allow and 1 do not forbid; dom0's user is asked about what 1 others name"
 
 
 def test_access_for_a_time_ends_and_a_new_policy_is_taken_over(machine):
@@ -101,3 +135,20 @@ def test_access_for_a_time_ends_and_a_new_policy_is_taken_over(machine):
     _apply(machine, "none")
     code, text = _remote(machine, "-n", "echo a")
     assert (code, b"lets this qube run nothing" in text) == (125, True)
+
+
+def test_a_qube_made_anew_under_a_name_does_not_get_what_the_one_before_had(machine):
+    _apply(machine, "full")
+    assert _remote(machine, "-n", "echo a") == (0, b"a\n")
+    key = machine.vm("dev", "cat", "/home/user/.qvm-remote/auth.key").stdout
+    machine.dom0("qvm-shutdown", "--wait", "dev", check=True)
+    machine.dom0("qvm-remove", "--force", "dev", check=True)
+    machine.create("dev")
+    machine.dom0("qvm-start", "dev", check=True)
+    # Whoever has the old one's disk has its key, too.
+    machine.vm("dev", "sh", "-c", "mkdir -p -m 700 ~/.qvm-remote && umask 077 && cat > ~/.qvm-remote/auth.key", data=key)
+    code, text = _remote(machine, "-n", "echo a")
+    assert (code, b"another qube than the one that got access" in text) == (125, True)
+    assert "another qube than the one that had access under this name, which lost it" in _apply(machine, "full")
+    assert machine.vm("dev", "cat", "/home/user/.qvm-remote/auth.key").stdout != key
+    assert _remote(machine, "-n", "echo a") == (0, b"a\n")

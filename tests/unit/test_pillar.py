@@ -77,7 +77,7 @@ def _list_vms(tags):
         ({"default_policy": "some"}, "default_policy:", "one of full, none"),
         ({"vms": {"work": {"policy": "some"}}}, "vms:work:policy:", "must be full, none, or a mapping"),
         ({"vms": {"work": {"policy": {}}}}, "vms:work:policy:", "must be full, none, or a mapping"),
-        ({"vms": {"work": {"policy": {"alow": []}}}}, "vms:work:policy:", "with allow and deny"),
+        ({"vms": {"work": {"policy": {"alow": []}}}}, "vms:work:policy:", "with allow, ask and deny"),
         ({"vms": {"work": {"policy": {"allow": "observe"}}}}, "vms:work:policy:", "must be a list"),
         ({"vms": {"work": {"policy": {"allow": ["watch"]}}}}, "vms:work:policy:", "allow, rule 0: a name must be observe"),
         ({"vms": {"work": {"policy": {"allow": [["qvm-ls"], ["*"]]}}}}, "vms:work:policy:", "allow, rule 1: the first word must be the program"),

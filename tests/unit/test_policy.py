@@ -163,7 +163,7 @@ def test_with_rules_a_line_becomes_the_words_that_were_compared():
     ("policy", "request_", "text"),
     [
         (POLICY, _request("echo a | sh"), "no shell"),
-        (POLICY, _request("echo a", "script"), "no scripts"),
+        (POLICY, _request("echo a\nls | sort", "script"), "line 2"),
         (POLICY, _request("[]", "argv", ("rm", "x")), "qvm_remote.explain work"),
         ("none", _request("true"), "qvm-remote:vms:work:policy"),
     ],

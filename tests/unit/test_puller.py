@@ -13,8 +13,8 @@ from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0, _Running
 from pullrpc.errors import AgentUnable, FrameError, Refused
 from pullrpc.ids import new_cid
+from pullrpc.lines import Lines
 from pullrpc.puller import Finished, Puller
-from pullrpc.scheduler import FairPool
 from pullrpc.session import Found, Item, Session, _frames_of, read_poll
 from pullrpc.tokens import fingerprint, make_token
 
@@ -36,9 +36,10 @@ class _Hub:
     def __init__(self, dom0):
         self.dom0 = dom0
         self.may_run = threading.Event()
-        self.pool = FairPool(lambda: 1, lambda vm: 1, lambda vm, cid: self.may_run.wait(20))
+        self.uuid = "one"
         self.logged = []
         self.log = self.logged.append
+        self.lines = Lines(dom0, lambda vm, cid: self.may_run.wait(20), self._nobody, self.emit, self.log, self._nobody)
 
     def verify(self, vm, cid, command, token):
         self.dom0.verify(vm, cid, command, token)
@@ -51,11 +52,20 @@ class _Hub:
         if results:
             self.dom0.close_deliveries(results)
 
+    def served(self):
+        return 1
+
+    async def uuid_of(self, vm):
+        return self.uuid
+
     def spawn(self, coroutine):
         asyncio.ensure_future(coroutine)
 
     def emit(self, *_):
         """Nobody listens."""
+
+    def _nobody(self, *_):
+        """Nobody waits for it."""
 
 
 class _Vm:
@@ -135,7 +145,7 @@ def _play(dom0, scene, monkeypatch):
             await asyncio.wait_for(scene(Puller(hub, "work"), hub, vm), 20)
         finally:
             hub.may_run.set()
-            hub.pool.close()
+            hub.lines.close()
 
     run(play())
 
@@ -328,3 +338,52 @@ def test_dom0_signs_no_refusal_for_whoever_may_not_have_the_key(dom0):
     cid = new_cid()
     assert dom0.refusal("work", cid, "no", is_proven=False)[1].startswith(b"mac -\n")
     assert not dom0.refusal("work", cid, "no")[1].startswith(b"mac -\n")
+
+
+def test_another_qube_under_the_same_name_gets_nothing_and_is_given_nothing(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, request = _started(dom0)
+        dom0._finish_ping(request, time.monotonic())
+        dom0.keyring.bind("work", "the one before")
+        await puller._open()
+        fresh, item = _item()
+        await puller._take_in([item], [])
+        await puller._deliver()
+        # Nothing but the refusal, which proves nothing: no result of the one before, no key.
+        assert vm.delivered == [(fresh, 125)]
+        assert dom0.ledger.state("work", fresh) is None
+        assert dom0.ledger.state("work", cid)[0] == "done"
+        assert not hasattr(vm, "given_key")
+        # Somebody says that it is the right one.
+        dom0.keyring.bind("work", "one")
+        await puller._look_at_key()
+        await puller._deliver()
+        assert vm.delivered == [(fresh, 125), (cid, 0)]
+
+    monkeypatch.setattr(_Vm, "inspect", _inspect_no_key)
+    monkeypatch.setattr(_Vm, "set_key", _note_key, raising=False)
+    _play(dom0, scene, monkeypatch)
+
+
+async def _inspect_no_key(vm):
+    return Found("", ())
+
+
+async def _note_key(vm, key):
+    vm.given_key = key
+
+
+def test_the_first_qube_seen_under_a_name_is_the_one_the_key_is_for(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        assert dom0.keyring.bound("work") == "one"
+        assert dom0.stranger("work", "two")
+        dom0.keyring.remove("work")
+        assert dom0.keyring.bound("work") == ""
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_note_of_whom_the_key_is_for_that_can_not_be_read_lets_nobody_in(dom0, tmp_path):
+    os.mkfifo(tmp_path / "qvm-remote-keys" / "work.key.uuid")
+    assert "can't tell" in dom0.stranger("work", "one")

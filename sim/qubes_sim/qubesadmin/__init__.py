@@ -129,6 +129,10 @@ class _Qube:
             self._klass = self._row()["class"]
         return self._klass
 
+    @property
+    def uuid(self):
+        return self._row()["uuid"]
+
     def get_power_state(self):
         if self._state is not None:
             return self._state
