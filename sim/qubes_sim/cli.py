@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line of the simulator."""
 
-import argparse
 import contextlib
 import fcntl
 import json
 import os
-import pwd
 import select
-import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
-import tty
 
-from . import hypervisor, linux, wire
+from . import wire
 
 _OPERATIONS = ("start", "shutdown", "pause", "unpause", "kill", "remove")
 #: With hundreds of VMs it takes a while, seconds.
 _DOWN_WAIT = 60
 #: All that the hypervisor, and so the first process of each domain, has of its caller's environment.
 _KEPT_ENVIRONMENT = ("PATH", "LC_CTYPE")
+#: None stands for what differs: root, and of a VM its name; user.
+_QUICK = (("dom0", "--root", None), ("dom0", "--root", None, "-u", None), ("vm", "--root", None, None, "-u", None))
 _USAGE = """\
 A Qubes OS to develop against: dom0 and VMs are Linux namespaces with their own file systems, users and host names.
 In dom0, qvm-run, qvm-ls and their kin work; nothing else connects dom0 and the VMs."""
@@ -44,19 +41,38 @@ def main(argv):
     """
     # What follows "--" is the command's: argparse must not look at it.
     at = argv.index("--") if "--" in argv else len(argv)
-    options = _parser().parse_args(argv[:at])
-    options.command = argv[at + 1 :]
-    if options.command and options.do is not _run:
-        _parser().error("only dom0 and vm take a command")
-    root = os.path.abspath(options.root)
     try:
-        return options.do(root, options)
+        run = _read_quickly(argv[:at])
+        if run:
+            return _run_in(*run, argv[at + 1 :])
+        options = _parser().parse_args(argv[:at])
+        options.command = argv[at + 1 :]
+        if options.command and options.do is not _run:
+            _parser().error("only dom0 and vm take a command")
+        return options.do(os.path.abspath(options.root), options)
     except (_Failed, OSError) as err:
         sys.stderr.write(f"qubes-sim: error: {err}\n")
         return 1
 
 
+def _read_quickly(words):
+    """Read the forms in which handle.py runs a command, thousands of times in a run of the tests: argparse takes longer than all else.
+
+    Returns:
+        (root, domain, user); None for any other form.
+    """
+    for form in _QUICK:
+        if len(words) == len(form) and all(own in (None, word) for own, word in zip(form, words)):
+            values = [word for own, word in zip(form, words) if own is None]
+            if not any(value.startswith("-") for value in values):
+                root, domain, user = values if form[0] == "vm" else [values[0], "dom0", *values[1:], "root"][:3]
+                return os.path.abspath(root), domain, user
+    return None
+
+
 def _parser():
+    import argparse
+
     parser = argparse.ArgumentParser(prog="qubes-sim", description=_USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -89,6 +105,9 @@ def _parser():
 
 
 def _up(root, options):
+    # Only here: this program starts for each command that a test runs in a domain, and none of them needs it.
+    from . import hypervisor
+
     if set(os.environ) - set(_KEPT_ENVIRONMENT):
         # Root in a domain can read what its first process was started with, and the caller's environment may hold secrets.
         kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
@@ -165,6 +184,13 @@ def _own_ids():
     """
     if os.geteuid() == 0:
         return 1000
+    # Only here, as in _up.
+    import pwd
+    import shutil
+    import subprocess
+
+    from . import linux
+
     uid, gid = os.getuid(), os.getgid()
     name = pwd.getpwuid(uid).pw_name
     ranges = [_subordinate(path, name, uid) for path in ("/etc/subuid", "/etc/subgid")]
@@ -282,9 +308,12 @@ def _status(root, options):
 
 
 def _run(root, options):
-    name = options.name if options.operation == "vm" else "dom0"
+    return _run_in(root, options.name if options.operation == "vm" else "dom0", options.user, options.command)
+
+
+def _run_in(root, name, user, command):
     is_terminal = os.isatty(0) and os.isatty(1)
-    message = {"op": "run", "name": name, "user": options.user, "argv": options.command or ["/bin/bash", "-l"], "tty": is_terminal}
+    message = {"op": "run", "name": name, "user": user, "argv": command or ["/bin/bash", "-l"], "tty": is_terminal}
     if is_terminal:
         message["term"] = os.environ.get("TERM", "")
         return _run_on_terminal(_ask(root, message))
@@ -297,6 +326,8 @@ def _run(root, options):
 
 def _run_on_terminal(sock):
     """Pass keys and output between this terminal and one in the domain."""
+    import tty
+
     _, fds = _answer(sock)
     master = fds[0]
 

@@ -1,4 +1,3 @@
-#!/usr/bin/python3 -IS
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's qvm-run, qvm-check, qvm-ls, qvm-start, ..., qubesctl in the simulator: one program under all those names.
 
@@ -11,11 +10,8 @@ import array
 import json
 import os
 import shlex
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 
 _SOCKET = "/run/qubesd.sock"
@@ -268,6 +264,9 @@ def _qubesctl(argv):
 
 
 def _run(argv, **options):
+    # Only here and where else it is needed: most of these programs start no other, and they start very often.
+    import subprocess
+
     try:
         return subprocess.run(argv, check=False, **options)
     except FileNotFoundError:
@@ -279,6 +278,8 @@ def _manage(name, words):
     """Apply states in a VM as the management VM does: with a copy of /srv less the pillar roots, the pillar of this VM alone,
     and no custom modules. Here the states are run in the VM by a Salt that is there; the real one brings its own (salt-ssh).
     """
+    import tempfile
+
     row = _states(_parser(), name)[name]
     with open("/etc/salt/minion", encoding="utf-8") as file:
         config = json.load(file)
@@ -298,8 +299,7 @@ def _manage(name, words):
             with open(f"{folder}/{path}", "w", encoding="utf-8") as file:
                 json.dump(content, file)
         roots = [root for roots in config["pillar_roots"].values() for root in roots]
-        # The formula may be a checkout, with more in it than a package has.
-        skipped = [f"--exclude={path}" for path in (*roots, ".git", ".venv", "__pycache__")]
+        skipped = [f"--exclude={path}" for path in (*roots, "__pycache__")]
         tar = _run(["tar", "-c", *skipped, "-C", folder, "minion", "pillar", "/srv", "-P"], capture_output=True)
     if row["state"] == "Halted":
         _ask({"op": "start", "name": name})
@@ -329,6 +329,8 @@ def _enable_top(name):
     if not found:
         sys.stderr.write(f"qubesctl: error: there is no top file {name}\n")
         return _FAILED
+    import shutil
+
     shutil.copy(found[0], "/srv/salt/top.sls")
     return 0
 
@@ -351,7 +353,3 @@ def main():
     except (FileNotFoundError, ConnectionError):
         sys.stderr.write(f"{name}: error: qubesd does not answer\n")
         return _FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

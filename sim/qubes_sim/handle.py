@@ -35,7 +35,8 @@ class Sim:
         Returns:
             list of str
         """
-        return [sys.executable, _PROGRAM, name, "--root", self.root, *words]
+        # Without what is installed beside Python: it needs nothing of it, and starts in half the time.
+        return [sys.executable, "-IS", _PROGRAM, name, "--root", self.root, *words]
 
     def up(self, templates=(), vms=(), dom0_binds=(), vm_binds=()):
         """Start everything.

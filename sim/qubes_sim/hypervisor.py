@@ -37,6 +37,14 @@ TOOLS = (
     *("qvm-run", "qvm-check", "qvm-ls", "qvm-start", "qvm-shutdown", "qvm-kill", "qvm-pause", "qvm-unpause", "qvm-remove"),
     *("qvm-prefs", "qvm-tags", "qvm-features", "qubesctl", "qrexec-client"),
 )
+#: A program is no more than this, so that what it does is compiled once and not at each start.
+_PROGRAM = """\
+#!/usr/bin/python3 -IS
+import sys
+sys.path.insert(0, "{folder}")
+from {module} import main
+sys.exit(main())
+"""
 _QUBESDB = "#!/bin/sh\n# qubesdb of the simulator: a VM's name is all it knows.\n[ \"$1\" = /name ] && echo {name}\n"
 
 
@@ -92,9 +100,8 @@ class Hypervisor:
         self._control = wire.listen(os.path.join(self._root, "control.sock"))
         self._qubesd = wire.listen(os.path.join(self._root, "qubesd.sock"))
         self._add("dom0", "AdminVM", None)
-        for name in TOOLS:
-            self._store.write("dom0", f"/usr/bin/{name}", source("dom0_tools.py"), 0o755)
-        self._store.write("dom0", "/usr/bin/systemctl", source("systemctl.py"), 0o755)
+        write_programs(self._store, "dom0_tools", TOOLS)
+        write_programs(self._store, "systemctl", ["systemctl"])
         for part in ("__init__.py", "config.py", "events.py", "exc.py"):
             self._store.write("dom0", f"{LIBRARY}/qubesadmin/{part}", source(f"qubesadmin/{part}"))
         self._store.write("dom0", f"{LIBRARY}/qubesadmin/wire.py", source("wire.py"))
@@ -468,6 +475,19 @@ def run(root, options, ready_fd):
     os.close(ready_fd)
     hypervisor.serve()
     os._exit(0)
+
+
+def write_programs(store, module, names):
+    """Put programs of the simulator's into a dom0 that doesn't run.
+
+    Args:
+        store: Store.
+        module: str, the module of this package that has ``main``, which goes by the program's name.
+        names: list of str, what it is called there.
+    """
+    store.write("dom0", f"{LIBRARY}/{module}.py", source(f"{module}.py"))
+    for name in names:
+        store.write("dom0", f"/usr/bin/{name}", _PROGRAM.format(folder=LIBRARY, module=module), 0o755)
 
 
 def source(name):

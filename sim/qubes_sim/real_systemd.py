@@ -14,7 +14,7 @@ import time
 
 from . import linux
 from .cli import bind_option
-from .hypervisor import TOOLS, source
+from .hypervisor import TOOLS, write_programs
 from .roots import Store
 from .stand import Stand
 
@@ -149,8 +149,7 @@ def _become_systemd(folder, cgroups, binds):
         store.make_base()
         store.make_private("dom0", 1000)
         store.reset("dom0", None)
-        for name in TOOLS:
-            store.write("dom0", f"/usr/bin/{name}", source("dom0_tools.py"), 0o755)
+        write_programs(store, "dom0_tools", TOOLS)
         store.write("dom0", "/etc/systemd/system/simulated.target", _TARGET)
         store.write("dom0", "/etc/hostname", "dom0\n")
         target = store.mount_point("dom0")

@@ -1,4 +1,3 @@
-#!/usr/bin/python3 -IS
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's systemctl and systemd-run in the simulator: runs services, and starts the enabled ones when dom0 boots.
 
@@ -308,7 +307,3 @@ def main():
         sys.stderr.write(f"Failed to {words[0]} {unit.name}: Unit {unit.name} not found.\n")
         return _NO_UNIT
     return _VERBS[words[0]](unit)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
