@@ -129,6 +129,9 @@ def _minion_config(settings, minion):
         "sock_dir": _MINION_RUN,
         "pidfile": f"{_MINION_RUN}/minion.pid",
         "log_file": _LOG,
+        # Each of Salt's programs would look these up when it starts: names in a DNS that dom0 has not, and all of PCI.
+        "enable_fqdns_grains": False,
+        "enable_lspci": False,
         "engines": [{"qvm_remote": settings}],
     }
     if minion.get("master"):
