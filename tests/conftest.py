@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,14 +15,27 @@ from saltfactories.daemons.minion import SaltMinion
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.path.join(ROOT, "sim")]
 
-from qubes_sim.stand import FILE_ROOTS, Stand  # noqa: E402
+from qubes_sim.stand import CHEAP_GRAINS, FILE_ROOTS, PACKAGED, Stand  # noqa: E402
 
-#: The same file roots, outside of a simulated dom0.
-FUNCTIONAL_ROOTS = [ROOT, os.path.join(ROOT, "qvm-remote-formula")]
 #: Settings of the engine under test: waits are short, so that tests of time limits are.
 ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "events": "all"}
 #: The same in pillar's words; the engine runs in a minion of the tests' own, not in the service.
 PILLAR = {"service": {"running": False}, "max_age": 60, "engine": {name: ENGINE[name] for name in ("discover_interval", "poll_wait", "answer_wait", "events")}}
+
+
+def copy_formula(folder):
+    """Put the formula's files into a folder, as its package does.
+
+    Returns:
+        list of str, Salt's file roots.
+    """
+    for name in PACKAGED:
+        source, target = os.path.join(ROOT, name), os.path.join(folder, name)
+        if os.path.isdir(source):
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    return [folder, os.path.join(folder, "qvm-remote-formula")]
 
 
 def pytest_unconfigure():
@@ -56,8 +70,7 @@ class Dom0(Stand):
         with open(wrapper, "w", encoding="utf-8") as file:
             words = self.command("dom0", "--", "env", f"PATH={folder}/path:/usr/bin:/usr/sbin", "salt-minion")
             file.write(f"import os, sys\nwords = {words!r} + sys.argv[1:]\nos.execv(words[0], words)\n")
-        overrides = {"master_type": "disable", "file_client": "local", "user": "root"}
-        overrides["engines"] = [{"qvm_remote": engine}]
+        overrides = {"master_type": "disable", "file_client": "local", "user": "root", "engines": [{"qvm_remote": engine}], **CHEAP_GRAINS}
         self.factory = salt_factories.salt_minion_daemon(
             "dom0", factory_class=Dom0Minion, overrides=overrides, start_timeout=60, max_start_attempts=1
         )
@@ -122,7 +135,7 @@ def stand(tmp_path_factory, salt_factories):
     # Shown in dom0, and no more than that: beside it lies the simulator itself.
     shared = os.path.join(folder, "dom0")
     os.makedirs(os.path.join(shared, "path"))
-    one = Dom0(os.path.join(folder, "sim"))
+    one = Dom0(os.path.join(folder, "sim"), warm=True)
     try:
         one.set_up(PILLAR, extra_binds=[f"{shared}:{shared}:rw", f"{salt_factories.root_dir}:{salt_factories.root_dir}:rw"])
         one.folder = shared
@@ -136,9 +149,11 @@ def stand(tmp_path_factory, salt_factories):
 @pytest.fixture
 def dom0(stand):
     """The stand with the engine running and both VMs served."""
-    for vm in ("work", "dev"):
-        if subprocess.run(stand.command("start", vm), capture_output=True, check=False).returncode:
-            stand.unpause(vm)
+    # One program for both: this is before each test, and nearly always there is nothing to do.
+    if subprocess.run(stand.command("start", "work", "dev"), capture_output=True, check=False).returncode:
+        for vm in ("work", "dev"):
+            if subprocess.run(stand.command("start", vm), capture_output=True, check=False).returncode:
+                stand.unpause(vm)
     if not stand.is_running():
         stand.start_engine()
     stand.wait_served("work", "dev")

@@ -7,13 +7,24 @@ import sys
 import time
 
 from .handle import Sim
-from .hypervisor import LIBRARY
+from .hypervisor import LIBRARY, source
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-#: Where the source tree is seen in dom0: as an installed formula.
+#: Where the formula is seen in dom0.
 FORMULA = "/srv/formulas/base/qvm-remote-formula"
+#: What of the source tree the package installs there. Of a checkout there may be much more, and Salt looks at all of it again and again.
+PACKAGED = ("_engines", "_modules", "_states", "_utils", "client", "qvm-remote-formula", "pillar.example", "FORMULA")
+#: Nobody asks for these, and each of Salt's programs would look them up when it starts.
+CHEAP_GRAINS = {"enable_fqdns_grains": False, "enable_lspci": False}
 FILE_ROOTS = ["/srv/salt", FORMULA, f"{FORMULA}/qvm-remote-formula"]
-_MINION = {"file_client": "local", "id": "dom0", "file_roots": {"base": FILE_ROOTS}, "pillar_roots": {"base": ["/srv/pillar"]}, "log_level": "warning"}
+_MINION = {
+    "file_client": "local",
+    "id": "dom0",
+    "file_roots": {"base": FILE_ROOTS},
+    "pillar_roots": {"base": ["/srv/pillar"]},
+    "log_level": "warning",
+    **CHEAP_GRAINS,
+}
 _READY_WAIT = 60
 #: Where dom0's Salt is, wherever it is on this machine: a service may not see every place.
 _SALT = "/opt/salt"
@@ -27,10 +38,12 @@ class Stand(Sim):
         template: str.
         vms: list of str.
         say: callable of str, told what is done.
+        warm: bool, whether dom0's salt-call is forked from a warm interpreter: for tests, which call it again and again.
     """
 
-    def __init__(self, root, template="debian-13", vms=("work", "dev"), say=lambda text: None):
+    def __init__(self, root, template="debian-13", vms=("work", "dev"), say=lambda text: None, warm=False):
         super().__init__(root)
+        self._warm = warm
         self._template = template
         self._vms = list(vms)
         self._say = say
@@ -68,14 +81,23 @@ class Stand(Sim):
         """
         venv = os.path.dirname(os.path.dirname(sys.executable))
         salt = sorted({venv, sys.base_prefix} - {"/usr"})
-        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds, f"{ROOT}:{FORMULA}"], vm_binds=salt)
+        formula = [f"{ROOT}/{name}:{FORMULA}/{name}" for name in PACKAGED]
+        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds, *formula], vm_binds=salt)
         for name in ("salt-call", "salt-minion"):
             # A virtual environment does not see dom0's Python library by itself.
-            self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n")
-            self.dom0("chmod", "0755", f"/usr/bin/{name}", check=True)
+            self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n", "0755")
+        if self._warm:
+            self._warm_up()
         self.put(f"{LIBRARY}/salt", venv)
         self.put("/etc/salt/minion", json.dumps(_MINION))
         self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
+
+    def _warm_up(self):
+        program = f"{LIBRARY}/warm_salt.py"
+        self.dom0("mv", "/usr/bin/salt-call", f"{LIBRARY}/salt-call", check=True)
+        for path in (program, "/usr/bin/salt-call"):
+            self.put(path, source("warm_salt.py"), "0755")
+        self.dom0("env", f"PYTHONPATH={LIBRARY}", f"{_SALT}/bin/python3", program, f"{_SALT}/bin/salt-call", check=True)
 
     def set_pillar(self, pillar):
         """Write what stands under ``qvm-remote`` in pillar."""
@@ -114,6 +136,13 @@ class Stand(Sim):
             raise RuntimeError((done.stdout + done.stderr).decode("utf-8", "replace"))
         return json.loads(done.stdout)["local"]
 
-    def put(self, path, text):
-        """Write a file in dom0."""
-        self.dom0("sh", "-c", 'mkdir -p "$(dirname "$1")" && cat > "$1"', "sh", path, data=text.encode("utf-8"), check=True)
+    def put(self, path, text, mode=""):
+        """Write a file in dom0.
+
+        Args:
+            path: str.
+            text: str.
+            mode: str, as chmod takes it; empty to leave it as it is.
+        """
+        script = 'mkdir -p "$(dirname "$1")" && cat > "$1" && { [ -z "$2" ] || chmod "$2" "$1"; }'
+        self.dom0("sh", "-c", script, "sh", path, mode, data=text.encode("utf-8"), check=True)

@@ -23,7 +23,7 @@ PILLAR = {
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """dom0 with Salt and the formula's files, five templates with the client, fifty VMs of which five run."""
-    with Stand(os.path.join(str(tmp_path_factory.mktemp("fleet")), "sim")) as one:
+    with Stand(os.path.join(str(tmp_path_factory.mktemp("fleet")), "sim"), warm=True) as one:
         one.prepare(TEMPLATES)
         one.set_pillar(PILLAR)
         one.salt("saltutil.sync_all")

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """dom0 with Salt and the formula's files, two templates, a VM."""
-    with Stand(os.path.join(str(tmp_path_factory.mktemp("templates")), "sim")) as one:
+    with Stand(os.path.join(str(tmp_path_factory.mktemp("templates")), "sim"), warm=True) as one:
         one.prepare(["fedora-41", "debian-13-minimal"])
         one.set_pillar({"client": {"templates": ["fedora-41"]}, "vms": {"work": {}}})
         one.create("work:fedora-41")

@@ -21,7 +21,7 @@ POLICY = {
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """A machine on which dev has rules, and work may run anything."""
-    with Stand(os.path.join(str(tmp_path_factory.mktemp("policy")), "sim")) as stand:
+    with Stand(os.path.join(str(tmp_path_factory.mktemp("policy")), "sim"), warm=True) as stand:
         stand.set_up(_pillar(POLICY))
         stand.create("build")
         stand.dom0("sh", "-c", "cat > /tmp/helper && chmod 700 /tmp/helper", data=_HELPER.encode(), check=True)

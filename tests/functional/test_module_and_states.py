@@ -8,11 +8,10 @@ import os
 import pytest
 import salt.config
 import salt.loader
+from conftest import ROOT, copy_formula
 from pullrpc.ids import new_cid
 from pullrpc.tokens import fingerprint, make_token
 from saltfactories.utils.functional import Loaders
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def loaders(tmp_path_factory):
     root = str(tmp_path_factory.mktemp("minion"))
     opts = salt.config.minion_config(None)
     opts.update(root_dir=root, cachedir=os.path.join(root, "cache"), extension_modules=os.path.join(root, "extmods"))
-    opts.update(file_client="local", file_roots={"base": [_ROOT, os.path.join(_ROOT, "qvm-remote-formula")]}, id="dom0", pillar_roots={"base": []})
+    opts.update(file_client="local", file_roots={"base": copy_formula(os.path.join(root, "formula"))}, id="dom0", pillar_roots={"base": []})
     # It syncs everything by itself, and empties the cache each time it is reset: so extmods lie elsewhere.
     return Loaders(opts)
 
@@ -127,7 +126,7 @@ def test_audit_rotated_configures_logrotate_once(loaders, settings, tmp_path, te
 
 @pytest.mark.parametrize(("kind", "example"), [("_modules", "CLI Example:"), ("_states", ".. code-block:: yaml")])
 def test_every_public_function_shows_how_to_use_it(kind, example):
-    with open(os.path.join(_ROOT, kind, "qvm_remote.py"), encoding="utf-8") as file:
+    with open(os.path.join(ROOT, kind, "qvm_remote.py"), encoding="utf-8") as file:
         functions = [node for node in ast.parse(file.read()).body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     assert len(functions) > 9
     for function in functions:
