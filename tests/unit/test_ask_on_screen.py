@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The window on dom0's screen: whom it is shown to, with what in it, and that only its button for yes says yes.
+
+loginctl, systemd-run and systemctl are stand-ins that do what those do as far as it matters here; there is no screen.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pullrpc import ask_on_screen
+
+_SESSIONS = {
+    "c1": {"Active": "no", "Remote": "no", "Type": "x11", "Name": "other", "Class": "user"},
+    "c2": {"Active": "yes", "Remote": "no", "Type": "x11", "Name": "lightdm", "Class": "greeter"},
+    "3": {"Active": "yes", "Remote": "no", "Type": "tty", "Name": "root", "Class": "user"},
+    "4": {"Active": "yes", "Remote": "yes", "Type": "x11", "Name": "far", "Class": "user"},
+    "5": {"Active": "yes", "Remote": "no", "Type": "x11", "Name": "me", "Class": "user"},
+}
+
+
+class _Screen:
+    def __init__(self, folder):
+        self.folder = folder
+        self.log_in(_SESSIONS)
+        self._program("loginctl", f'case "$2" in list-sessions) cat {folder}/sessions;; *) for last; do :; done; cat "{folder}/session.$last";; esac')
+        self._program("systemd-run", f'printf "%s\\n" "$@" > {folder}/argv; cat > {folder}/text; exec {folder}/window')
+        self._program("systemctl", f'echo "$@" > {folder}/stopped; kill $(cat {folder}/window.pid)')
+        self.window("exit 1")
+
+    def _program(self, name, body):
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"#!/bin/sh\n{body}\n")
+        os.chmod(path, 0o700)
+
+    def window(self, body):
+        """Say how the window ends."""
+        self._program("window", body)
+
+    def log_in(self, sessions):
+        """Say who is logged in."""
+        with open(os.path.join(self.folder, "sessions"), "w", encoding="ascii") as file:
+            file.write("".join(f"{name} 1000 {one['Name']} seat0\n" for name, one in sessions.items()))
+        for name, one in sessions.items():
+            with open(os.path.join(self.folder, f"session.{name}"), "w", encoding="ascii") as file:
+                file.write("".join(f"{key}={value}\n" for key, value in one.items()))
+
+    def start(self):
+        """Start the helper as the engine does."""
+        environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "QVM_REMOTE_VM": "work", "QVM_REMOTE_ID": "id", "QVM_REMOTE_ASK_TIMEOUT": "30"}
+        argv = [sys.executable, "-I", "-S", ask_on_screen.__file__]
+        return subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def ask(self):
+        """Ask once.
+
+        Returns:
+            (int, bytes): exit code and stdout.
+        """
+        process = self.start()
+        out, _ = process.communicate(b"the question\n", 30)
+        return process.returncode, out
+
+    def read(self, name):
+        """What a stand-in has noted."""
+        with open(os.path.join(self.folder, name), encoding="ascii") as file:
+            return file.read()
+
+
+@pytest.fixture
+def screen(tmp_path):
+    return _Screen(str(tmp_path))
+
+
+def test_the_window_is_shown_to_the_one_who_sits_there_with_the_text_unread_by_any_markup(screen):
+    screen.window("exit 0")
+    assert screen.ask() == (0, b"yes\n")
+    argv = screen.read("argv").splitlines()
+    assert argv[:2] == ["--user", "--machine=me@.host"]
+    assert "--text-info" in argv and "--checkbox=I have read all of it" in argv
+    assert screen.read("text") == "the question\n"
+    assert not any("question" in word for word in argv)
+
+
+@pytest.mark.parametrize(("code", "answer"), [(1, 1), (5, 1), (2, 2), (127, 2), (255, 2)])
+def test_however_else_it_ends_it_is_no_yes(screen, code, answer):
+    screen.window(f"exit {code}")
+    assert screen.ask() == (answer, b"")
+
+
+def test_with_nobody_at_the_screen_nobody_is_asked(screen):
+    screen.log_in({name: one for name, one in _SESSIONS.items() if name != "5"})
+    assert screen.ask() == (2, b"")
+    assert not os.path.exists(os.path.join(screen.folder, "argv"))
+
+
+def test_a_question_that_is_taken_back_takes_its_window_with_it(screen):
+    screen.window(f"echo $$ > {screen.folder}/window.pid; exec sleep 60")
+    process = screen.start()
+    process.stdin.write(b"the question\n")
+    process.stdin.close()
+    deadline = time.monotonic() + 20
+    while not os.path.exists(os.path.join(screen.folder, "window.pid")) or not screen.read("window.pid"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # As the engine does, but the window: that is in a unit of the user's, out of reach.
+    os.kill(process.pid, signal.SIGTERM)
+    assert (process.wait(20), process.stdout.read()) == (1, b"")
+    assert screen.read("stopped") == "--user --machine=me@.host stop qvm-remote-ask-id\n"
