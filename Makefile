@@ -1,10 +1,12 @@
 # make demo and make test do everything on a fresh machine; see README.rst.
 PYTHON3 ?= python3
 BENCH ?=
+FUZZ ?=
+TAG ?=
 BIN := .venv/bin
 DESTDIR ?=
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model install-client clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model fuzz release install-client clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -15,6 +17,8 @@ help:
 	@echo "make test-all        the same, and the tests that take minutes: the real systemd, the whole short benchmark, ..."
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
+	@echo "make fuzz            fuzz the parsers that read what VMs send (SECONDS=60 for each, FUZZ=name for one; fuzz/README.rst)"
+	@echo "make release TAG=v1  tarball, sums and signature of a signed tag, into dist/ (docs/release.rst)"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
 	@echo "make clean           remove what the above made here"
 
@@ -37,8 +41,9 @@ bench-fleet: prepare
 	@$(BIN)/python bench/fleet.py
 
 test: prepare-bench lint
-	# Without spin (Fedora has none) the model's test is left out.
+	# Without spin (Fedora has none) the model's test is left out; without atheris hypothesis fuzzes alone.
 	-@$(PYTHON3) tools/bootstrap.py --model
+	-@$(PYTHON3) tools/bootstrap.py --fuzz
 	$(BIN)/nox --session oldest
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" tests
 
@@ -50,11 +55,18 @@ lint: prepare
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
 	shellcheck $$(git ls-files '*.sh') .ci/run
-	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst')
+	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'fuzz/*.rst')
 
 model:
 	@$(PYTHON3) tools/bootstrap.py --model
 	@$(PYTHON3) model/check.py
+
+fuzz: prepare
+	-@$(PYTHON3) tools/bootstrap.py --fuzz
+	@$(BIN)/python fuzz/run.py --seconds $(or $(SECONDS),60) $(FUZZ)
+
+release:
+	@tools/release.sh "$(TAG)"
 
 install-client:
 	$(PYTHON3) tools/install_client.py "$(DESTDIR)"

@@ -9,11 +9,16 @@ import subprocess
 import sys
 import textwrap
 
+import hypothesis
 import pytest
 from saltfactories.daemons.minion import SaltMinion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.path.join(ROOT, "sim")]
+
+# No test asserts on time, and this machine may have other things to do.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 from qubes_sim.stand import CHEAP_GRAINS, FILE_ROOTS, PACKAGED, Stand  # noqa: E402
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
 packages that can't come with it. Says what it does; does nothing when all is there. With --bench also what `make bench`
-needs beside: OpenSSH; with --model what `make model` needs, alone. Standard library only.
+needs beside: OpenSSH; with --model what `make model` needs, alone; with --fuzz, in .venv, what `make fuzz` is better with.
+Standard library only.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ _SYSTEM = (
     ("Python's venv module", lambda: _can_import("ensurepip") and _can_import("venv"), "python3-venv", "python3"),
     ("systemd-analyze, to check the service's unit", lambda: shutil.which("systemd-analyze"), "systemd", "systemd"),
     ("socat, for the tests' channels to a master", lambda: shutil.which("socat"), "socat", "socat"),
+    ("GnuPG, for make release and its test", lambda: shutil.which("gpg") and shutil.which("gpgv"), "gnupg", "gnupg2"),
     ("shellcheck, for make lint", lambda: shutil.which("shellcheck"), "shellcheck", "ShellCheck"),
 )
 #: What make model needs, and nothing else here does.
@@ -33,6 +35,8 @@ _FOR_MODEL = (
     ("spin, to check the model", lambda: shutil.which("spin"), "spin", "spin"),
     ("gcc, to build what spin makes of it", lambda: shutil.which("gcc"), "gcc", "gcc"),
 )
+#: For fuzzing, where there is one built for this Python and machine; building it needs a clang of its own.
+_FUZZER = "atheris>=2.3"
 #: For the benchmark alone: a demo must not bring a server to somebody's machine.
 _FOR_BENCH = (
     ("sshd, which make bench starts on loopback with its own keys", lambda: shutil.which("sshd", path=_SBIN), "openssh-server", "openssh-server"),
@@ -44,13 +48,15 @@ def main(argv):
     """Prepare the machine.
 
     Args:
-        argv: list of str: ``--bench``, ``--model`` or nothing.
+        argv: list of str: ``--bench``, ``--model``, ``--fuzz`` or nothing.
 
     Returns:
         int, the exit code.
     """
     if argv == ["--model"]:
         return 0 if _install_system(_missing(_FOR_MODEL)) else 1
+    if argv == ["--fuzz"]:
+        return _install_fuzzer()
     with open(_REQUIREMENTS, "rb") as file:
         wanted = hashlib.sha256(file.read() + sys.version.encode()).hexdigest()
     needed = _SYSTEM + (_FOR_BENCH if "--bench" in argv else ())
@@ -111,6 +117,17 @@ def _install_venv(wanted):
             return 1
     with open(_STAMP, "w", encoding="ascii") as file:
         file.write(wanted)
+    return 0
+
+
+def _install_fuzzer():
+    there = subprocess.run([os.path.join(_VENV, "bin", "python"), "-c", "import atheris"], capture_output=True, check=False)
+    if there.returncode == 0:
+        return 0
+    pip = [os.path.join(_VENV, "bin", "pip"), "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", _FUZZER]
+    if subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+        print(f"there is no {_FUZZER} for this Python and machine, or it can't be fetched: fuzzing goes on with hypothesis alone", flush=True)
+        return 1
     return 0
 
 

@@ -288,8 +288,9 @@ def _read_found(untrusted_output):
         raise FrameError("the qube's view of its queue is cut")
     # The key comes last, and may hold anything.
     listing, has_key, untrusted_key = untrusted_output[: -len(b"\nEND\n")].partition(b"K ")
-    problems = {_word(line[2:]) for line in listing.splitlines()}
-    if not problems.issubset(PROBLEMS):
+    *lines, rest = listing.split(b"\n")
+    problems = {_word(line[2:]) for line in lines}
+    if rest or not all(line.startswith(b"P ") for line in lines) or not problems.issubset(PROBLEMS):
         raise FrameError("the qube's view of its queue is malformed")
     shown = None
     if has_key:

@@ -18,7 +18,7 @@ import re
 import zlib
 
 from .audit_files import commands_folder, rotated
-from .chain import LINE_MAX, START, boot_id, head_path, is_lost_by_power_cut, read_line, unpack_head
+from .chain import LINE_MAX, START, boot_id, head_path, is_lost_by_power_cut, is_number, read_line, unpack_head
 from .commands import list_kept
 from .errors import AuditError, PullError
 
@@ -296,11 +296,11 @@ class _Check:
         if "headless" in found:
             self._problem(f"the head was missing when line {seq} was written: lines before it may be missing")
         if "ahead" in found:
-            self._note_ahead(found["ahead"], seq)
+            self._note_ahead(_count(found["ahead"]), seq)
         if "lost" in found:
-            self.notes.append(f"a power cut came before line {seq}: up to {found['lost']} lines before it had not reached the disk")
+            self.notes.append(f"a power cut came before line {seq}: up to {_count(found['lost'])} lines before it had not reached the disk")
         if line.get("whole") is False:
-            self._whole[line.get("vm"), line.get("id")] = line.get("sha256"), line.get("time")
+            self._whole[str(line.get("vm")), str(line.get("id"))] = line.get("sha256"), line.get("time")
         self.first = seq if self.first is None else self.first
         self.last = seq, digest
         self.lines += 1
@@ -318,7 +318,7 @@ class _Check:
 
     def _check_place(self, line, found):
         seq, number, keep = line["seq"], found.get("file"), found.get("keep")
-        starts_file = type(number) is int and type(keep) is int
+        starts_file = is_number(number) and is_number(keep)
         if self.lines_in_file == 0 and not starts_file:
             self._problem(f"the beginning of the file is missing: line {seq} is not the first line of a file")
         elif self.lines_in_file and starts_file:
@@ -391,13 +391,13 @@ class _Check:
         has_room = sum(kept.values()) < commands_max * 3 // 4
         oldest = moment(f"{keep_days}d")
         for (vm, cid), (digest, at) in self._whole.items():
-            path = os.path.join(folder, str(vm), str(cid))
+            path = os.path.join(folder, vm, cid)
             if path in kept:
                 self.compared += 1
                 if _digest(path) != digest:
-                    self.problems.append(f"the whole command {cid} of {_safe(str(vm))} was changed")
+                    self.problems.append(f"the whole command {_safe(cid)} of {_safe(vm)} was changed")
             elif has_room and str(at) > oldest:
-                self.problems.append(f"the whole command {_safe(str(cid))} of {_safe(str(vm))} is missing")
+                self.problems.append(f"the whole command {_safe(cid)} of {_safe(vm)} is missing")
 
 
 class _Garbage:
@@ -442,6 +442,11 @@ def _checked_limit(limit):
     if type(limit) is not int or not 1 <= limit <= 1000000:
         raise PullError("limit must be a number, 1 to 1000000")
     return limit
+
+
+def _count(value):
+    """A number from a line, to be told."""
+    return value if is_number(value) else "an unknown number of"
 
 
 def _range(first, last):

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 
 from .errors import AuditError
@@ -29,6 +30,11 @@ BODY_MAX = 16384
 LINE_MAX = BODY_MAX + 1024
 #: Size of the head, bytes. It never changes, so that a full disk has room for it; within a sector, so that it is whole.
 _HEAD_SIZE = 256
+_HEAD = re.compile(rb"[!-~]{1,64} [0-9]{1,18} [0-9]{1,18} [0-9]{1,18} [0-9a-f]{64} *\n")
+#: No line has such a number; what is larger by far can't even be printed.
+_SEQ_END = 10**18
+#: Levels of lists and dicts in a line.
+_DEPTH_MAX = 8
 _BACKWARDS = 1 << 16
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -67,12 +73,11 @@ def unpack_head(data):
     Returns:
         Head; None when this is none.
     """
-    try:
-        boot, file, seq, synced, digest = data.decode("ascii").split()
-        head = Head(int(file), int(seq), digest, int(synced), boot)
-    except ValueError:
+    found = _HEAD.fullmatch(data) if len(data) == _HEAD_SIZE else None
+    if found is None:
         return None
-    return head if len(data) == _HEAD_SIZE and len(digest) == len(START) else None
+    boot, file, seq, synced, digest = found[0].decode("ascii").split()
+    return Head(int(file), int(seq), digest, int(synced), boot)
 
 
 def head_path(path):
@@ -121,7 +126,7 @@ def read_line(raw):
         raw: bytes, without its newline.
 
     Returns:
-        dict, with ``seq`` (int) and ``prev`` (str) in it; None when this is none.
+        dict, with ``seq`` (int, not negative) and ``prev`` (str) in it; None when this is none.
     """
     if not raw.startswith(b'{"seq":'):
         return None
@@ -129,8 +134,29 @@ def read_line(raw):
         line = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    fits = isinstance(line, dict) and type(line.get("seq")) is int and isinstance(line.get("prev"), str)
-    return line if fits else None
+    if not isinstance(line, dict) or not is_number(line.get("seq")) or not isinstance(line.get("prev"), str):
+        return None
+    # Who writes the log keeps no numbers that long, and no lists in lists: whoever reads it is not to stumble over them.
+    return line if _is_flat(line, _DEPTH_MAX) else None
+
+
+def is_number(value):
+    """Say whether something from a line is a number as this file counts with.
+
+    Args:
+        value: JSON data.
+
+    Returns:
+        bool
+    """
+    return type(value) is int and 0 <= value < _SEQ_END
+
+
+def _is_flat(value, depth):
+    """Whether data is as simple as what is written here: few levels, no number that can't be printed."""
+    if isinstance(value, (dict, list)):
+        return depth > 0 and all(_is_flat(one, depth - 1) for one in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) < _SEQ_END
 
 
 class Chain:
@@ -415,6 +441,6 @@ def _number_of(fd):
     for part in raw.split(b"\n"):
         line = read_line(part)
         found = line.get("log") if line else None
-        if isinstance(found, dict) and type(found.get("file")) is int:
+        if isinstance(found, dict) and is_number(found.get("file")):
             return found["file"]
     return 0

@@ -116,7 +116,8 @@ class Duplex:
 
     def _settle(self, untrusted_header, payload):
         number, future, _, _ = self._expected.popleft()
-        if untrusted_header.get("n") != number:
+        # To Python 1, 1.0 and true are equal.
+        if type(untrusted_header.get("n")) is not int or untrusted_header["n"] != number:
             self._expected.appendleft((number, future, 0, 0))
             raise FrameError("the agent answered out of turn")
         if self._expected:

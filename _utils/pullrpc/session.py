@@ -23,6 +23,8 @@ _NOT_FOUND = 127
 #: Commands up to this size come with the poll's answer, bytes in all.
 INLINE_MAX = 1 << 16
 ITEMS_MAX = 24
+#: No file is as long, bytes.
+_SIZE_END = 1 << 63
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){3}\Z")
 CANCELS_MAX = 16
 #: Most of results that is on its way without an answer.
@@ -344,7 +346,7 @@ def read_poll(untrusted_answer, payload, room):
         if not isinstance(untrusted_item, list) or len(untrusted_item) != 5 or not isinstance(untrusted_item[0], str):
             raise FrameError("the agent's list is malformed")
         name, *numbers = untrusted_item
-        if any(type(number) is not int or number < -1 for number in numbers):
+        if any(type(number) is not int or not -1 <= number < _SIZE_END for number in numbers):
             raise FrameError("the agent's list is malformed")
         command_size, token_size, stdin_size, inline = numbers
         if not inline:
