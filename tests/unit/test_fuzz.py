@@ -24,7 +24,7 @@ def check(data):
     {condition}
         assert len(payload) == int(size), "a size was believed"
 '''
-_NEAR = _PLANTED.format(condition="if int(size) == len(payload) + 1:")
+_NEAR = _PLANTED.format(condition="if True:")
 #: The same behind four branches in a row, which nobody gets through by chance: only who sees that one was taken.
 _DEEP = _PLANTED.format(condition="".join(f"if payload[{at}:{at + 1}] != b'{byte}':\n        return\n    " for at, byte in enumerate("QUBE")) + "if True:")
 _ATHERIS = importlib.util.find_spec("atheris")
