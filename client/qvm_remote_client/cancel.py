@@ -53,7 +53,7 @@ def _on_its_way(queue, wanted):
     found = [one for one in requests_in(queue) if one["id"] == wanted or (len(wanted) >= 8 and one["id"].endswith(wanted))]
     shown = one_line(os.fsencode(wanted), 64)
     if len(found) > 1:
-        raise PullError(f"there are several commands with the id {shown}; see: qvm-remote queue status")
+        raise PullError(f"the ids of several commands end with {shown}; see: qvm-remote queue status")
     if found and found[0]["state"] != RESULT:
         return found[0]["id"]
     try:

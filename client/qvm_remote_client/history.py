@@ -129,9 +129,10 @@ def find(queue, wanted):
         return next(iter(found.items()))
     if wanted is None:
         raise PullError("there is no command in the history yet")
-    what = "several commands" if found else "no command"
     shown = one_line(os.fsencode(wanted), 64)
-    raise PullError(f"there is {what} with the id {shown} in the history; see: qvm-remote history 100")
+    if found:
+        raise PullError(f"the ids of several commands end with {shown}; see: qvm-remote history 100")
+    raise PullError(f"there is no command with the id {shown} in the history; see: qvm-remote history 100")
 
 
 def describe(cid, files):
@@ -180,19 +181,19 @@ def drop_old_days(history):
         if not _is_day(day) or day >= oldest:
             continue
         folder = os.path.join(history, day)
-        for name in _names(folder):
+        for name in names_in(folder):
             # What has no meta of ours may be all that a user of qvm-remote 1.x has of it.
             if _read_small(os.path.join(folder, name, "meta"), META_MAX).startswith(_OURS):
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-        if not _names(folder):
+        if not names_in(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _entries(queue):
     """All commands, the newest first."""
-    for day in sorted(filter(_is_day, _names(queue.history)), reverse=True):
+    for day in sorted(filter(_is_day, names_in(queue.history)), reverse=True):
         folder = os.path.join(queue.history, day)
-        for cid in sorted(_names(folder), reverse=True):
+        for cid in sorted(names_in(folder), reverse=True):
             if os.path.isdir(os.path.join(folder, cid)):
                 yield cid, {part: os.path.join(folder, cid, part) for part in ("command", *(part[1:] for part in RESULT_PARTS))}
 
@@ -218,7 +219,18 @@ def _proof(queue, cid, files):
     return FITS if authentic and is_whole else DIFFERS
 
 
-def _names(folder):
+def names_in(folder):
+    """The names in a folder.
+
+    Args:
+        folder: str.
+
+    Returns:
+        list of str; empty when there is no such folder.
+
+    Raises:
+        OSError: it can't be read.
+    """
     try:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

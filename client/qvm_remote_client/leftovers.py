@@ -15,6 +15,7 @@ from pullrpc.ids import is_cid
 from pullrpc.layout import RESULT_PARTS
 
 from . import journal
+from .history import names_in
 from .request import connected, limits, load_key, take_back, vm_name
 from .terminal import one_line, put, put_json
 
@@ -66,7 +67,7 @@ def requests_in(queue):
     """
     found = {}
     for state, folder, suffix in ((PENDING, queue.pending, ""), (RUNNING, queue.running, ""), (RESULT, queue.results, ".exit")):
-        for name in _names(folder()):
+        for name in names_in(folder()):
             cid = name[: len(name) - len(suffix)] if name.endswith(suffix) else name
             if cid + suffix == name and is_cid(os.fsencode(cid)):
                 path = folder(name)
@@ -149,15 +150,15 @@ def _move_to_history(queue, cid):
 def _strays(queue):
     """Files that belong to no request that somebody waits for, nor to one that dom0 still has."""
     known = {one["id"] for one in requests_in(queue)}
-    for name in _names(queue.rejected()):
+    for name in names_in(queue.rejected()):
         yield queue.rejected(name)
-    for name in _names(queue.pending()):
+    for name in names_in(queue.pending()):
         cid, _, rest = name.lstrip(".").partition(".")
         is_loose = rest in ("auth", "in") and is_cid(os.fsencode(cid)) and cid not in known and not has_client(queue, cid)
         # Until stdin is read, its client has no bell.
         if is_loose and not _is_alive(cid):
             yield queue.pending(name)
-    for name in _names(queue.results()):
+    for name in names_in(queue.results()):
         if name.startswith("."):
             # Output of a command that runs: dom0 puts that away, or the agent after a day.
             continue
@@ -205,7 +206,7 @@ def _debug(queue):
 
 
 def _list(title, folder):
-    names = sorted(_names(folder("")))
+    names = sorted(names_in(folder("")))
     put(f"\n{title or '.'}/ ({len(names)} names)\n")
     for name in names:
         try:
@@ -217,13 +218,6 @@ def _list(title, folder):
         text = _beginning(folder(name), PENDING) if title == "queue/pending" and is_cid(os.fsencode(name)) else ""
         shown = f"{stat.filemode(info.st_mode)} {info.st_size:>9} bytes {_age(folder(name)):>8} s  {one_line(os.fsencode(name), 60)}"
         put(f"  {shown}{'  ' + text if text else ''}\n")
-
-
-def _names(folder):
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _age(path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The client's own commands, driven as a person would: the real program, with a terminal where one matters, and no dom0."""
 
+import fcntl
 import json
 import os
 import pwd
@@ -8,8 +9,10 @@ import re
 import select
 import shutil
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -405,7 +408,7 @@ def test_history_show_claims_no_proof_that_1x_did_not_give(qube):
 def test_an_end_of_an_id_that_fits_two_commands_is_refused(qube):
     qube.did(CID, b"x")
     qube.did(CID.replace("4711", "4712"), b"x")
-    assert qube.error("history", "show", "0badcafe") == "there is several commands with the id 0badcafe in the history; see: qvm-remote history 100"
+    assert qube.error("history", "show", "0badcafe") == "the ids of several commands end with 0badcafe; see: qvm-remote history 100"
 
 
 def test_an_id_leads_nowhere_else(qube):
@@ -641,3 +644,37 @@ def test_without_anything_in_the_environment_it_still_says_what_is_wrong(qube):
     shutil.rmtree(qube.base, ignore_errors=True)
     done = subprocess.run(["env", "-i", f"HOME={qube.home}", *QVM_REMOTE, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (125, b"", f"{ERROR}this qube has no key; run: qvm-remote key gen\n".encode())
+
+
+# A long wait
+
+
+def _shows(waited, size=(24, 80), **env):
+    """What a wait of so many seconds shows on a terminal of a size (lines, columns), and whether it is taken away."""
+    program = (
+        f"import sys, time; sys.path[:0] = [{os.path.join(ROOT, 'client')!r}, {os.path.join(ROOT, '_utils')!r}]\n"
+        "from qvm_remote_client.main import Waiting\nline = Waiting(quiet='-q' in sys.argv)\n"
+        f"line._started -= {waited}\nline.tick('running'); line.end(); line.tick('running')"
+    )
+    main_end, client_end = os.openpty()
+    fcntl.ioctl(client_end, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    words = ["-q"] if env.pop("quiet", False) else []
+    subprocess.run([sys.executable, "-IS", "-c", program, *words], stdin=subprocess.DEVNULL, stderr=client_end, env=env, check=True, start_new_session=True)
+    os.write(client_end, b"$")
+    os.close(client_end)
+    shown = b""
+    while not shown.endswith(b"$"):
+        shown += os.read(main_end, 4096)
+    os.close(main_end)
+    return shown
+
+
+def test_a_long_wait_is_shown_and_its_line_is_taken_away():
+    assert re.fullmatch(rb"\r\x1b\[K[|/\\-] qvm-remote: running in dom0, 61 s\r\x1b\[K\$", _shows(61, TERM="xterm"))
+    # One that wrapped could not be taken away.
+    assert _shows(61, (24, 20), TERM="xterm") == b"\r\x1b[K/ qvm-remote: runn\r\x1b[K$"
+    assert b"running in dom0, 61 s" in _shows(61, (0, 0))
+
+
+def test_a_short_wait_shows_nothing_nor_does_a_quiet_one_or_a_dumb_terminal():
+    assert _shows(0.5, TERM="xterm") == _shows(61, TERM="dumb") == _shows(61, TERM="xterm", quiet=True) == b"$"
