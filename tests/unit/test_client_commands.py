@@ -672,7 +672,7 @@ def _shows(waited, size=(24, 80), **env):
 def test_a_long_wait_is_shown_and_its_line_is_taken_away():
     assert re.fullmatch(rb"\r\x1b\[K[|/\\-] qvm-remote: running in dom0, 61 s\r\x1b\[K\$", _shows(61, TERM="xterm"))
     # One that wrapped could not be taken away.
-    assert _shows(61, (24, 20), TERM="xterm") == b"\r\x1b[K/ qvm-remote: runn\r\x1b[K$"
+    assert _shows(61, (24, 20), TERM="xterm") == b"\r\x1b[K/ qvm-remote: runni\r\x1b[K$"
     assert b"running in dom0, 61 s" in _shows(61, (0, 0))
 
 
