@@ -64,7 +64,7 @@ def _queue(queue, action, values, quiet, timeout):
 def _log(queue, action, values, quiet, timeout):
     from .journal import show
 
-    show(queue, int(values.get("N", 20)))
+    show(queue, values.get("N", 20))
     return 0
 
 
@@ -74,7 +74,7 @@ def _history(queue, action, values, quiet, timeout):
     if action == "show":
         print_one(queue, values)
     else:
-        print_list(queue, int(values.get("N", 10)), "json" in values)
+        print_list(queue, values.get("N", 10), "json" in values)
     return 0
 
 

@@ -86,6 +86,8 @@ OPTIONS = (
 COMMON = ("-q", "--quiet", "-v", "--verbose", "-h", "--help")
 
 _JSON = Option("--json", "print JSON")
+#: As qvm-remote 1.x has it.
+_COUNT = Option("-n", "the same as N", "N")
 _FORCE = Option("--force", "replace the key that is there; dom0 then has to authorize the new one")
 _ID = "the whole id, or its last eight characters"
 _ON_A_TERMINAL = "On a terminal control characters are shown escaped (\\x1b); into a file or a pipe every byte goes as it is."
@@ -127,12 +129,14 @@ COMMANDS = (
     Command("queue debug", "everything that lies in the queue, for a report of a problem", notes="Shows commands, but neither keys nor tokens."),
     Command("queue make", "put this user's queue in order"),
     Command("queue check", "say what is wrong with this user's queue; exits with 1 if something is"),
-    Command("log", "the last N requests, one a line", arguments=(Argument("N", "number", "how many (default 20)"),), notes=_ON_A_TERMINAL),
+    Command(
+        "log", "the last N requests, one a line", arguments=(Argument("N", "number", "how many (default 20)"),), options=(_COUNT,), notes=_ON_A_TERMINAL
+    ),
     Command(
         "history",
         "the last N commands, the newest first, and how they ended",
         arguments=(Argument("N", "number", "how many (default 10)"),),
-        options=(_JSON,),
+        options=(_COUNT, _JSON),
         notes="Kept for 30 days. What qvm-remote 1.x kept is shown as well, and stays.",
     ),
     Command(

@@ -17,7 +17,7 @@ def parse(words):
         words: list of str; the first is reserved.
 
     Returns:
-        (Command, dict of str to str or bool): arguments and options by name. The command is None when help is asked for:
+        (Command, dict of str to str, int or bool): arguments and options by name. The command is None when help is asked for:
         then the dict has it under ``help``.
 
     Raises:
@@ -42,6 +42,9 @@ def parse(words):
         else:
             raise PullError(f"{flag} takes a value; {_see(command)}")
     values.update(_arguments(command, given))
+    if "n" in values:
+        # Both ways to say it mean the same; what stands alone counts.
+        values.setdefault("N", _number(command, "-n", values.pop("n")))
     return command, values
 
 
@@ -66,9 +69,7 @@ def _find(words):
 def _arguments(command, given):
     values = {}
     for argument, word in zip(command.arguments, given):
-        if argument.kind == "number" and not (word.isascii() and word.isdigit() and int(word[:8]) <= _NUMBER_MAX):
-            raise PullError(f"{argument.name} of {_name(command)} is a whole number up to {_NUMBER_MAX}; {_dom0s(command)}")
-        values[argument.name] = word
+        values[argument.name] = _number(command, argument.name, word) if argument.kind == "number" else word
     missing = [argument.name for argument in command.arguments[len(given) :] if argument.is_needed]
     if missing:
         raise PullError(f"{_name(command)} needs {missing[0]}; {_see(command)}")
@@ -78,6 +79,12 @@ def _arguments(command, given):
         takes = f"at most {len(command.arguments)} argument" if command.arguments else "no argument"
         raise PullError(f"{_name(command)} takes {takes}; {_dom0s(command)}")
     return values
+
+
+def _number(command, name, word):
+    if not (word.isascii() and word.isdigit() and len(word) <= 7 and int(word) <= _NUMBER_MAX):
+        raise PullError(f"{name} of {_name(command)} is a whole number up to {_NUMBER_MAX}; {_dom0s(command)}")
+    return int(word)
 
 
 def _name(command):

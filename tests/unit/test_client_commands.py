@@ -204,6 +204,7 @@ def test_help_of_a_word_is_that_of_all_its_commands(qube):
         (["queue", "eat"], f"use {' or '.join(QUEUE_COMMANDS)}; to run a program named queue in dom0: qvm-remote -- queue ..."),
         (["log", "x"], "N of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
         (["log", "99999999999999999999"], "N of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
+        (["log", "-n", "x"], "-n of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
         (["log", "1", "2"], "log takes at most 1 argument; to run a program named log in dom0: qvm-remote -- log ..."),
         (["history", "-5"], "history has no option -5; see: qvm-remote history --help"),
         (["history", "show"], "there is no command in the history yet"),
@@ -360,7 +361,7 @@ def test_history_lists_the_newest_first_with_what_1x_kept(qube):
     assert rows[0].split() == ["ID", "EXIT", "SECONDS", "COMMAND"]
     assert rows[1].split(None, 3) == [CID, "0", "0.25", "echo one\\necho two"]
     assert rows[2].split(None, 3) == [OLD_CID, "2", "1.50", "qvm-ls"]
-    assert len(qube.ok("history", "1").splitlines()) == 2
+    assert len(qube.ok("history", "1").splitlines()) == len(qube.ok("history", "-n1").splitlines()) == 2
     first, second = json.loads(qube.ok("history", "--json"))
     assert first == {
         **{"id": CID, "time": "2026-03-01T10:11:12Z", "command": "echo one\necho two", "exit": 0, "status": "done", "seconds": 0.25},
@@ -449,7 +450,7 @@ def test_log_goes_on_in_the_older_file(qube):
     qube.put("audit.log.1", b"".join(b"old %d\n" % n for n in range(30)))
     qube.put("audit.log", b"new 0\nnew 1\n")
     assert qube.ok("log", "3") == b"old 29\nnew 0\nnew 1\n"
-    assert qube.ok("log", "1") == b"new 1\n"
+    assert qube.ok("log", "1") == qube.ok("log", "-n", "1") == b"new 1\n"
     assert qube.ok("log", "0") == b""
     assert qube.ok("log").startswith(b"old 12\n")
 
