@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from . import sandbox
+from . import __version__, sandbox
 from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
 from .errors import AuditError, ConfigError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
@@ -681,7 +681,9 @@ class Dom0:
         vm, cid = request.vm, request.cid
         try:
             self.spool.store_text(vm, cid, OUT, b"pong\n")
-            self.spool.store_text(vm, cid, META, _meta(request.key, cid, b"pong\n", b"", 0, "done"))
+            # For the client to compare with its own.
+            told = {"version": __version__, "time": f"{time.time():.3f}"}
+            self.spool.store_text(vm, cid, META, _meta(request.key, cid, b"pong\n", b"", 0, "done", told))
         except SpoolError as err:
             return self._finish_without_run(vm, cid, str(err), "failed", request.key)
         return self._record(vm, cid, 0, "done", time.monotonic() - started, out=5, err=0)
@@ -742,8 +744,8 @@ def _limits(config):
     )
 
 
-def _meta(key, cid, out, err, exit_code, status):
-    return _meta_of(key, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, {})
+def _meta(key, cid, out, err, exit_code, status, extra=None):
+    return _meta_of(key, cid, (hashlib.sha256(out).digest(), hashlib.sha256(err).digest()), exit_code, status, extra or {})
 
 
 def _meta_of(key, cid, digests, exit_code, status, extra):

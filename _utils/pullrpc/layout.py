@@ -21,10 +21,13 @@ class Queue:
 
     Args:
         base: str, the folder (default: ``~/.qvm-remote`` of this user).
+
+    Raises:
+        PullError: this user has no home.
     """
 
     def __init__(self, base=None):
-        self.base = base or os.path.join(os.path.expanduser("~"), ".qvm-remote")
+        self.base = base or os.path.join(_home(), ".qvm-remote")
         self.key = os.path.join(self.base, "auth.key")
         self.audit = os.path.join(self.base, "audit.log")
         self.limits = os.path.join(self.base, "dom0-limits")
@@ -91,6 +94,19 @@ class Queue:
     def rejected(self, name=""):
         """Path of a name in ``queue/rejected``: what lay in ``pending`` under a name that is no command id."""
         return os.path.join(self.base, "queue", "rejected", name)
+
+
+def _home():
+    home = os.environ.get("HOME", "")
+    if home.startswith("/"):
+        return home
+    # Whoever started us has set none. Imported here: a user's shell always does.
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise PullError(f"user {os.getuid()} has no home folder for the queue; set HOME") from None
 
 
 def _folder_problem(path):

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The VM's side of the audit: one line for each request, in ``~/.qvm-remote/audit.log``; and what ``log`` and ``status`` show of it."""
+"""The VM's side of the audit: one line for each request, in ``~/.qvm-remote/audit.log``, and the command ``log``."""
 
 import os
 import time
-
-from pullrpc.errors import PullError
-from pullrpc.tokens import fingerprint
-
-from .request import connected, limits, load_key, vm_name
 
 #: The log is turned over once it is longer, bytes; one older one is kept.
 _LOG_MAX = 1 << 20
@@ -38,52 +33,22 @@ def append(queue, cid, form, command, exit_code, status):
         return
 
 
-def show(queue, words, out):
-    """The subcommand ``log``.
+def show(queue, count):
+    """The command ``log``.
 
     Args:
         queue: Queue.
-        words: list of str, the number of lines or nothing.
-        out: text file to print to.
-
-    Raises:
-        PullError: bad usage.
+        count: int, lines.
     """
-    if len(words) > 1 or (words and not (words[0].isascii() and words[0].isdigit())):
-        raise PullError("use: qvm-remote log [NUMBER]; for a program of that name in dom0: qvm-remote -- log ...")
-    count = int(words[0]) if words else 20
-    try:
-        with open(queue.audit, encoding="ascii", errors="replace") as file:
-            lines = file.readlines()
-    except FileNotFoundError:
-        return
-    out.writelines(lines[-count:] if count else [])
+    from .terminal import put_raw
 
-
-def status(queue, words, out):
-    """The subcommand ``status``.
-
-    Args:
-        queue: Queue.
-        words: list of str, empty.
-        out: text file to print to.
-
-    Returns:
-        int, 0 when there is a key and dom0 is connected, else 1.
-
-    Raises:
-        PullError: bad usage.
-    """
-    if words:
-        raise PullError("status takes no argument; for a program of that name in dom0: qvm-remote -- status ...")
-    try:
-        key, has_key = fingerprint(load_key(queue)), True
-    except PullError as err:
-        key, has_key = str(err), False
-    online = connected(queue)
-    waiting = [name for name in os.listdir(queue.pending()) if "." not in name]
-    out.write(f"qube:     {vm_name()}\nkey:      {key}\n")
-    out.write(f"dom0:     {'connected' if online else 'not connected'}\n")
-    out.write(f"waiting:  {len(waiting)}\nrunning:  {len(os.listdir(queue.running()))}\n")
-    out.write(f"limits:   {limits(queue)['timeout_max']} s a command\n")
-    return 0 if has_key and online else 1
+    lines = []
+    for path in (queue.audit, queue.audit + ".1"):
+        if len(lines) >= count:
+            break
+        try:
+            with open(path, "rb") as file:
+                lines[:0] = file.readlines()
+        except FileNotFoundError:
+            continue
+    put_raw(b"".join(lines[-count:] if count else []))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""This VM's key: make it, show it, take one over. It is printed only when asked for by name."""
+"""This VM's key: make it, show it, take one over. It is printed only when asked for by name, and read from stdin only."""
 
 import os
 
@@ -8,53 +8,75 @@ from pullrpc.files import write_whole
 from pullrpc.tokens import fingerprint, parse_key
 
 from .request import load_key, vm_name
+from .terminal import put, warn
 
-_USAGE = """\
-usage: qvm-remote key gen [--force]      make a new key for this qube
-       qvm-remote key show [--secret]    print its fingerprint, or the key itself
-       qvm-remote key import [--force]   read a key (64 hex digits) from stdin
-"""
+_REVEALS = "whoever has this key can do in dom0 what this qube can"
 
 
-def run(words, queue, out, in_fd=0):
-    """The subcommand ``key``.
+def run(queue, action, values, quiet, in_fd=0):
+    """The command ``key``.
 
     Args:
-        words: list of str, what follows ``key``.
-        queue: Queue, its folders made.
-        out: text file to print to.
+        queue: Queue.
+        action: str, ``gen``, ``show``, ``import`` or ``fingerprint``.
+        values: dict, what was given on the command line.
+        quiet: bool, print no notes.
         in_fd: int, where a key is read from.
 
+    Returns:
+        int, the exit code.
+
     Raises:
-        PullError: bad usage, or a key that can't be used or must not be replaced.
+        PullError: a key that can't be used, must not be replaced, or is not to be shown.
     """
-    if words[:1] in (["-h"], ["--help"]):
-        out.write(_USAGE)
-        return
-    action, options = (words[0], words[1:]) if words else ("", [])
-    allowed = {"gen": ["--force"], "show": ["--secret"], "import": ["--force"]}.get(action)
-    if allowed is None or any(option not in allowed for option in options):
-        raise PullError("use 'key gen', 'key show' or 'key import'; see: qvm-remote key --help")
-    if action == "show":
-        key = load_key(queue)
-        out.write(f"{key.hex()}\n" if options else f"{vm_name()} {fingerprint(key)}\n")
-        return
-    if os.path.exists(queue.key) and not options:
+    if action == "fingerprint":
+        put(f"{vm_name()} {fingerprint(load_key(queue))}\n")
+    elif action == "show":
+        _show(queue, "secret" in values, quiet)
+    else:
+        _replace(queue, action, "force" in values, quiet, in_fd)
+    return 0
+
+
+def _show(queue, is_asked_for, quiet):
+    key = load_key(queue)
+    on_terminal = os.isatty(1)
+    if not is_asked_for:
+        if not on_terminal or not os.isatty(0):
+            raise PullError(f"{_REVEALS}; to print it all the same: qvm-remote key show --secret; its name without the secret: qvm-remote key fingerprint")
+        if not _confirm(f"{_REVEALS}, and it will stand on this screen. Show it? [y/N] "):
+            raise PullError("the key was not shown; its name without the secret: qvm-remote key fingerprint")
+    elif on_terminal and not quiet:
+        warn(_REVEALS)
+    put(f"{key.hex()}\n")
+
+
+def _confirm(question):
+    os.write(2, f"qvm-remote: {question}".encode("ascii"))
+    return os.read(0, 1024).strip().lower() in (b"y", b"yes")
+
+
+def _replace(queue, action, force, quiet, in_fd):
+    from .main import prepare
+
+    prepare(queue, quiet)
+    if os.path.lexists(queue.key) and not force:
         raise PullError(f"there is a key already ({queue.key}); --force replaces it, and dom0 then has to authorize the new one")
     key = os.urandom(32) if action == "gen" else parse_key(_read_key(in_fd))
     try:
         write_whole(queue.key, key.hex().encode("ascii") + b"\n")
     except OSError as err:
         raise PullError(f"can't write {queue.key}: {err.strerror}") from err
-    out.write(f"key of {vm_name()}: {fingerprint(key)}\n")
-    if action == "gen":
-        out.write(
-            "Next, in dom0 (the key never appears on a command line):\n"
-            f"  qvm-run --pass-io {vm_name()} 'qvm-remote key show --secret' | salt-call --local qvm_remote.authorize {vm_name()}\n"
-        )
+    put(f"key of {vm_name()}: {fingerprint(key)}\n")
+    if not quiet:
+        from .advice import authorize_again
+
+        warn(f"next, have dom0 authorize it (the key never appears on a command line), {authorize_again()}")
 
 
 def _read_key(fd):
+    if os.isatty(fd):
+        return _ask_for_key(fd)
     data = b""
     while len(data) <= 66:
         chunk = os.read(fd, 67 - len(data))
@@ -62,3 +84,19 @@ def _read_key(fd):
             break
         data += chunk
     return data.strip()
+
+
+def _ask_for_key(fd):
+    """Have a key typed or pasted, without showing it."""
+    import termios
+
+    before = termios.tcgetattr(fd)
+    hidden = termios.tcgetattr(fd)
+    hidden[3] &= ~termios.ECHO
+    try:
+        termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)
+        os.write(2, b"qvm-remote: the key, 64 hex digits (not shown): ")
+        return os.read(fd, 1024).strip()
+    finally:
+        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+        os.write(2, b"\n")

@@ -21,41 +21,9 @@ from . import request as requests
 EXIT_TIMEOUT, EXIT_FAILED, EXIT_INTERRUPTED = 124, 125, 130
 #: Longest a command may run when -t isn't given, seconds (or dom0's limit, if that is lower).
 _TIMEOUT_DEFAULT = 300
-_HISTORY_DAYS = 30
-#: Begin to show that we are alive after this many seconds.
-_SHOW_AFTER = 1.5
 _STREAMS = {"out": 1, "err": 2}
-_SUBCOMMANDS = ("agent", "help", "key", "log", "ping", "queue", "status")
-
-_HELP = """\
-usage: qvm-remote [OPTIONS] COMMAND [ARG...]     run a command line in dom0, as with ssh
-       qvm-remote [OPTIONS] < script.sh          run a script in dom0
-       qvm-remote [OPTIONS] -s ARG... < script   the same, with arguments
-       qvm-remote [OPTIONS] --exec PROGRAM ARG...   exactly these arguments, no shell
-
-COMMAND and ARGs are joined by spaces and read by dom0's bash, so quote for two shells, or use --exec.
-With COMMAND, stdin goes to the command (unless it is a terminal): close it, or give -n, where there is none to send.
-
-options:
-  -t SEC, --timeout SEC   let it run SEC seconds (default 300, or dom0's limit for this qube)
-  -n                      send no stdin
-  -s                      read the script from stdin, ARGs are its $1, $2...
-  --exec                  pass the argument vector as it is
-  -q, --quiet             no notes of qvm-remote's own on stderr, errors only
-  -v, --verbose           say on stderr what happens, with times
-  --version, -h, --help
-
-other commands (-- in front makes any of these words a command for dom0):
-  qvm-remote key gen|show|import    this qube's key
-  qvm-remote ping                   measure the way to dom0 and back, key included
-  qvm-remote status                 is there a key, a session, something waiting
-  qvm-remote queue make|check       put this user's queue in order, or say what is wrong with it
-  qvm-remote log [N]                the last N (20) requests
-  qvm-remote agent                  answers dom0; started by dom0 alone
-
-exit codes: the command's own; 128+N if signal N killed it; 124 it ran into its timeout;
-125 qvm-remote refused or failed, and says why; 130 interrupted here (the command in dom0 is killed).
-"""
+#: The words that begin a command of ours (table.reserved(), which is not loaded for a command that goes to dom0).
+RESERVED = frozenset(("agent", "cancel", "help", "history", "key", "log", "ping", "queue", "status"))
 
 
 class _Options:
@@ -82,15 +50,31 @@ def main(argv):
         sys.stdout.flush()
         return exit_code
     except PullError as err:
-        sys.stderr.write(f"qvm-remote: error: {err}\n")
-        return EXIT_FAILED
+        return _fail(f"{err}{_advice(err.__cause__)}")
     except BrokenPipeError:
         # Whoever read our output went away: end as a program killed by SIGPIPE does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except OSError as err:
-        sys.stderr.write(f"qvm-remote: error: {err.strerror}{f': {err.filename}' if err.filename else ''}\n")
-        return EXIT_FAILED
+        return _fail(f"{err.strerror}{f': {err.filename}' if err.filename else ''}{_advice(err)}")
+
+
+def _fail(text):
+    try:
+        sys.stderr.write(f"qvm-remote: error: {text}\n")
+        sys.stderr.flush()
+    except OSError:
+        # Nobody can be told; the exit code says it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return EXIT_FAILED
+
+
+def _advice(cause):
+    if not isinstance(cause, OSError):
+        return ""
+    from .advice import advice
+
+    return advice(cause)
 
 
 def _open_closed_streams():
@@ -104,13 +88,34 @@ def _dispatch(argv):
     options, words, literal = _read_options(argv)
     if words is None:
         return 0
-    if words and words[0] in _SUBCOMMANDS and not literal and not (options.script or options.exec):
-        return _subcommand(words[0], words[1:], options)
+    if words and words[0] in RESERVED and not literal and not (options.script or options.exec):
+        from .subcommands import run
+
+        return run(words, options)
     queue = Queue()
-    queue.make_folders()
+    prepare(queue, options.quiet)
     known = requests.limits(queue)
     form, command, use_stdin = _command_of(options, words, known["command_max"])
     return _run(queue, options, known, form, command, use_stdin)
+
+
+def prepare(queue, quiet):
+    """Put the queue in order; the folder of qvm-remote's predecessor becomes ours if there is none.
+
+    Args:
+        queue: Queue.
+        quiet: bool, don't say that it was moved.
+
+    Raises:
+        PullError: it can't be used.
+    """
+    if not os.path.lexists(queue.base):
+        from .migrate import adopt
+
+        note = adopt(queue)
+        if note and not quiet:
+            sys.stderr.write(f"qvm-remote: {note}\n")
+    queue.make_folders()
 
 
 def _read_options(argv):
@@ -126,7 +131,7 @@ def _read_options(argv):
             return options, words, True
         name, has_value, value = word.partition("=")
         if word in ("-h", "--help", "--version"):
-            sys.stdout.write(_HELP if word != "--version" else f"qvm-remote {__version__}\n")
+            sys.stdout.write(f"qvm-remote {__version__}\n" if word == "--version" else _help())
             return options, None, False
         if word == "--exec":
             options.exec = True
@@ -135,7 +140,7 @@ def _read_options(argv):
         elif word == "--verbose":
             options.verbose = True
         elif name == "--timeout":
-            options.timeout = _seconds(value if has_value else words.pop(0) if words else "")
+            options.timeout = seconds_of(value if has_value else words.pop(0) if words else "")
         elif word.startswith("--"):
             raise PullError(f"there is no option {name}; see: qvm-remote --help")
         else:
@@ -143,10 +148,16 @@ def _read_options(argv):
     return options, words, False
 
 
+def _help():
+    from .usage import help_of
+
+    return help_of([])
+
+
 def _read_short(letters, words, options):
     for at, letter in enumerate(letters):
         if letter == "t":
-            options.timeout = _seconds(letters[at + 1 :] or (words.pop(0) if words else ""))
+            options.timeout = seconds_of(letters[at + 1 :] or (words.pop(0) if words else ""))
             return
         flag = {"n": "no_stdin", "s": "script", "q": "quiet", "v": "verbose"}.get(letter)
         if flag is None:
@@ -154,7 +165,18 @@ def _read_short(letters, words, options):
         setattr(options, flag, True)
 
 
-def _seconds(text):
+def seconds_of(text):
+    """Read the value of -t.
+
+    Args:
+        text: str.
+
+    Returns:
+        int, seconds.
+
+    Raises:
+        PullError: it is none.
+    """
     if not (text.isascii() and text.isdigit() and 0 < int(text[:8]) and len(text) <= 7):
         raise PullError("-t takes a whole number of seconds, 1 or more")
     return int(text)
@@ -189,12 +211,11 @@ def _command_of(options, words, limit):
 
 
 def _text(word):
-    # An argument that is not UTF-8 reaches us with surrogates; dom0 takes text only.
+    # The bytes that we were called with, whatever the locale takes them for; dom0 takes UTF-8 only.
     try:
-        word.encode("utf-8")
-    except UnicodeEncodeError:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
         raise PullError("an argument is not UTF-8 text; dom0 takes no other; send its bytes on stdin instead") from None
-    return word
 
 
 def _read_script(limit):
@@ -211,10 +232,10 @@ def _run(queue, options, known, form, command, use_stdin):
     timeout = options.timeout or min(_TIMEOUT_DEFAULT, known["timeout_max"])
     if timeout > known["timeout_max"]:
         raise PullError(f"-t {timeout} is over the limit of {known['timeout_max']} s that dom0 sets for this qube (timeout_max)")
-    progress = _Progress(options.quiet)
+    progress = Waiting(options.quiet)
     started = time.monotonic()
     request = requests.Request(queue, form, command, timeout)
-    _on_signals_give_up(request, progress)
+    on_signals_give_up(request, progress)
     if use_stdin:
         request.add_stdin(0, known["stdin_max"], progress.tick)
     request.submit()
@@ -234,22 +255,27 @@ def _run(queue, options, known, form, command, use_stdin):
         raise
     finally:
         progress.end()
-    exit_code = EXIT_FAILED
+    exit_code, unread = EXIT_FAILED, True
     try:
         exit_code = _show(result, options)
         if options.verbose:
             sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
+        unread = False
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        raise PullError(f"can't write all of the output; it is kept, see: qvm-remote history show {request.cid} ({err.strerror})") from err
     finally:
         # Whether or not somebody read all of it.
         journal.append(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
-        request.keep(_HISTORY_DAYS)
+        request.keep(unread)
     return exit_code
 
 
 def _show(result, options):
     """Print a result, if it is dom0's; say what went wrong, if it isn't."""
     if not result.authentic:
-        reason = _safe_text(result.err_path)
+        reason = reason_of(result)
         sys.stderr.write(f"qvm-remote: error: {reason or 'the answer is not authentic: it was not made by dom0 with the key of this qube'}\n")
         if reason:
             sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, dom0 has none, or it was refused unread)\n")
@@ -270,16 +296,24 @@ def _show(result, options):
     return result.exit_code
 
 
-def _safe_text(path):
-    """An unproven refusal's reason, fit for a terminal."""
+def reason_of(result):
+    """The reason that a result gives for there being no other, fit for a terminal whether or not it is dom0's.
+
+    Args:
+        result: Result.
+
+    Returns:
+        str, one line; empty when there is none.
+    """
+    from .terminal import one_line
+
     try:
-        with open(path, "rb") as file:
+        with open(result.err_path, "rb") as file:
             raw = file.read(1000)
     except OSError:
         return ""
-    text = "".join(char if char.isprintable() else "?" for char in raw.decode("utf-8", "replace").strip())
-    prefix = "qvm-remote: "
-    return text[len(prefix) :] if text.startswith(prefix) else text
+    prefix = b"qvm-remote: "
+    return one_line(raw[len(prefix) :] if raw.startswith(prefix) else raw, 1000)
 
 
 def _copy(path, fd, start):
@@ -299,11 +333,21 @@ def _copy(path, fd, start):
         os.close(source)
 
 
-def _on_signals_give_up(request, progress):
+def on_signals_give_up(request, progress):
+    """End the command when we are told to end.
+
+    Args:
+        request: Request.
+        progress: Waiting.
+    """
+
     def give_up(number, _frame):
         request.give_up()
-        progress.end()
-        sys.stderr.write("qvm-remote: interrupted; dom0 is asked to kill the command\n")
+        try:
+            progress.end()
+            os.write(2, b"qvm-remote: interrupted; dom0 is asked to kill the command\n")
+        except OSError:
+            pass
         # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
         os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
 
@@ -311,95 +355,32 @@ def _on_signals_give_up(request, progress):
         signal.signal(number, give_up)
 
 
-class _Progress:
-    """Shows that a long wait is alive: one line on a terminal's stderr, rewritten in place."""
+class Waiting:
+    """Shows that a long wait is alive. What that takes is loaded when it has become one.
 
-    _TEXTS = {
-        "queued": "waiting for dom0 to take the request",
-        "running": "running in dom0",
-        "unconnected": "waiting for dom0 to connect",
-        "stdin": "reading stdin (use -n to send none)",
-    }
+    Args:
+        quiet: bool, show nothing.
+    """
 
     def __init__(self, quiet):
-        self._shows = not quiet and os.isatty(2)
+        self._shows = not quiet
         self._started = time.monotonic()
-        self._shown = False
+        self._line = None
 
     def tick(self, what):
-        waited = time.monotonic() - self._started
-        if self._shows and waited > _SHOW_AFTER:
-            sys.stderr.write(f"\r\033[Kqvm-remote: {self._TEXTS[what]}, {waited:.0f} s")
-            sys.stderr.flush()
-            self._shown = True
+        """Called now and then with the word for what is waited for."""
+        if not self._shows:
+            return
+        if self._line is None:
+            from .progress import Progress, is_wanted
+
+            self._line = Progress(self._started)
+            self._shows = is_wanted()
+        if self._shows:
+            self._line.tick(what)
 
     def end(self):
-        """Take the line away, and show none again: from now on the terminal is the output's."""
+        """Show nothing any more: from now on the terminal is the output's."""
         self._shows = False
-        if self._shown:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-            self._shown = False
-
-
-def _subcommand(name, words, options):
-    if name == "help":
-        sys.stdout.write(_HELP)
-        return 0
-    queue = Queue()
-    if name == "agent":
-        from .agent import Agent
-
-        return Agent(queue).serve()
-    if name == "queue":
-        return _queue(queue, words)
-    queue.make_folders()
-    if name == "key":
-        from . import keys
-
-        keys.run(words, queue, sys.stdout)
-        return 0
-    if name == "ping":
-        return _ping(queue, words, options)
-    from . import journal
-
-    if name == "log":
-        journal.show(queue, words, sys.stdout)
-        return 0
-    return journal.status(queue, words, sys.stdout)
-
-
-def _queue(queue, words):
-    if words not in (["make"], ["check"]):
-        raise PullError("use 'queue make' or 'queue check'; to run a program named queue in dom0: qvm-remote -- queue ...")
-    if words == ["make"]:
-        queue.make_folders()
-        return 0
-    # That there is no key yet is the key's matter, not the queue's.
-    problems = [problem for problem in queue.problems() if problem != "key-missing"]
-    for problem in problems:
-        sys.stdout.write(f"{problem}\n")
-    return 1 if problems else 0
-
-
-def _ping(queue, words, options):
-    if words:
-        raise PullError("ping takes no argument; to run a program of that name in dom0: qvm-remote -- ping ...")
-    progress = _Progress(options.quiet)
-    request = requests.Request(queue, "ping", b"ping", options.timeout or 10)
-    _on_signals_give_up(request, progress)
-    started = time.monotonic()
-    request.submit()
-    try:
-        # dom0 answers a ping at once, in one piece.
-        result = request.wait(progress.tick, lambda part, data: None)
-    finally:
-        progress.end()
-    waited = (time.monotonic() - started) * 1000
-    if result.authentic and result.exit_code == 0:
-        sys.stdout.write(f"dom0 answered in {waited:.0f} ms\n")
-        request.keep(_HISTORY_DAYS)
-        return 0
-    exit_code = _show(result, options)
-    request.keep(_HISTORY_DAYS)
-    return exit_code
+        if self._line is not None:
+            self._line.clear()

@@ -32,6 +32,10 @@ class NoResult(PullError):
     """dom0's answer never came, or isn't dom0's. Whether the command ran is said in the text."""
 
 
+class NoAnswer(NoResult):
+    """dom0 was waited for as long as was said, and did not answer; the request was taken back."""
+
+
 class Result:
     """dom0's answer.
 
@@ -126,7 +130,9 @@ def load_key(queue):
     """
     try:
         info = os.stat(queue.key)
-        if info.st_mode & 0o077 or info.st_uid != os.geteuid():
+        if info.st_uid != os.geteuid():
+            raise PullError(f"the key {queue.key} belongs to another user; run qvm-remote as its owner")
+        if info.st_mode & 0o077:
             raise PullError(f"others may have read the key {queue.key}; run: chmod 600 {queue.key}, and think about a new one")
         return parse_key(read_bounded(queue.key, 66))
     except FileNotFoundError:
@@ -167,6 +173,36 @@ def _seen_lately(queue):
         return False
 
 
+def take_back(queue, cid):
+    """Take a request back if dom0 has not taken it, and ask dom0 to cancel it in any case.
+
+    Args:
+        queue: Queue.
+        cid: str.
+
+    Returns:
+        bool, False when dom0 can't be asked, since nothing can be written.
+    """
+    is_asked = True
+    try:
+        write_whole(queue.pending(f"{cid}.cancel"), b"")
+    except OSError:
+        # The disk is full: dom0 will run into the client's timeout instead.
+        is_asked = False
+    _remove(queue, cid)
+    knock(queue.doorbell)
+    return is_asked
+
+
+def _remove(queue, cid):
+    """Remove a request that dom0 has not taken."""
+    try:
+        forget(*(queue.pending(name) for name in (cid, *(cid + suffix for suffix in REQUEST_PARTS if suffix), f".{cid}.in")))
+    except OSError:
+        # Where nothing can be removed, nothing could be written either.
+        pass
+
+
 class Request:
     """A request on its way.
 
@@ -174,15 +210,17 @@ class Request:
         queue: Queue, its folders made.
         form: str, see :data:`pullrpc.tokens.FORMS`.
         command: bytes.
-        timeout: int, seconds.
+        timeout: int, seconds that the command may run.
+        patience: int, seconds to wait for the answer at most; None to wait for as long as there may be one.
     """
 
-    def __init__(self, queue, form, command, timeout):
+    def __init__(self, queue, form, command, timeout, patience=None):
         self._queue = queue
         self._key = load_key(queue)
         self._form = form
         self._command = command
         self._timeout = timeout
+        self._patience = patience
         self._stdin_digest = b""
         self._bell = None
         self._stream = None
@@ -197,7 +235,7 @@ class Request:
             tick: callable, called while waiting.
 
         Raises:
-            PullError: it is longer than dom0 takes.
+            PullError: it is longer than dom0 takes, or can't be kept; nothing is left behind.
         """
         path = self._queue.pending(f".{self.cid}.in")
         _wait_for_input(fd, tick)
@@ -219,6 +257,9 @@ class Request:
                     chunk = os.read(fd, _CHUNK)
             finally:
                 os.close(out)
+        except OSError as err:
+            forget(path)
+            raise PullError(f"can't pass stdin on through the queue {self._queue.pending()}: {err.strerror}; nothing was sent") from err
         except BaseException:
             forget(path)
             raise
@@ -242,8 +283,9 @@ class Request:
             write_whole(self._queue.pending(f"{self.cid}.auth"), token)
             write_whole(self._queue.pending(self.cid), self._command)
         except OSError as err:
-            self._take_back()
-            raise PullError(f"can't write to the queue {self._queue.pending()}: {err.strerror}") from err
+            _remove(self._queue, self.cid)
+            self._hang_up()
+            raise PullError(f"can't write to the queue {self._queue.pending()}: {err.strerror}; nothing was sent") from err
         knock(self._queue.doorbell)
 
     def wait(self, tick, show):
@@ -282,6 +324,9 @@ class Request:
                 continue
             looked = now
             taken = not os.path.exists(self._queue.pending(self.cid))
+            if taken and not os.path.exists(self._queue.running(self.cid)) and not self._has_result():
+                self.give_up()
+                raise NoResult("the request is gone from the queue: it was cancelled (qvm-remote cancel), or the queue was emptied; there will be no result")
             if connected(self._queue):
                 last_connected = now
             self._check_patience(taken, now - started, now - last_connected)
@@ -291,11 +336,14 @@ class Request:
         return os.path.exists(self._queue.results(f"{self.cid}.exit"))
 
     def _check_patience(self, taken, waited, unconnected):
+        if self._patience is not None and waited > self._patience:
+            self.give_up()
+            raise NoAnswer(f"dom0 did not answer within {self._patience} s; the request was taken back")
         if not taken and unconnected > _CONNECT_WAIT:
             self.give_up()
             raise NoResult(
                 f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and does not run any more. "
-                "Is qvm-remote running in dom0, and this qube authorized there?"
+                "Is qvm-remote running in dom0 (sudo systemctl start qvm-remote), and this qube authorized there? See: qvm-remote ping"
             )
         if not taken and waited > _CONNECT_WAIT:
             max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT
@@ -327,19 +375,14 @@ class Request:
 
     def give_up(self):
         """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""
-        try:
-            write_whole(self._queue.pending(f"{self.cid}.cancel"), b"")
-        except OSError:
-            # The disk is full: dom0 will run into the client's timeout instead.
-            pass
-        self._take_back()
-        knock(self._queue.doorbell)
+        take_back(self._queue, self.cid)
+        self._hang_up()
 
-    def keep(self, keep_days):
+    def keep(self, unread=False):
         """Move a finished request and its result into the history, and drop days that are too old.
 
         Args:
-            keep_days: int.
+            unread: bool, the user does not have all of it: it is not given up where it can't be moved.
         """
         day = os.path.join(self._queue.history, f"{self.cid[:4]}-{self.cid[4:6]}-{self.cid[6:8]}")
         folder = os.path.join(day, self.cid)
@@ -352,10 +395,19 @@ class Request:
                     os.rename(source, os.path.join(folder, part[1:]))
             write_whole(os.path.join(folder, "command"), self._command)
             if is_new_day:
-                _drop_old_days(self._queue.history, keep_days)
+                # Imported here: once a day, not at each start.
+                from .history import drop_old_days
+
+                drop_old_days(self._queue.history)
         except OSError:
             # The user has the output; a full disk only costs the history.
-            forget(*(self._queue.results(self.cid + part) for part in RESULT_PARTS))
+            if not unread:
+                forget(*(self._queue.results(self.cid + part) for part in RESULT_PARTS))
+        self._hang_up()
+
+    def forget(self):
+        """Remove a result; there is nothing in it that anybody wants to see again."""
+        forget(*(self._queue.results(self.cid + part) for part in RESULT_PARTS))
         self._hang_up()
 
     def _read_result(self):
@@ -365,12 +417,12 @@ class Request:
             exit_code = int(read_bounded(path + ".exit", 8))
             untrusted_meta = read_bounded(path + ".meta", META_MAX) if os.path.exists(path + ".meta") else b""
             # What was shown is taken as how each part begins; if dom0 proves that, no byte of it is hashed twice.
-            digests = [_digest(f"{path}.{part}", *shown.get(part, ())) for part in ("out", "err")]
+            digests = [digest_of(f"{path}.{part}", *shown.get(part, ())) for part in ("out", "err")]
             counts = [shown[part][0] if part in shown else 0 for part in ("out", "err")]
             fields, authentic = self._check(exit_code, digests, untrusted_meta)
             if shown and not authentic:
                 # dom0 may have put a reason in its place.
-                whole = [_digest(f"{path}.{part}") for part in ("out", "err")]
+                whole = [digest_of(f"{path}.{part}") for part in ("out", "err")]
                 fields, authentic = self._check(exit_code, whole, untrusted_meta)
                 counts = [count if digest == other else None for count, digest, other in zip(counts, digests, whole)]
         except (OSError, ValueError, PullError) as err:
@@ -384,13 +436,12 @@ class Request:
         fields, authentic = read_meta(self._key, self.cid, *digests, untrusted_meta)
         return fields, authentic and fields.get("id") == self.cid and fields.get("exit") == str(exit_code)
 
-    def _take_back(self):
-        names = [self.cid, *(self.cid + suffix for suffix in REQUEST_PARTS if suffix), f".{self.cid}.in"]
-        forget(*(self._queue.pending(name) for name in names))
-        self._hang_up()
-
     def _hang_up(self):
-        forget(self._queue.bell(self.cid))
+        try:
+            forget(self._queue.bell(self.cid))
+        except OSError:
+            # Where it can't be removed, it could not be made.
+            pass
         if self._bell is not None:
             os.close(self._bell)
             self._bell = None
@@ -406,8 +457,20 @@ def _wait_for_input(fd, tick):
         tick("stdin")
 
 
-def _digest(path, begun=0, digest=None):
-    """Hash a part of a result, going on where some of it has been hashed; None when there is less than that."""
+def digest_of(path, begun=0, digest=None):
+    """Hash a part of a result, going on where some of it has been hashed.
+
+    Args:
+        path: str.
+        begun: int, bytes that have been hashed.
+        digest: hash object over these; None for none.
+
+    Returns:
+        bytes, 32; None when there is less than was hashed. What does not exist is empty.
+
+    Raises:
+        OSError: it can't be read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -425,13 +488,3 @@ def _digest(path, begun=0, digest=None):
             digest.update(chunk)
     finally:
         os.close(fd)
-
-
-def _drop_old_days(history, keep_days):
-    oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - keep_days * 86400))
-    for day in os.listdir(history):
-        if len(day) == len(oldest) and day < oldest:
-            # Imported here: once a day, not at each start.
-            import shutil
-
-            shutil.rmtree(os.path.join(history, day), ignore_errors=True)

@@ -1,0 +1,681 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The client's own commands, driven as a person would: the real program, with a terminal where one matters, and no dom0."""
+
+import fcntl
+import json
+import os
+import pwd
+import re
+import select
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from pullrpc.digests import sha256
+from pullrpc.frames import encode_frame
+from pullrpc.tokens import fingerprint, make_meta
+from qvm_remote_client import main as client_main
+from qvm_remote_client import table, usage
+from qvm_remote_client.history import drop_old_days
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+QVM_REMOTE = [sys.executable, "-IS", os.path.join(ROOT, "client", "qvm-remote")]
+KEY = bytes(range(32))
+CID = "20260301-101112-4711-0badcafe"
+OLD_CID = "20250102-030405-99-deadbeef"
+#: A client that is long gone: no process has this number.
+GONE_CID = "20260301-101113-4194999-0badbeef"
+QUEUE_COMMANDS = ("'queue status'", "'queue clean'", "'queue debug'", "'queue make'", "'queue check'")
+ERROR = "qvm-remote: error: "
+
+
+class Qube:
+    """A user's home, and qvm-remote run in it."""
+
+    def __init__(self, home):
+        self.home = home
+        self.base = home / ".qvm-remote"
+        self.env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+
+    def run(self, *words, data=b"", env=None):
+        """Run qvm-remote in pipes: (exit code, stdout, stderr)."""
+        done = subprocess.run([*QVM_REMOTE, *words], input=data, capture_output=True, env=self.env if env is None else env, timeout=30, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    def ok(self, *words, data=b""):
+        """The same, where nothing goes wrong: stdout."""
+        code, out, err = self.run(*words, data=data)
+        assert (code, err) == (0, b"")
+        return out
+
+    def error(self, *words, data=b"", code=125):
+        """The same, where something goes wrong: the one line that says so."""
+        done = self.run(*words, data=data)
+        assert done[:2] == (code, b"")
+        text = done[2].decode()
+        assert text.startswith(ERROR)
+        assert text.endswith("\n")
+        assert text.count("\n") == 1
+        return text[len(ERROR) : -1]
+
+    def type(self, typed, *words):
+        """Run it on a terminal: (exit code, all that the terminal shows). What is typed is typed once there is a question."""
+        main_end, client_end = os.openpty()
+        client = subprocess.Popen([*QVM_REMOTE, *words], stdin=client_end, stdout=client_end, stderr=client_end, env=self.env, start_new_session=True)
+        os.close(client_end)
+        shown = b""
+        try:
+            while True:
+                assert select.select([main_end], [], [], 20)[0]
+                try:
+                    more = os.read(main_end, 65536)
+                except OSError:
+                    # The client's end is closed.
+                    break
+                shown += more
+                if typed and (b"? [y/N] " in shown or b"(not shown): " in shown):
+                    os.write(main_end, typed)
+                    typed = b""
+            return client.wait(20), shown.replace(b"\r\n", b"\n")
+        finally:
+            client.kill()
+            client.wait()
+            os.close(main_end)
+
+    def has_key(self, text=None):
+        self.base.mkdir(mode=0o700, exist_ok=True)
+        path = self.base / "auth.key"
+        path.write_text(text or KEY.hex() + "\n")
+        path.chmod(0o600)
+
+    def put(self, name, data=b""):
+        """A file below ~/.qvm-remote."""
+        path = self.base / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    def did(self, cid, command, out=b"", err=b"", exit_code=0, seconds="0.250"):
+        """A command in the history, with dom0's proof."""
+        fields = {"id": cid, "exit": exit_code, "status": "done", "seconds": seconds}
+        meta = make_meta(KEY, cid, sha256(out), sha256(err), fields)
+        for name, data in (("command", command), ("out", out), ("err", err), ("exit", b"%d\n" % exit_code), ("meta", meta)):
+            self.put(f"history/{cid[:4]}-{cid[4:6]}-{cid[6:8]}/{cid}/{name}", data)
+
+    def did_with_1x(self, cid, command, out=b"", exit_code=0):
+        """A command in the history as qvm-remote 1.x keeps it."""
+        meta = f"id={cid}\nstarted=2025-01-02T03:04:05\nduration_ms=1500\nexit_code={exit_code}\n"
+        for name, data in (("command", command + b"\n"), ("out", out), ("err", b""), ("exit", b"%d" % exit_code), ("meta", meta.encode())):
+            self.put(f"history/{cid[:4]}-{cid[4:6]}-{cid[6:8]}/{cid}/{name}", data)
+
+    def waits(self, cid):
+        """What a client that waits has open."""
+        bell = self.base / "queue" / "results" / f"{cid}.bell"
+        bell.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.mkfifo(bell)
+        return os.open(bell, os.O_RDWR | os.O_NONBLOCK)
+
+
+@pytest.fixture
+def qube(tmp_path):
+    return Qube(tmp_path)
+
+
+# The words, and help
+
+
+def test_the_words_that_main_knows_are_those_of_the_table():
+    assert set(table.reserved()) == client_main.RESERVED
+
+
+def test_the_table_is_data_that_can_be_had_without_anything_else():
+    program = (
+        f"import sys; sys.path.insert(0, {os.path.join(ROOT, 'client')!r}); before = set(sys.modules)\n"
+        "from qvm_remote_client import table\nprint(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode() == "['qvm_remote_client', 'qvm_remote_client.table']\n"
+
+
+@pytest.mark.parametrize("option", table.OPTIONS, ids=lambda option: option.name)
+def test_each_option_of_the_table_is_one_that_a_command_for_dom0_takes(option, capsys):
+    for flag in option.flags:
+        given = [flag, *(["7"] if option.value else [])]
+        options, words, _ = client_main._read_options([*given, "true"])
+        if option.name in ("help", "version"):
+            assert words is None
+            assert capsys.readouterr().out.startswith("usage: " if option.name == "help" else "qvm-remote ")
+        else:
+            assert words == ["true"]
+            assert vars(options)
+
+
+def test_help_names_all_there_is(qube):
+    text = qube.ok("--help").decode()
+    assert text == qube.ok("help").decode() == qube.ok("-h").decode()
+    for form, _ in table.FORMS:
+        assert f"qvm-remote {form}" in text
+    for option in table.OPTIONS:
+        assert ", ".join(f"{flag} {option.value}".strip() for flag in option.flags) in text
+    for command in table.COMMANDS:
+        assert f"\n  {' '.join(command.words)}" in text
+        assert command.summary in text
+    for code, _ in table.EXIT_CODES:
+        assert f"\n  {code} " in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", table.COMMANDS, ids=lambda command: "-".join(command.words))
+def test_each_command_has_help_of_its_own(qube, command):
+    text = qube.ok(*command.words, "--help").decode()
+    assert text.startswith(f"usage: qvm-remote {usage.synopsis(command)}\n")
+    assert command.summary[1:] in text
+    for option in command.options:
+        assert all(flag in text for flag in option.flags)
+        assert option.help in text
+    for argument in command.arguments:
+        assert f"  {argument.name} " in text
+    assert not qube.base.exists()
+
+
+def test_help_of_a_word_is_that_of_all_its_commands(qube):
+    text = qube.ok("help", "key").decode()
+    assert text == qube.ok("key", "--help").decode()
+    assert re.findall("usage: qvm-remote (key [a-z]+)", text) == ["key gen", "key show", "key import", "key fingerprint"]
+    assert qube.error("help", "nonsense") == "qvm-remote has no command nonsense; see: qvm-remote --help"
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["key"], "use 'key gen' or 'key show' or 'key import' or 'key fingerprint'; to run a program named key in dom0: qvm-remote -- key ..."),
+        (["key", "steal"], "use 'key gen' or 'key show' or 'key import' or 'key fingerprint'; to run a program named key in dom0: qvm-remote -- key ..."),
+        (["key", "gen", "--soft"], "key gen has no option --soft; see: qvm-remote key gen --help"),
+        (["key", "gen", "--force=1"], "key gen has no option --force; see: qvm-remote key gen --help"),
+        (["ping", "x"], "ping takes no argument; to run a program named ping in dom0: qvm-remote -- ping ..."),
+        (["ping", "-t"], "-t takes a value; see: qvm-remote ping --help"),
+        (["ping", "-t", "0"], "-t takes a whole number of seconds, 1 or more"),
+        (["status", "--xml"], "status has no option --xml; see: qvm-remote status --help"),
+        (["queue", "eat"], f"use {' or '.join(QUEUE_COMMANDS)}; to run a program named queue in dom0: qvm-remote -- queue ..."),
+        (["log", "x"], "N of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
+        (["log", "99999999999999999999"], "N of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
+        (["log", "-n", "x"], "-n of log is a whole number up to 1000000; to run a program named log in dom0: qvm-remote -- log ..."),
+        (["log", "1", "2"], "log takes at most 1 argument; to run a program named log in dom0: qvm-remote -- log ..."),
+        (["history", "-5"], "history has no option -5; see: qvm-remote history --help"),
+        (["history", "show"], "there is no command in the history yet"),
+        (["history", "show", CID], f"there is no command with the id {CID} in the history; see: qvm-remote history 100"),
+        (["cancel"], "cancel needs ID; see: qvm-remote cancel --help"),
+        (["cancel", CID], f"no command {CID} waits or runs; those that do are shown by: qvm-remote queue status"),
+        (["cancel", "\x1b[2J"], "no command \\x1b[2J waits or runs; those that do are shown by: qvm-remote queue status"),
+        (["agent", "-q"], "agent takes no option; it is started by dom0 alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_gets_one_line_that_says_what_to_type(qube, words, text):
+    assert qube.error(*words) == text
+    # Nobody has asked for anything yet.
+    assert not qube.base.exists()
+
+
+# Keys
+
+
+def test_a_new_key_is_kept_from_sight_and_says_what_is_next(qube):
+    code, out, err = qube.run("key", "gen")
+    secret = (qube.base / "auth.key").read_text().strip()
+    assert code == 0
+    assert re.fullmatch(r"key of \S+: ([0-9a-f]{4}:){3}[0-9a-f]{4}\n", out.decode())
+    assert err.decode().startswith("qvm-remote: next, have dom0 authorize it (the key never appears on a command line), in dom0: sudo salt-call ")
+    assert secret.encode() not in out + err
+    assert stat.S_IMODE((qube.base / "auth.key").stat().st_mode) == 0o600
+    assert out.split()[-1] == qube.ok("key", "fingerprint").split()[-1] == fingerprint(bytes.fromhex(secret)).encode()
+    assert qube.error("key", "gen") == f"there is a key already ({qube.base}/auth.key); --force replaces it, and dom0 then has to authorize the new one"
+    assert qube.run("-q", "key", "gen", "--force")[2] == b""
+    assert (qube.base / "auth.key").read_text().strip() != secret
+
+
+def test_a_key_goes_into_a_pipe_only_when_that_is_said(qube):
+    qube.has_key()
+    text = qube.error("key", "show")
+    assert text == (
+        "whoever has this key can do in dom0 what this qube can; to print it all the same: qvm-remote key show --secret; "
+        "its name without the secret: qvm-remote key fingerprint"
+    )
+    assert qube.ok("key", "show", "--secret") == KEY.hex().encode() + b"\n"
+
+
+def test_on_a_terminal_a_key_is_shown_after_a_yes(qube):
+    qube.has_key()
+    code, shown = qube.type(b"y\n", "key", "show")
+    assert code == 0
+    assert b"whoever has this key can do in dom0 what this qube can, and it will stand on this screen. Show it? [y/N]" in shown
+    assert shown.endswith(KEY.hex().encode() + b"\n")
+
+
+@pytest.mark.parametrize("typed", [b"n\n", b"\n", b"\x04"])
+def test_on_a_terminal_a_key_is_not_shown_without_a_yes(qube, typed):
+    qube.has_key()
+    code, shown = qube.type(typed, "key", "show")
+    assert code == 125
+    assert b"the key was not shown" in shown
+    assert KEY.hex().encode() not in shown
+
+
+def test_on_a_terminal_a_key_that_is_asked_for_comes_with_a_warning(qube):
+    qube.has_key()
+    assert qube.type(b"", "key", "show", "--secret")[1] == b"qvm-remote: whoever has this key can do in dom0 what this qube can\n" + KEY.hex().encode() + b"\n"
+
+
+def test_a_key_is_never_taken_as_an_argument(qube):
+    text = qube.error("key", "import", KEY.hex())
+    assert text == "a key is never taken as an argument, where others can read it; give it on stdin: qvm-remote key import < FILE"
+    assert not qube.base.exists()
+
+
+def test_a_key_that_is_typed_is_not_shown(qube):
+    code, shown = qube.type(KEY.hex().encode() + b"\n", "key", "import")
+    assert code == 0
+    assert KEY.hex().encode() not in shown
+    assert fingerprint(KEY).encode() in shown
+    assert (qube.base / "auth.key").read_text() == KEY.hex() + "\n"
+
+
+@pytest.mark.parametrize("text", [KEY.hex(), KEY.hex().upper(), KEY.hex().upper() + "\n"])
+def test_a_key_file_of_qvm_remote_1x_serves_as_it_is(qube, text):
+    qube.has_key(text)
+    assert qube.ok("key", "fingerprint").split()[-1] == fingerprint(KEY).encode()
+
+
+def test_a_key_that_others_can_read_is_not_used(qube):
+    qube.has_key()
+    (qube.base / "auth.key").chmod(0o644)
+    path = f"{qube.base}/auth.key"
+    assert qube.error("key", "fingerprint") == f"others may have read the key {path}; run: chmod 600 {path}, and think about a new one"
+
+
+# What went before
+
+
+def test_the_folder_of_the_predecessor_is_moved_once_and_said_so(qube):
+    qube.has_key()
+    qube.did_with_1x(OLD_CID, b"qvm-ls")
+    old = qube.home / ".qubes-remote"
+    qube.base.rename(old)
+    code, out, err = qube.run("queue", "make")
+    assert (code, out) == (0, b"")
+    assert err.decode() == f"qvm-remote: moved {old} to {qube.base}: its key, log and history are used from there now\n"
+    assert not old.exists()
+    assert qube.ok("key", "fingerprint").split()[-1] == fingerprint(KEY).encode()
+    assert OLD_CID.encode() in qube.ok("history")
+    assert qube.ok("queue", "make") == b""
+    assert stat.S_IMODE(qube.base.stat().st_mode) == 0o700
+
+
+def test_the_folder_of_the_predecessor_is_left_alone_where_there_is_one_of_ours(qube):
+    old = qube.home / ".qubes-remote"
+    old.mkdir()
+    qube.has_key()
+    assert qube.ok("queue", "make") == b""
+    assert old.exists()
+
+
+def test_a_link_in_the_place_of_the_predecessors_folder_is_not_followed(qube):
+    (qube.home / "elsewhere").mkdir()
+    (qube.home / ".qubes-remote").symlink_to(qube.home / "elsewhere")
+    assert qube.ok("queue", "make") == b""
+    assert (qube.home / ".qubes-remote").is_symlink()
+    assert not qube.base.is_symlink()
+
+
+def test_the_agent_moves_the_predecessors_folder_too_without_a_word(qube):
+    qube.has_key()
+    qube.base.rename(qube.home / ".qubes-remote")
+    hello = encode_frame({"op": "hello", "n": 1, "v": 2, "limits": {"timeout_max": 300}}, b"")
+    code, out, err = qube.run("agent", data=hello)
+    assert (code, err) == (0, b"")
+    assert b'"v":2' in out.replace(b" ", b"")
+    assert (qube.base / "auth.key").exists()
+
+
+def test_without_a_home_in_the_environment_it_is_the_users(qube):
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    for env in ({}, {"HOME": ""}, {"HOME": "relative"}):
+        code, out, err = qube.run("status", "--json", env=env)
+        assert err == b""
+        assert json.loads(out)["folder"] == os.path.join(home, ".qvm-remote")
+
+
+# History and log
+
+
+def test_history_lists_the_newest_first_with_what_1x_kept(qube):
+    qube.has_key()
+    qube.did_with_1x(OLD_CID, b"qvm-ls", exit_code=2)
+    qube.did(CID, b"echo one\necho two")
+    rows = qube.ok("history").decode().splitlines()
+    assert rows[0].split() == ["ID", "EXIT", "SECONDS", "COMMAND"]
+    assert rows[1].split(None, 3) == [CID, "0", "0.25", "echo one\\necho two"]
+    assert rows[2].split(None, 3) == [OLD_CID, "2", "1.50", "qvm-ls"]
+    assert len(qube.ok("history", "1").splitlines()) == len(qube.ok("history", "-n1").splitlines()) == 2
+    first, second = json.loads(qube.ok("history", "--json"))
+    assert first == {
+        **{"id": CID, "time": "2026-03-01T10:11:12Z", "command": "echo one\necho two", "exit": 0, "status": "done", "seconds": 0.25},
+        **{"stdout_bytes": 0, "stderr_bytes": 0},
+    }
+    assert (second["id"], second["time"], second["exit"], second["seconds"]) == (OLD_CID, "2025-01-02T03:04:05", 2, 1.5)
+
+
+def test_without_a_history_there_is_nothing_to_list(qube):
+    assert qube.ok("history") == b""
+    assert qube.ok("history", "--json") == b"[]\n"
+    assert qube.ok("log") == b""
+    assert not qube.base.exists()
+
+
+def test_history_show_gives_all_of_a_command_and_says_whose_it_is(qube):
+    qube.has_key()
+    qube.did(CID, b"printf", out=b"no newline", err=b"warn\n", exit_code=3)
+    for words in ([CID], ["0badcafe"], []):
+        assert qube.ok("history", "show", *words).decode() == (
+            f"id:       {CID}\ntime:     2026-03-01T10:11:12Z\nended:    exit code 3, done, 0.250 s\nproof:    fits: this is what dom0 sent\n"
+            "command:  6 bytes\nprintf\nstdout:   10 bytes\nno newline\nstderr:   5 bytes\nwarn\n"
+        )
+    shown = json.loads(qube.ok("history", "show", "--json", CID))
+    assert (shown["proof"], shown["command"], shown["stdout"], shown["stderr"]) == ("fits", "printf", "no newline", "warn\n")
+    assert qube.ok("history", "show", "--out") == b"no newline"
+    assert qube.ok("history", "show", "--err", CID) == b"warn\n"
+    assert qube.ok("history", "show", "--command", CID) == b"printf"
+
+
+@pytest.mark.parametrize("part, data", [("out", b"other"), ("err", b"other"), ("exit", b"1\n")])
+def test_history_show_tells_what_was_changed_since(qube, part, data):
+    qube.has_key()
+    qube.did(CID, b"x", out=b"o")
+    qube.put(f"history/2026-03-01/{CID}/{part}", data)
+    assert json.loads(qube.ok("history", "show", "--json"))["proof"] == "differs"
+
+
+def test_history_show_claims_no_proof_that_1x_did_not_give(qube):
+    qube.has_key()
+    qube.did_with_1x(OLD_CID, b"x", out=b"o")
+    assert json.loads(qube.ok("history", "show", "--json"))["proof"] == "none"
+
+
+def test_an_end_of_an_id_that_fits_two_commands_is_refused(qube):
+    qube.did(CID, b"x")
+    qube.did(CID.replace("4711", "4712"), b"x")
+    assert qube.error("history", "show", "0badcafe") == "the ids of several commands end with 0badcafe; see: qvm-remote history 100"
+
+
+def test_an_id_leads_nowhere_else(qube):
+    qube.did(CID, b"x")
+    (qube.home / "exit").write_text("0")
+    for name in ("../../..", f"../2026-03-01/{CID}", "."):
+        assert qube.error("history", "show", name).startswith("there is no command with the id ")
+
+
+HOSTILE = b"\x1b]0;title\x07\x1b[2Jplain\tand \xc3\xa9\xe2\x80\xae\xff\r\n"
+ESCAPED = "\\x1b]0;title\\x07\\x1b[2Jplain\tand é\\u202e\\xff\\r\n"
+
+
+def test_what_a_command_wrote_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qube):
+    qube.has_key()
+    qube.did(CID, b"x", out=HOSTILE)
+    assert qube.ok("history", "show", "--out") == HOSTILE
+    assert HOSTILE in qube.ok("history", "show")
+    # A terminal expands no tab that way; what it is sent has it.
+    assert qube.type(b"", "history", "show", "--out") == (0, ESCAPED.encode())
+    assert ESCAPED.encode() in qube.type(b"", "history", "show")[1]
+
+
+def test_the_log_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qube):
+    qube.put("audit.log", HOSTILE)
+    assert qube.ok("log") == HOSTILE
+    assert qube.type(b"", "log") == (0, ESCAPED.encode())
+
+
+def test_a_list_has_one_line_for_a_command_whatever_is_in_it(qube):
+    qube.did(CID, b"echo \x1b[31m\nx")
+    for shown in (qube.ok("history"), qube.type(b"", "history")[1]):
+        assert b"echo \\x1b[31m\\nx\n" in shown
+        assert b"\x1b" not in shown
+
+
+def test_log_goes_on_in_the_older_file(qube):
+    qube.put("audit.log.1", b"".join(b"old %d\n" % n for n in range(30)))
+    qube.put("audit.log", b"new 0\nnew 1\n")
+    assert qube.ok("log", "3") == b"old 29\nnew 0\nnew 1\n"
+    assert qube.ok("log", "1") == qube.ok("log", "-n", "1") == b"new 1\n"
+    assert qube.ok("log", "0") == b""
+    assert qube.ok("log").startswith(b"old 12\n")
+
+
+def test_what_is_old_goes_but_nothing_that_1x_kept(qube):
+    old = "20250102-030405-99-0000beef"
+    qube.did(old, b"ours")
+    qube.did_with_1x(OLD_CID, b"theirs")
+    qube.did("20250103-030405-99-0000beef", b"ours alone that day")
+    recent = time.strftime("%Y%m%d-000000-1-0000beef", time.gmtime())
+    qube.did(recent, b"new")
+    qube.put("history/notes.txt", b"somebody's")
+    drop_old_days(str(qube.base / "history"))
+    assert [row["id"] for row in json.loads(qube.ok("history", "--json"))] == [recent, OLD_CID]
+    assert sorted(os.listdir(qube.base / "history")) == ["2025-01-02", f"{recent[:4]}-{recent[4:6]}-{recent[6:8]}", "notes.txt"]
+
+
+# Status and queue
+
+
+def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
+    code, out, err = qube.run("status")
+    assert (code, err) == (1, b"")
+    assert "problem:  this qube has no key; run: qvm-remote key gen\n" in out.decode()
+    assert not qube.base.exists()
+    qube.has_key()
+    code, out, _ = qube.run("status", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert found["key"] == fingerprint(KEY)
+    assert found["problem"].startswith("dom0 has never looked into this qube; have it authorized and the service started, in dom0: sudo salt-call ")
+    qube.put("dom0-limits", b"timeout_max 60\n")
+    found = json.loads(qube.run("status", "--json")[1])
+    assert found["problem"] == "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote"
+    assert (found["connected"], found["limits"]["timeout_max"]) == (False, 60)
+
+
+def test_a_queue_that_is_no_folder_is_said_first(qube):
+    (qube.home / "elsewhere").mkdir()
+    qube.base.symlink_to(qube.home / "elsewhere")
+    found = json.loads(qube.run("status", "--json")[1])
+    assert found["problem"].startswith(f"the queue {qube.base} can't be used: it, or a folder in it, is no folder but a symbolic link")
+    assert qube.error("-n", "true") == f"{qube.base} must be a folder, and no symbolic link; move it away"
+
+
+def test_queue_status_tells_what_is_waited_for_from_what_was_left(qube):
+    qube.put(f"queue/pending/{CID}", b"waited for")
+    qube.put(f"queue/running/{GONE_CID}", b"left \x1b behind")
+    bell = qube.waits(CID)
+    try:
+        text = qube.ok("queue").decode()
+        assert text == qube.ok("queue", "status").decode()
+        assert "pending:  1, not taken by dom0 yet\nrunning:  1, in dom0\nresults:  0, not fetched\n" in text
+        assert re.search(rf"{CID} +pending +\d+ s  a client waits  waited for\n", text)
+        assert re.search(rf"{GONE_CID} +running +\d+ s  its client is gone  left \\x1b behind\n", text)
+        assert text.endswith("what clients left that are gone is put away by: qvm-remote queue clean\n")
+        first, second = json.loads(qube.ok("queue", "status", "--json"))
+        assert (first["id"], first["state"], first["client"], first["command"]) == (CID, "pending", True, "waited for")
+        assert (second["id"], second["state"], second["client"]) == (GONE_CID, "running", False)
+    finally:
+        os.close(bell)
+
+
+def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
+    result = GONE_CID.replace("0badbeef", "0000beef")
+    running = GONE_CID.replace("0badbeef", "1111beef")
+    for cid in (CID, GONE_CID):
+        qube.put(f"queue/pending/{cid}", b"x")
+        qube.put(f"queue/pending/{cid}.auth", b"token")
+        qube.put(f"queue/pending/{cid}.in", b"stdin")
+    qube.put(f"queue/running/{running}", b"y")
+    for part, data in (("out", b"kept"), ("err", b""), ("meta", b""), ("exit", b"0\n")):
+        qube.put(f"queue/results/{result}.{part}", data)
+    qube.put("queue/rejected/1.1", b"")
+    bell = qube.waits(CID)
+    os.close(qube.waits(GONE_CID))
+    try:
+        assert qube.ok("queue", "clean") == b"2 taken back or cancelled, 1 results moved to the history, 2 other files removed\n"
+        pending = os.listdir(qube.base / "queue" / "pending")
+        assert sorted(pending) == sorted([CID, f"{CID}.auth", f"{CID}.in", f"{GONE_CID}.cancel", f"{running}.cancel"])
+        assert os.listdir(qube.base / "queue" / "running") == []
+        assert os.listdir(qube.base / "queue" / "results") == [f"{CID}.bell"]
+        assert qube.ok("history", "show", "--out", result) == b"kept"
+        assert b"cleaned x" in qube.ok("log")
+        assert qube.ok("queue", "clean") == b"nothing was left\n"
+    finally:
+        os.close(bell)
+
+
+def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
+    reading = f"20260301-101112-{os.getpid()}-0badcafe"
+    for cid in (reading, GONE_CID):
+        qube.put(f"queue/pending/.{cid}.in", b"so far")
+    qube.ok("queue", "clean")
+    assert os.listdir(qube.base / "queue" / "pending") == [f".{reading}.in"]
+
+
+def test_queue_debug_shows_everything_but_secrets(qube):
+    qube.has_key()
+    qube.put(f"queue/pending/{CID}", b"a command \x1b[31m")
+    qube.put(f"queue/pending/{CID}.auth", b"v2 300 shell - secret-token\n")
+    qube.put("queue/pending/bad\x1bname", b"")
+    os.mkfifo(qube.base / "queue" / "pending" / GONE_CID)
+    text = qube.ok("queue", "debug").decode()
+    for shown in (f"key: {fingerprint(KEY)}\n", f"{CID}  a command \\x1b[31m\n", f"{CID}.auth\n", "bad\\x1bname", "prw-", "queue/pending/ (4 names)", "dom0: not"):
+        assert shown in text
+    assert "secret-token" not in text
+    assert KEY.hex() not in text
+    assert "\x1b" not in text
+
+
+def test_queue_check_and_make(qube):
+    assert qube.run("queue", "check") == (1, b"folder-missing\n", b"")
+    assert qube.ok("queue", "make") == b""
+    assert qube.ok("queue", "check") == b""
+
+
+def test_a_command_that_has_ended_is_not_cancelled(qube):
+    qube.did(CID, b"x")
+    assert qube.error("cancel", "0badcafe") == "0badcafe has ended already; see: qvm-remote history show 0badcafe"
+
+
+def test_a_cancel_is_kept_for_a_dom0_that_is_not_connected(qube):
+    qube.put(f"queue/running/{CID}", b"x")
+    assert qube.error("cancel", "0badcafe") == (
+        f"can't ask dom0 to cancel {CID}: nothing can be written to the queue {qube.base}/queue/pending/; is the disk full?"
+    )
+    qube.ok("queue", "make")
+    text = qube.ok("cancel", "0badcafe").decode()
+    assert text == f"{CID} is taken back; if dom0 runs it, it is told to kill it as soon as it connects to this qube\n"
+    assert os.listdir(qube.base / "queue" / "pending") == [f"{CID}.cancel"]
+
+
+# Disks, readers, locales
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A home on a disk without room for another byte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("this user can't mount a small file system")
+    one = Qube(folder)
+    one.has_key()
+    one.ok("queue", "make")
+    with open(folder / "filler", "wb", buffering=0) as filler:
+        try:
+            while filler.write(b"x" * 4096):
+                pass
+        except OSError:
+            pass
+    yield one
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_behind(full_disk):
+    queue = f"{full_disk.base}/queue/pending/"
+    text = "No space left on device; nothing was sent; the disk is full: free some space and try again"
+    assert full_disk.error("-n", "true") == f"can't write to the queue {queue}: {text}"
+    assert full_disk.error("cat", data=b"x" * 9000) == f"can't pass stdin on through the queue {queue}: {text}"
+    assert full_disk.error("ping") == f"can't write to the queue {full_disk.base}; the disk is full: free some space and try again"
+    assert full_disk.error("key", "gen", "--force") == (
+        f"can't write {full_disk.base}/auth.key: No space left on device; the disk is full: free some space and try again"
+    )
+    assert full_disk.ok("key", "fingerprint").split()[-1] == fingerprint(KEY).encode()
+    for name in ("pending", "running", "results"):
+        assert os.listdir(full_disk.base / "queue" / name) == []
+
+
+def test_a_reader_that_goes_away_is_no_error_with_a_traceback(qube):
+    qube.put("audit.log", b"a line\n" * 100000)
+    done = subprocess.run(["bash", "-c", '"$@" | head -n 1; echo ${PIPESTATUS[0]}', "sh", *QVM_REMOTE, "log", "100000"], env=qube.env, capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"a line\n141\n", b"")
+
+
+def test_an_error_that_nobody_can_be_told_has_its_exit_code(qube):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*QVM_REMOTE, "-n", "true"], env=qube.env, stdin=subprocess.DEVNULL, stderr=full, check=False)
+    assert done.returncode == 125
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8"])
+def test_text_is_utf_8_whatever_the_locale(qube, locale):
+    qube.has_key()
+    qube.did(CID, "echo é".encode())
+    done = subprocess.run([*QVM_REMOTE, "history"], env={**qube.env, "LC_ALL": locale}, capture_output=True, check=True)
+    assert "echo é\n".encode() in done.stdout
+
+
+def test_without_anything_in_the_environment_it_still_says_what_is_wrong(qube):
+    shutil.rmtree(qube.base, ignore_errors=True)
+    done = subprocess.run(["env", "-i", f"HOME={qube.home}", *QVM_REMOTE, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (125, b"", f"{ERROR}this qube has no key; run: qvm-remote key gen\n".encode())
+
+
+# A long wait
+
+
+def _shows(waited, size=(24, 80), **env):
+    """What a wait of so many seconds shows on a terminal of a size (lines, columns), and whether it is taken away."""
+    program = (
+        f"import sys, time; sys.path[:0] = [{os.path.join(ROOT, 'client')!r}, {os.path.join(ROOT, '_utils')!r}]\n"
+        "from qvm_remote_client.main import Waiting\nline = Waiting(quiet='-q' in sys.argv)\n"
+        f"line._started -= {waited}\nline.tick('running'); line.end(); line.tick('running')"
+    )
+    main_end, client_end = os.openpty()
+    fcntl.ioctl(client_end, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    words = ["-q"] if env.pop("quiet", False) else []
+    subprocess.run([sys.executable, "-IS", "-c", program, *words], stdin=subprocess.DEVNULL, stderr=client_end, env=env, check=True, start_new_session=True)
+    os.write(client_end, b"$")
+    os.close(client_end)
+    shown = b""
+    while not shown.endswith(b"$"):
+        shown += os.read(main_end, 4096)
+    os.close(main_end)
+    return shown
+
+
+def test_a_long_wait_is_shown_and_its_line_is_taken_away():
+    assert re.fullmatch(rb"\r\x1b\[K[|/\\-] qvm-remote: running in dom0, 61 s\r\x1b\[K\$", _shows(61, TERM="xterm"))
+    # One that wrapped could not be taken away.
+    assert _shows(61, (24, 20), TERM="xterm") == b"\r\x1b[K/ qvm-remote: runni\r\x1b[K$"
+    assert b"running in dom0, 61 s" in _shows(61, (0, 0))
+
+
+def test_a_short_wait_shows_nothing_nor_does_a_quiet_one_or_a_dumb_terminal():
+    assert _shows(0.5, TERM="xterm") == _shows(61, TERM="dumb") == _shows(61, TERM="xterm", quiet=True) == b"$"
