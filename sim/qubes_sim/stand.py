@@ -89,6 +89,9 @@ class Stand(Sim):
         if self._warm:
             self._warm_up()
         self.put(f"{LIBRARY}/salt", venv)
+        # A dom0 with Salt has PyYAML, wherever its Python looks for such.
+        link = f'ln -s {_SALT}/lib/python3*/site-packages/yaml "$(python3 -c "import site; print(site.getsitepackages()[0])")"'
+        self.dom0("sh", "-c", f"python3 -c 'import yaml' 2>/dev/null || {link}", check=True)
         self.put("/etc/salt/minion", json.dumps(_MINION))
         self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
 
