@@ -92,7 +92,14 @@ fi
 
 temp=$(mktemp -d)
 new='' old=''
+stop_fetching() {
+    if [ -s "$temp/fetching" ]; then
+        kill "$(cat "$temp/fetching")" 2>/dev/null || :
+        rm "$temp/fetching"
+    fi
+}
 clean_up() {
+    stop_fetching
     if [ -n "$old" ] && [ -e "$old" ] && [ ! -e "$formula" ]; then
         mv -T -- "$old" "$formula"
     fi
@@ -109,15 +116,19 @@ case $path in
 *) fetch="cd $path && $pack" ;;
 esac
 printf 'Fetching %s from %s...\n' "$path" "$vm"
-# What the qube writes to stderr is not to reach this terminal.
+# What the qube writes to stderr is not to reach this terminal. Beside us, so that Ctrl-C ends it whatever the qube does.
 {
+    timeout "$max_seconds" qvm-run --pass-io --no-gui --no-autostart -- "$vm" "$fetch" </dev/null &
+    echo $! >"$temp/fetching"
     code=0
-    timeout "$max_seconds" qvm-run --pass-io --no-gui --no-autostart -- "$vm" "$fetch" </dev/null 2>/dev/null || code=$?
+    wait $! || code=$?
     echo "$code" >"$temp/code"
-} | head -c $((max_bytes + 1)) >"$temp/came"
+} 2>/dev/null | head -c $((max_bytes + 1)) >"$temp/came" &
+wait $!
+stop_fetching
 size=$(wc -c <"$temp/came")
 [ "$size" -le $max_bytes ] || fail "$vm sent more than $max_bytes bytes; that is not qvm-remote, and was thrown away"
-{ [ "$(cat "$temp/code")" = 0 ] && [ "$size" -gt 0 ]; } || fail "$vm could not send $path; is it there, as that user's? (in $vm: ls -l $path)"
+{ [ "$(cat "$temp/code" 2>/dev/null)" = 0 ] && [ "$size" -gt 0 ]; } || fail "$vm could not send $path; is it there, as that user's? (in $vm: ls -l $path)"
 came=$(sha256sum <"$temp/came")
 came=${came%% *}
 printf '\n  %s bytes, SHA-256\n  %s\n\n' "$size" "$came"
@@ -227,6 +238,7 @@ if [ "$plan" = none ] && [ ! -e "$pillar.sls" ]; then
     case $template in '' | None | [!A-Za-z]* | *[!A-Za-z0-9_.-]*) template=$vm ;; esac
     mkdir -p "${pillar%/*}"
     printf 'qvm-remote:\n  client:\n    templates: ["%s"]\n  vms:\n    "%s": {}\n' "$template" "$vm" >"$pillar.sls"
+    chmod 0600 "$pillar.sls"
     printf '# Gives dom0, and nobody else, its pillar.\nbase:\n  dom0:\n    - qvm-remote\n' >"$pillar.top"
     printf 'Pillar is in %s.sls; pillar.example documents all of it.\n' "$pillar"
     qubesctl top.enable qvm-remote pillar=True >/dev/null || fail "the top file $pillar.top can't be enabled; type: qubesctl top.enable qvm-remote pillar=True"

@@ -67,7 +67,7 @@ def keys(options):
         return 0
     rows = []
     for vm, one in found.items():
-        seen = one.get("problem") or one["in_vm"] + (f", next {one['next']}" if "next" in one else "")
+        seen = one.get("problem") or f"{one['in_vm']}{', next ' + one['next'] if 'next' in one else ''}"
         rows.append([vm, one.get("fingerprint", "refused"), seen, one["access"]])
     _print(show.table(["VM", "FINGERPRINT", "KEY IN VM", "ACCESS"], rows) if rows else ["no qube has a key"])
     return 0
@@ -105,7 +105,7 @@ def _status_lines(found, width):
             [
                 vm,
                 session,
-                "refused" if "problem" in key else key.get("in_vm", "none"),
+                "refused" if "problem" in key else key.get("in_vm") or "none",
                 one["policy"],
                 str(sum(one["open"].values())),
                 str(one["ran"]),

@@ -29,6 +29,10 @@ def main(argv):
     Returns:
         int, the exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever a command's text has that this terminal's character set has not.
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
@@ -44,7 +48,7 @@ def main(argv):
         sys.stderr.write(f"{PROGRAM}: error: {text}\n")
         return _USAGE if isinstance(err, UsageError) else _FAILED
     except (KeyboardInterrupt, EOFError):
-        sys.stdout.write("\n")
+        sys.stderr.write("\n")
         return _INTERRUPTED
 
 

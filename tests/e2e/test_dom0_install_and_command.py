@@ -220,6 +220,13 @@ def test_what_never_ends_or_is_not_there_is_thrown_away_unread(machine):
     machine.vm("work", "ln", "-sf", "/dev/zero", "endless.tar", check=True)
     endless = machine.install("work", "endless.tar")
     assert (endless.returncode, "sent more than 16777216 bytes" in endless.stderr.decode()) == (1, True)
+    machine.vm("work", "mkfifo", "silent.tar", check=True)
+    silent = machine.terminal("sh", "/root/install-dom0.sh", "work", "silent.tar")
+    silent.until("Fetching silent.tar")
+    assert _until(lambda: machine.dom0("pgrep", "-f", "qvm-run.*silent").returncode == 0)
+    silent.type("\x03")
+    assert silent.end() == 130
+    assert _until(lambda: machine.dom0("pgrep", "-f", "qvm-run.*silent").returncode == 1)
     missing = machine.install("work", "missing")
     assert (missing.returncode, "could not send missing" in missing.stderr.decode()) == (1, True)
     halted = machine.install("spare")
