@@ -85,21 +85,10 @@ def _say_done(done):
 
 
 def once(options):
-    """Serve what waits, or say what would be served."""
-    if not options.dry_run:
-        served = call("run_once", config_dir=options.config_dir)
-        _say(*(show.table(["VM", "OUTCOME"], [[vm, text] for vm, text in sorted(served.items())]) if served else ["no qube that may ask runs"]))
-        return 0 if all(text == "served" for text in served.values()) else 1
-    found = call("rehearse", config_dir=options.config_dir)
-    rows = []
-    for vm, one in sorted(found.items()):
-        if "problem" in one:
-            rows.append([vm, "-", "can't be asked", one["problem"]])
-        for command in one.get("commands", ()):
-            verdict = "would run" if command["runs"] else f"refused: {command['reason']}"
-            rows.append([vm, command["id"], verdict, command["command"] or "-"])
-    _say(*(show.table(["VM", "ID", "VERDICT", "COMMAND"], rows) if rows else ["nothing waits"]))
-    return 0
+    """Serve what waits."""
+    served = call("run_once", config_dir=options.config_dir)
+    _say(*(show.table(["VM", "OUTCOME"], [[vm, text] for vm, text in sorted(served.items())]) if served else ["no qube that may ask runs"]))
+    return 0 if all(text == "served" for text in served.values()) else 1
 
 
 def _say(*lines):

@@ -16,6 +16,7 @@ from pullrpc.errors import PullError
 from pullrpc.ids import check_vm_name
 from pullrpc.overview import overview
 from pullrpc.policy import explain as explain_policy
+from pullrpc.rehearsal import rehearse as rehearse_all
 from pullrpc.transport import vms_with_tag
 
 from . import show
@@ -23,6 +24,8 @@ from .usage import UsageError
 
 #: How often a table is made anew, and a log looked at, seconds.
 _WATCH_EVERY, _TAIL_EVERY = 2.0, 0.2
+#: From this many columns on, a table has room for a qube's last command, too.
+_WIDE = 120
 #: Clears the rest of a line, and all below: what stood there goes without a flicker.
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
@@ -95,33 +98,42 @@ def status(options):
 
 
 def _status_lines(found, width):
-    now = time.time()
-    rows = []
-    for vm, one in found["vms"].items():
-        key = found["keys"].get(vm, {})
-        session = f"{one['session']} {show.age(now - one['since'])}" if one["session"] and one["since"] else one["session"] or "-"
-        last = one["last"]
-        rows.append(
-            [
-                vm,
-                session,
-                "refused" if "problem" in key else key.get("in_vm") or "none",
-                one["policy"],
-                str(sum(one["open"].values())),
-                str(one["ran"]),
-                str(one["refused"]),
-                show.duration(one["p50"]),
-                show.duration(one["p99"]),
-                f"{str(last['time'])[11:19]} {last['outcome']}: {last['command']}" if last else "-",
-            ]
-        )
-    waits = sum(sum(one["open"].values()) for one in found["vms"].values())
-    head = f"qvm-remote {found['version']}: engine {found['engine']}, {len(found['sessions'])} sessions, {waits} commands on their way"
+    vms = found["vms"]
+    waits = sum(sum(one["open"].values()) for one in vms.values())
+    lines = [f"qvm-remote {found['version']}: engine {found['engine']}, {len(found['sessions'])} sessions, {waits} commands on their way"]
+    if not vms:
+        return [*lines, "no qube has a key; in pillar, under qvm-remote: vms: {NAME: {}}, then: qubesctl state.apply qvm-remote"]
     if found["recent"]:
-        head += f"; RAN, REFUSED and times since {found['recent'][:19]}Z"
-    if not rows:
-        return [head, "no qube has a key; in pillar, under qvm-remote: vms: {NAME: {}}, then: qubesctl state.apply qvm-remote"]
-    return [show.cut(head, width), *show.table(["VM", "SESSION", "KEY", "POLICY", "OPEN", "RAN", "REFUSED", "P50", "P99", "LAST COMMAND"], rows, width)]
+        lines.append(f"RAN, REFUSED and the times of what ran: since {found['recent'][:19]}Z")
+    rows = [_status_row(vm, one, found["keys"].get(vm, {})) for vm, one in vms.items()]
+    titles = ["VM", "SESSION", "KEY", "POLICY", "OPEN", "RAN", "REFUSED", "P50", "P99"]
+    last = ["LAST COMMAND", *(_last(one) for one in vms.values())]
+    if width is None or width >= _WIDE:
+        return [show.cut(line, width) for line in lines] + show.table([*titles, last[0]], [[*row, text] for row, text in zip(rows, last[1:])], width)
+    # No room beside: below.
+    for line, text in zip(show.table(titles, rows), last):
+        lines += [line, f"    {text}"]
+    return [show.cut(line, width) for line in lines]
+
+
+def _status_row(vm, one, key):
+    age = f" {show.age(time.time() - one['since'])}" if one["session"] and one["since"] else ""
+    return [
+        vm,
+        (one["session"] or "-") + age,
+        "refused" if "problem" in key else key.get("in_vm") or "none",
+        one["policy"],
+        str(sum(one["open"].values())),
+        str(one["ran"]),
+        str(one["refused"]),
+        show.duration(one["p50"]),
+        show.duration(one["p99"]),
+    ]
+
+
+def _last(one):
+    last = one["last"]
+    return f"{str(last['time'])[11:19]} {last['outcome']}: {last['command']}" if last else "-"
 
 
 def tail(options):
@@ -165,6 +177,19 @@ def explain(options):
     else:
         _print([f"{'allowed' if found['allowed'] else 'refused'}: {found['reason']}"])
     return 0 if found["allowed"] else 1
+
+
+def rehearse(options):
+    """Say what would be served now."""
+    rows = []
+    for vm, one in rehearse_all(_dom0(options)).items():
+        if "problem" in one:
+            rows.append([vm, "-", "can't be asked", one["problem"]])
+        for command in one.get("commands", ()):
+            verdict = "would run" if command["runs"] else f"refused: {command['reason']}"
+            rows.append([vm, command["id"], verdict, command["command"] or "-"])
+    _print(show.table(["VM", "ID", "VERDICT", "COMMAND"], rows) if rows else ["nothing waits"])
+    return 0
 
 
 def doctor(options):

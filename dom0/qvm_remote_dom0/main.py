@@ -17,7 +17,7 @@ _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 #: Help is shown as it is written, and no option is guessed from its beginning.
 _EXACT = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 #: Where each verb that is not in :mod:`change` is.
-_LOOKS = ("keys", "status", "tail", "history", "explain", "doctor")
+_LOOKS = ("keys", "status", "tail", "history", "explain", "doctor", "rehearse")
 
 
 def main(argv):
@@ -99,9 +99,10 @@ def _do(parser, options):
         parser.error("--once and --dry-run go without a verb")
     if os.geteuid() != 0:
         raise PullError(f"only root may do that; type: sudo {PROGRAM} ...")
-    if options.verb in _LOOKS:
+    verb = options.verb or ("rehearse" if options.dry_run else "once")
+    if verb in _LOOKS:
         # Imported here: it takes a while, and Salt, which does the rest, a longer one.
         from . import look
 
-        return getattr(look, options.verb)(options)
-    return getattr(change, options.verb or "once")(options)
+        return getattr(look, verb)(options)
+    return getattr(change, verb)(options)

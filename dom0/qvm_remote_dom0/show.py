@@ -100,7 +100,9 @@ def event(line):
 
 
 def _word(value):
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or not value or " " in value else value
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return value if value and " " not in value else f'"{value}"'
 
 
 def now():
