@@ -28,11 +28,11 @@ def overview(dom0):
 
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
-        stranger), ``asking`` (the question that dom0's user sees now, or None), ``commands`` (state to count), ``keys`` (as :meth:`pullrpc.keyring.Keyring.fingerprints` gives them, with ``in_vm`` and
-        ``access``), ``recent`` (when the lines begin that the figures are from; None without any), and ``vms``: VM name to a dict of
-        ``session`` (None without one), ``since`` (seconds since the epoch), ``policy`` (full, none, rules or ended), ``open`` (state to
-        count), ``ran``, ``refused`` (counts), ``p50``, ``p99`` (seconds; None without commands), ``last`` (dict of ``time``,
-        ``command``, ``outcome``; None).
+        stranger), ``asking`` (the question that dom0's user sees now, or None), ``commands`` (state to count), ``keys`` (as
+        :meth:`pullrpc.keyring.Keyring.fingerprints` gives them, with ``in_vm`` and ``access``), ``recent`` (when the lines begin that
+        the figures are from; None without any), and ``vms``: VM name to a dict of ``session`` (None without one), ``since`` (seconds
+        since the epoch), ``policy`` (full, none, rules or ended), ``open`` (state to count), ``ran``, ``refused`` (counts), ``p50``,
+        ``p99`` (seconds; None without commands), ``last`` (dict of ``time``, ``id``, ``command``, ``outcome``; None).
 
     Raises:
         PullError: the keys, the ledger or the audit log can't be read.

@@ -13,7 +13,7 @@ from .lock import EngineLock
 from .provision import open_session
 from .session import ITEMS_MAX
 from .tokens import TOKEN_MAX
-from .transport import running_vms
+from .transport import running_vms, uuids
 from .validate import check_size
 
 #: Most characters of a command that are shown.
@@ -28,7 +28,8 @@ def rehearse(dom0):
 
     Returns:
         dict of VM name to a dict: ``problem`` (str) when it can't be asked; else ``commands``: a list of dict, each with ``id``,
-        ``command`` (its beginning, fit to be shown; None when it was not looked at), ``runs`` (bool) and ``reason`` (when not).
+        ``command`` (its beginning, fit to be shown; None when it was not looked at), ``runs`` (bool), ``asks`` (bool: only if
+        dom0's user says so) and ``reason`` (when it doesn't run).
 
     Raises:
         EngineBusy: an engine is at work, and takes what there is by itself. PullError: the keys or the running VMs can't be listed.
@@ -41,6 +42,8 @@ def rehearse(dom0):
 
 def _look(dom0, vm):
     try:
+        if dom0.keyring.exists(vm) and dom0.keyring.bound(vm) not in ("", uuids(dom0.config, vm)[vm]):
+            return {"problem": "it is another qube than the one that has access under this name"}
         return {"commands": run(_look_into(dom0, vm))}
     except PullError as err:
         return {"problem": str(err)}
@@ -71,10 +74,10 @@ async def _judge(dom0, config, vm, session, cid, item):
         untrusted_command = await _whole(session, cid, "command", item.command_size, item.command)
         untrusted_token = await _whole(session, cid, "auth", item.token_size, item.token)
         check_size(item.stdin_size, config.stdin_max, "stdin")
-        dom0.verify(vm, cid.encode("ascii"), untrusted_command, untrusted_token)
+        request, _ = dom0.verify(vm, cid.encode("ascii"), untrusted_command, untrusted_token)
     except Refused as refused:
         return {"command": _shown(untrusted_command), "runs": False, "reason": str(refused)}
-    return {"command": _shown(untrusted_command), "runs": True}
+    return {"command": _shown(untrusted_command), "runs": True, "asks": request.asks}
 
 
 async def _whole(session, cid, part, size, untrusted_data):

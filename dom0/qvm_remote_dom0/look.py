@@ -175,8 +175,8 @@ def explain(options):
     if options.json:
         show.as_json(found)
     else:
-        _print([f"{'allowed' if found['allowed'] else 'refused'}: {found['reason']}"])
-    return 0 if found["allowed"] else 1
+        _print([f"{'allowed' if found['allowed'] else 'asked for' if found['asks'] else 'refused'}: {found['reason']}"])
+    return 0 if found["allowed"] or found["asks"] else 1
 
 
 def rehearse(options):
@@ -186,7 +186,7 @@ def rehearse(options):
         if "problem" in one:
             rows.append([vm, "-", "can't be asked", one["problem"]])
         for command in one.get("commands", ()):
-            verdict = "would run" if command["runs"] else f"refused: {command['reason']}"
+            verdict = f"refused: {command['reason']}" if not command["runs"] else "would be asked for" if command["asks"] else "would run"
             rows.append([vm, command["id"], verdict, command["command"] or "-"])
     _print(show.table(["VM", "ID", "VERDICT", "COMMAND"], rows) if rows else ["nothing waits"])
     return 0
