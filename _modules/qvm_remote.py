@@ -1214,12 +1214,13 @@ def status(config=None):
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
         stranger: another qube than the one that has access under this name), ``asking`` (VM, id and time of the question that
-        dom0's user sees now, or None), ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was
-        last seen of the key there (fits, pending, lost, altered), and ``access``: what that VM may have run; ``vms``: VM name to its session
-        and figures, as :func:`pullrpc.overview.overview` gives them, and ``recent``: since when these figures are.
+        dom0's user sees now, or None), ``ledger`` (``sound``, or what is wrong with it), ``commands`` (state to count; empty when the
+        ledger can't be read), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there (fits, pending,
+        lost, altered), and ``access``: what that VM may have run; ``vms``: VM name to its session and figures, as
+        :func:`pullrpc.overview.overview` gives them, and ``recent``: since when these figures are.
 
     Raises:
-        CommandExecutionError: the settings or the ledger can't be used.
+        CommandExecutionError: the settings, the keys or the audit log can't be used.
 
     CLI Example:
 

@@ -11,6 +11,7 @@ import time
 from . import __version__, note
 from .audit_read import shown
 from .audit_tail import recent
+from .errors import LedgerError
 from .lock import is_held
 from .policy import FULL, NONE, describe
 
@@ -28,14 +29,15 @@ def overview(dom0):
 
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
-        stranger), ``asking`` (the question that dom0's user sees now, or None), ``commands`` (state to count), ``keys`` (as
+        stranger), ``asking`` (the question that dom0's user sees now, or None), ``ledger`` (``sound``, or what is wrong with it),
+        ``commands`` (state to count; empty when the ledger can't be read), ``keys`` (as
         :meth:`pullrpc.keyring.Keyring.fingerprints` gives them, with ``in_vm`` and ``access``), ``recent`` (when the lines begin that
         the figures are from; None without any), and ``vms``: VM name to a dict of ``session`` (None without one), ``since`` (seconds
         since the epoch), ``policy`` (full, none, rules or ended), ``open`` (state to count), ``ran``, ``refused`` (counts), ``p50``,
         ``p99`` (seconds; None without commands), ``last`` (dict of ``time``, ``id``, ``command``, ``outcome``; None).
 
     Raises:
-        PullError: the keys, the ledger or the audit log can't be read.
+        PullError: the keys or the audit log can't be read.
     """
     config = dom0.config
     running = is_held(config.run_dir)
@@ -46,7 +48,12 @@ def overview(dom0):
     news = note.read(config) if running else {}
     sessions, since = news.get("sessions", {}), news.get("since", {})
     lines = recent(config.audit_log)
-    figures, open_counts = _figures(lines), dom0.ledger.open_counts()
+    figures = _figures(lines)
+    try:
+        ledger, commands, open_counts = "sound", dom0.ledger.counts(), dom0.ledger.open_counts()
+    except LedgerError as err:
+        # Whoever asks how things are is to hear of the rest, too.
+        ledger, commands, open_counts = str(err), {}, {}
     vms = {}
     for vm in sorted({*known, *config.vms, *sessions}):
         vms[vm] = {
@@ -61,7 +68,8 @@ def overview(dom0):
         "engine": "running" if running else "stopped",
         "sessions": sessions,
         "asking": news.get("asking"),
-        "commands": dom0.ledger.counts(),
+        "ledger": ledger,
+        "commands": commands,
         "keys": known,
         "recent": lines[0].get("time") if lines else None,
         "vms": vms,

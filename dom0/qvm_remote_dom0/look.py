@@ -101,6 +101,8 @@ def _status_lines(found, width):
     vms = found["vms"]
     waits = sum(sum(one["open"].values()) for one in vms.values())
     lines = [f"qvm-remote {found['version']}: engine {found['engine']}, {len(found['sessions'])} sessions, {waits} commands on their way"]
+    if found["ledger"] != "sound":
+        lines.append(found["ledger"])
     if not vms:
         return [*lines, "no qube has a key; in pillar, under qvm-remote: vms: {NAME: {}}, then: qubesctl state.apply qvm-remote"]
     if found["recent"]:

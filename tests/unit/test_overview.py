@@ -128,3 +128,15 @@ def test_what_waits_is_counted_for_each_vm(tmp_path):
     assert overview(dom0)["vms"]["work"]["open"] == {"done": 1, "claimed": 1}
     dom0.ledger.delivered([("work", done)])
     assert overview(dom0)["vms"]["work"]["open"] == {"claimed": 1}
+
+
+def test_a_ledger_that_can_not_be_read_hides_nothing_else(tmp_path):
+    dom0 = _dom0(tmp_path)
+    dom0.keyring.put("work", os.urandom(32).hex())
+    os.makedirs(dom0.config.state_dir)
+    with open(os.path.join(dom0.config.state_dir, "ledger.sqlite"), "wb") as file:
+        file.write(b"no database " * 100)
+    os.chmod(file.name, 0o600)
+    found = overview(dom0)
+    assert "ledger" in found["ledger"]
+    assert (found["commands"], list(found["vms"])) == ({}, ["work"])
