@@ -142,7 +142,7 @@ def _sparse():
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """dom0 with Salt that never heard of qvm-remote; a qube with the source tree, others without anything."""
-    with Machine(os.path.join(str(tmp_path_factory.mktemp("install")), "sim"), vms=["work"]) as one:
+    with Machine(os.path.join(str(tmp_path_factory.mktemp("install")), "sim"), vms=["work"], warm=True) as one:
         one.prepare_bare(["debian-13"])
         one.create("work:debian-13", "dev:debian-13", "spare:debian-13")
         one.start("work", "dev")
