@@ -153,24 +153,6 @@ def machine(tmp_path_factory):
         yield one
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ([], "say from which VM"),
-        (["work", "a", "b"], "one VM and one PATH"),
-        (["wo rk"], "not a VM's name"),
-        (["work", "$(reboot)"], "PATH may have"),
-        (["work", "--frob"], "no such option: --frob"),
-        (["--digest", "12", "work"], "--digest needs 64 hex digits"),
-    ],
-)
-def test_a_wrong_command_line_is_one_line_that_says_how(machine, words, line):
-    done = machine.install(*words)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert line in done.stderr.decode()
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_nothing_is_installed_unless_somebody_says_yes_to_the_digest(machine):
     shown = machine.terminal("sh", "/root/install-dom0.sh", "work")
     shown.until("Is it the one that you expect? Type yes: ")
@@ -281,12 +263,6 @@ def test_the_same_once_more_changes_no_file(machine):
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        ([], 2, "say what to do"),
-        (["frob"], 2, "invalid choice: 'frob'"),
-        (["status", "--wat"], 2, "unrecognized arguments: --wat"),
-        (["--once", "status"], 2, "--once and --dry-run go without a verb"),
-        (["--dry-run"], 2, "say what to do"),
-        (["tail", "-n", "many"], 2, "must be a number"),
         (["status", "--watch"], 2, "--watch draws on a terminal"),
         (["explain", "work"], 2, "say which command"),
         (["history", "--since", "soon"], 1, "a time looks like"),
@@ -299,9 +275,8 @@ def test_the_same_once_more_changes_no_file(machine):
 def test_a_mistake_is_one_line(machine, words, code, line):
     done = machine.command_line(*words)
     assert (done.returncode, done.stdout) == (code, b"")
-    said = done.stderr.decode().splitlines()
-    assert line in said[-1]
-    assert all(text.startswith(("usage: ", " ")) for text in said[:-1])
+    assert line in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_no_key_is_taken_from_the_command_line_and_none_is_shown(machine):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The table of qvm-remote-dom0's verbs: each is done somewhere, and by a function of the execution module as well."""
+"""The command lines of qvm-remote-dom0 and install-dom0.sh: each verb is done somewhere, and by a function of the module as well."""
 
 import ast
 import os
+import subprocess
 import sys
 
 import pytest
@@ -42,3 +43,47 @@ def test_help_lists_all_verbs(capsys):
         main.main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"\n    {verb.name} " in shown for verb in verbs.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "say what to do"),
+        (["frob"], "invalid choice: 'frob'"),
+        (["status", "--wat"], "unrecognized arguments: --wat"),
+        (["status", "--js"], "unrecognized arguments: --js"),
+        (["--once", "status"], "--once and --dry-run go without a verb"),
+        (["--dry-run"], "say what to do"),
+        (["tail", "-n", "many"], "must be a number"),
+        (["tail", "-n", "0"], "must be a number"),
+    ],
+)
+def test_wrong_usage_is_one_line_after_the_usage(words, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(words)
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    said = shown.err.splitlines()
+    assert (shown.out, line in said[-1]) == ("", True)
+    assert all(text.startswith(("usage: ", " ")) for text in said[:-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "say from which VM"),
+        (["work", "a", "b"], "one VM and one PATH"),
+        (["wo rk"], "not a VM's name"),
+        (["a" * 32], "not a VM's name"),
+        (["work", "$(reboot)"], "PATH may have"),
+        (["work", "-v"], "no such option: -v"),
+        (["work", "--digest"], "--digest needs a SHA-256 digest"),
+        (["--digest", "12", "work"], "--digest needs 64 hex digits"),
+    ],
+)
+def test_wrong_usage_of_the_installation_is_one_line_that_says_how(words, line):
+    # It ends before it looks where it runs.
+    done = subprocess.run(["sh", os.path.join(_ROOT, "install-dom0.sh"), *words], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert line in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
