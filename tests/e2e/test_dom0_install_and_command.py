@@ -4,6 +4,7 @@
 One machine for all of it; the tests are steps of that story and run in their order.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -94,6 +95,16 @@ class Machine(Stand):
     def leftovers(self):
         """What an installation had while it was at work."""
         return self.dom0("sh", "-c", "ls -d /srv/formulas/base/.qvm-remote* /tmp/tmp.* 2>/dev/null").stdout.decode().split()
+
+
+@contextlib.contextmanager
+def _endless(process):
+    """A process that is ended with the block, whatever happens in there."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _until(check, seconds=30):
@@ -316,7 +327,7 @@ def test_status_history_and_explain_show_what_was_run(machine):
 
 
 def test_tail_follows_the_log_through_its_rotation(machine):
-    with machine.popen_dom0(_COMMAND, "tail", "-n", "1", "--json", "work", stdout=subprocess.PIPE) as tail:
+    with _endless(machine.popen_dom0(_COMMAND, "tail", "-n", "1", "--json", "work", stdout=subprocess.PIPE)) as tail:
         assert json.loads(tail.stdout.readline())["vm"] == "work"
         for rotate in (False, True):
             if rotate:
@@ -328,7 +339,6 @@ def test_tail_follows_the_log_through_its_rotation(machine):
                 whats.append(line["what"])
                 assert line.get("exit", 7) == 7
             assert whats == ["accepted", "run", "ended", "delivered"]
-        tail.kill()
 
 
 def test_the_live_table_is_kept_up_to_date_until_it_is_interrupted(machine):
@@ -401,7 +411,7 @@ def test_disable_stops_it_and_once_serves_what_waits_after_a_look(machine):
     assert (doctor.returncode, b"the service does not run" in doctor.stdout) == (1, True)
     # A client takes its request back when nobody comes for it; this one asks again.
     asking = "until qvm-remote -n 'touch /tmp/ran; hostname' 2>/dev/null; do :; done"
-    with machine.popen_vm("work", "sh", "-c", asking, stdout=subprocess.PIPE) as client:
+    with _endless(machine.popen_vm("work", "sh", "-c", asking, stdout=subprocess.PIPE)) as client:
         seen = []
 
         def look():
