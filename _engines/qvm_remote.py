@@ -43,6 +43,7 @@ import sys
 import threading
 import time
 
+import pullrpc.config
 import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.frames
@@ -148,11 +149,10 @@ def _make_service(config, signals, events):
 
 
 def _settings_in_file():
-    options = salt.config.minion_config(__opts__["conf_file"])
-    for engine in options.get("engines") or []:
-        if isinstance(engine, dict) and "qvm_remote" in engine:
-            return engine["qvm_remote"] or {}
-    raise pullrpc.errors.ConfigError("the minion's configuration does not have this engine any more; stop the service instead")
+    settings = pullrpc.config.engine_settings(salt.config.minion_config(__opts__["conf_file"]))
+    if settings is None:
+        raise pullrpc.errors.ConfigError("the minion's configuration does not have this engine any more; stop the service instead")
+    return settings
 
 
 class _Signals:

@@ -10,9 +10,6 @@ without one, the defaults of :mod:`pullrpc.config`. ``config`` overrides them, f
 
 import contextlib
 import dataclasses
-import glob
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -23,20 +20,25 @@ import pullrpc
 import pullrpc.audit_files
 import pullrpc.audit_read
 import pullrpc.config
+import pullrpc.doctor
 import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.files
 import pullrpc.ids
 import pullrpc.lock
+import pullrpc.note
+import pullrpc.overview
 import pullrpc.package
 import pullrpc.pillar
 import pullrpc.policy
 import pullrpc.provision
+import pullrpc.rehearsal
 import pullrpc.removal
 import pullrpc.service
 import pullrpc.tokens
 import pullrpc.transport
 import salt.utils.files
+import salt.utils.yaml
 from salt.exceptions import CommandExecutionError
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ _RELOAD_WAIT = 10
 #: How long the engine may take to end, once what runs had its time, seconds.
 _STOP_WAIT = 15
 _PILLAR = "qvm-remote"
+#: Where the configuration of the service's minion lies.
+_SERVICE_CONFIG = "/etc/qubes/remote"
 #: How long a list of running VMs holds, so that a fleet's states do not start qvm-ls for each VM, seconds.
 _LIST_HOLDS = 5
 
@@ -60,10 +64,23 @@ def __virtual__():
 def _settings(config):
     if config is not None:
         return config
-    for engine in __opts__.get("engines") or []:
-        if isinstance(engine, dict) and "qvm_remote" in engine:
-            return engine["qvm_remote"] or {}
-    return {}
+    found = pullrpc.config.engine_settings(__opts__)
+    # Asked by qubesctl, whose minion has no engine, it is the service's that is meant.
+    return (pullrpc.config.engine_settings(_service_minion()) if found is None else found) or {}
+
+
+def _service_minion():
+    """The configuration of the minion that runs the engine as a service; empty where that was never applied."""
+    try:
+        with salt.utils.files.fopen(os.path.join(_SERVICE_CONFIG, "minion")) as file:
+            minion = salt.utils.yaml.safe_load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, salt.utils.yaml.YAMLError):
+        minion = None
+    if not isinstance(minion, dict):
+        raise CommandExecutionError(f"the configuration in {_SERVICE_CONFIG} can't be read; apply qvm-remote.dom0 again")
+    return minion
 
 
 def _dom0(config):
@@ -301,23 +318,7 @@ def explain(vm, command, config=None):
     """
     with _told():
         policy = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force
-        tagged, words = pullrpc.transport.vms_with_tag, None
-        try:
-            if isinstance(command, (list, tuple)):
-                words = list(command)
-                decision = pullrpc.policy.decide(policy, tuple(words), tagged)
-            elif policy in (pullrpc.policy.FULL, pullrpc.policy.NONE):
-                decision = pullrpc.policy.decide(policy, (), tagged)
-            elif "\n" in command.strip():
-                steps = pullrpc.policy.split_script(command)
-                words = [list(argv) for _, argv in steps]
-                decision = pullrpc.policy.decide_steps(policy, steps, tagged)
-            else:
-                words = list(pullrpc.policy.split_plain(command))
-                decision = pullrpc.policy.decide(policy, tuple(words), tagged)
-        except pullrpc.errors.Refused as refused:
-            return {"allowed": False, "asks": False, "reason": str(refused), "rule": "", "words": None}
-        return {"allowed": decision.allowed, "asks": decision.asks, "reason": decision.reason, "rule": decision.rule, "words": words}
+        return pullrpc.policy.explain(policy, command, pullrpc.transport.vms_with_tag)
 
 
 def access(vm, config=None):
@@ -698,11 +699,74 @@ def remove_client(template, config=None):
 
 
 def _client_archive():
-    cached = __salt__["cp.cache_dir"]("salt://client")
-    launcher = [path for path in cached or () if path.endswith("/client/qvm-remote")]
-    if not launcher:
-        raise pullrpc.errors.PullError("the client's files are not in Salt's file roots (salt://client)")
-    return pullrpc.package.client_archive(os.path.dirname(launcher[0]))
+    return pullrpc.package.client_archive(_cached_folder("client", "qvm-remote", "the client's"))
+
+
+def command_installed():
+    """Say whether this version of dom0's command ``qvm-remote-dom0`` is installed.
+
+    Returns:
+        bool
+
+    Raises:
+        CommandExecutionError: its files are not in the file roots.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.command_installed
+    """
+    with _told():
+        return pullrpc.package.command_is_installed(_command_files())
+
+
+def install_command():
+    """Install dom0's command ``qvm-remote-dom0``, in /usr/bin and a folder of its own under /usr/lib.
+
+    Returns:
+        list of str, the files.
+
+    Raises:
+        CommandExecutionError: a file can't be written.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.install_command
+    """
+    with _told():
+        files = _command_files()
+        pullrpc.package.install_command(files)
+    return [f"/{target}" for target, _, _ in files]
+
+
+def command_paths():
+    """List what is dom0's command's in dom0, there or not: files and folders.
+
+    Returns:
+        list of str
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.command_paths
+    """
+    return list(pullrpc.package.COMMAND_PATHS)
+
+
+def _command_files():
+    return pullrpc.package.command_files(_cached_folder("dom0", "qvm-remote-dom0", "the command's"))
+
+
+def _cached_folder(name, launcher, whose):
+    """A folder of the file roots as Salt has it in its cache."""
+    found = [path for path in __salt__["cp.cache_dir"](f"salt://{name}") or () if path.endswith(f"/{name}/{launcher}")]
+    if not found:
+        raise pullrpc.errors.PullError(f"{whose} files are not in Salt's file roots (salt://{name})")
+    return os.path.dirname(found[0])
 
 
 def revoke(vm, config=None):
@@ -823,7 +887,7 @@ def in_use(settings):
     """
     with _told():
         config = pullrpc.config.make_config(settings)
-    return pullrpc.lock.is_held(config.run_dir) and _published(config).get("settings") == pullrpc.config.digest(config)
+    return pullrpc.lock.is_held(config.run_dir) and pullrpc.note.read(config).get("settings") == pullrpc.config.digest(config)
 
 
 def started_as(config=None):
@@ -846,7 +910,7 @@ def started_as(config=None):
     """
     with _told():
         settings = pullrpc.config.make_config(_settings(config))
-    return _published(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
+    return pullrpc.note.read(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
 
 
 def code():
@@ -861,14 +925,8 @@ def code():
 
         salt-call --local qvm_remote.code
     """
-    digest = hashlib.sha256()
-    folder = os.path.dirname(os.path.abspath(pullrpc.__file__))
-    engines = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "engines")
-    for path in [*sorted(glob.glob(os.path.join(folder, "*.py"))), os.path.abspath(__file__), os.path.join(engines, "qvm_remote.py")]:
-        # Read as it is, and in an order that is the same wherever the cache lies.
-        with salt.utils.files.fopen(path, "rb") as file:
-            digest.update(file.read())
-    return digest.hexdigest()
+    with _told():
+        return pullrpc.package.code_digest([os.path.dirname(os.path.dirname(os.path.abspath(__file__)))])
 
 
 def folders(config=None):
@@ -1003,6 +1061,127 @@ def stop(config=None):
     return True
 
 
+def enable(accept_risk=False):
+    """Have the service run, now and from each boot on: what pillar says with ``service: {enable: true, accept_risk: true}``.
+
+    Args:
+        accept_risk: must be True: every authorized qube may then command dom0 from boot on, before anybody looks.
+
+    Returns:
+        dict: ``comment`` and ``changes`` of the state :func:`qvm_remote.service`, and ``next_apply``: what an apply of the present
+        pillar does to it.
+
+    Raises:
+        CommandExecutionError: the risk is not accepted, nothing was applied yet, or the service can't be had so.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        qubesctl qvm_remote.enable accept_risk=True
+    """
+    if accept_risk is not True:
+        raise CommandExecutionError("every authorized qube could command dom0 from each boot on, before anybody looks; if that is wanted: accept_risk=True")
+    return _have_service(running=True, at_boot=True)
+
+
+def disable():
+    """Stop the service, and have it come back at no boot: what pillar says with ``service: {running: false}``.
+
+    Returns:
+        dict, as for :func:`enable`.
+
+    Raises:
+        CommandExecutionError: nothing was applied yet, or the service can't be stopped.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        qubesctl qvm_remote.disable
+    """
+    return _have_service(running=False, at_boot=False)
+
+
+def _have_service(running, at_boot):
+    minion = _service_minion()
+    if not minion:
+        raise CommandExecutionError("there is no service yet; write pillar and apply qvm-remote")
+    wanted = {
+        "running": running,
+        "enable": at_boot,
+        "accept_risk": at_boot,
+        "config_dir": _SERVICE_CONFIG,
+        "settings": pullrpc.config.engine_settings(minion) or {},
+        "minion": {"id": minion.get("id"), "master": minion.get("master")},
+    }
+    done = __salt__["state.single"]("qvm_remote.service", name="qvm-remote", **wanted)
+    if not isinstance(done, dict):
+        raise CommandExecutionError(f"Salt is at work on something else: {'; '.join(map(str, done))}")
+    ret = next(iter(done.values()))
+    if not ret["result"]:
+        raise CommandExecutionError(ret["comment"])
+    return {"comment": ret["comment"], "changes": ret["changes"], "next_apply": _next_apply(running, at_boot)}
+
+
+def _next_apply(running, at_boot):
+    """What becomes of the service's present state when the present pillar is applied."""
+    planned = plan()
+    if "problem" in planned:
+        return f"{planned['problem']}; until that is mended, no apply changes anything"
+    service = planned["service"]
+    if (service["running"], service["enable"]) == (running, at_boot):
+        return "pillar says the same: the next apply leaves it so"
+    wanted = "{enable: true, accept_risk: true}" if at_boot else "{running: false}"
+    then = "runs" if service["running"] else "is stopped"
+    boot = "and starts at each boot" if service["enable"] else "and does not start at boot"
+    return f"pillar says otherwise: with the next apply it {then} {boot}; to keep it, write into pillar, under {_PILLAR}: service: {wanted}"
+
+
+def doctor():
+    """Examine the whole installation in dom0. Nothing is changed.
+
+    Returns:
+        list of dict: ``part`` (what was looked at), ``level`` (ok, note or problem), ``text`` (one sentence), ``mend`` (what to type
+        or write; empty where nothing is to be done). With a problem, salt-call exits with an error under ``--retcode-passthrough``.
+
+    Raises:
+        CommandExecutionError: the service's configuration can't be read.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        qubesctl qvm_remote.doctor
+    """
+    found = pullrpc.doctor.examine(_service_minion(), _SERVICE_CONFIG)
+    if any(finding["level"] == pullrpc.doctor.PROBLEM for finding in found):
+        __context__["retcode"] = 1
+    return found
+
+
+def rehearse(config=None):
+    """Without an engine: say what would be run if the queues of all running, authorized VMs were served now. Nothing is taken or run.
+
+    Args:
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict of VM name to a dict, as :func:`pullrpc.rehearsal.rehearse` gives it: ``problem``, or ``commands``.
+
+    Raises:
+        CommandExecutionError: an engine is at work, or the keys or the running VMs can't be listed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.rehearse
+    """
+    with _told():
+        return pullrpc.rehearsal.rehearse(_dom0(config))
+
+
 def keys(config=None):
     """List the VMs that have a key.
 
@@ -1035,11 +1214,13 @@ def status(config=None):
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
         stranger: another qube than the one that has access under this name), ``asking`` (VM, id and time of the question that
-        dom0's user sees now, or None), ``commands`` (state to count), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was
-        last seen of the key there (fits, pending, lost, altered), and ``access``: what that VM may have run.
+        dom0's user sees now, or None), ``ledger`` (``sound``, or what is wrong with it), ``commands`` (state to count; empty when the
+        ledger can't be read), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there (fits, pending,
+        lost, altered), and ``access``: what that VM may have run; ``vms``: VM name to its session and figures, as
+        :func:`pullrpc.overview.overview` gives them, and ``recent``: since when these figures are.
 
     Raises:
-        CommandExecutionError: the settings or the ledger can't be used.
+        CommandExecutionError: the settings, the keys or the audit log can't be used.
 
     CLI Example:
 
@@ -1048,20 +1229,7 @@ def status(config=None):
         salt-call --local qvm_remote.status
     """
     with _told():
-        dom0 = _dom0(config)
-        running = pullrpc.lock.is_held(dom0.config.run_dir)
-        known = dom0.keyring.fingerprints()
-        for vm, shown in known.items():
-            shown["in_vm"] = dom0.handover.known(vm)
-            shown["access"] = pullrpc.policy.describe(dom0.config.for_vm(vm))
-        return {
-            "version": pullrpc.__version__,
-            "engine": "running" if running else "stopped",
-            "sessions": _published(dom0.config).get("sessions", {}) if running else {},
-            "asking": _published(dom0.config).get("asking") if running else None,
-            "commands": dom0.ledger.counts(),
-            "keys": known,
-        }
+        return pullrpc.overview.overview(_dom0(config))
 
 
 def audit_verify(config=None):
@@ -1195,14 +1363,6 @@ def logrotate_config(config=None):
     return pullrpc.audit_files.logrotate_config(settings.audit_log, settings.audit_files)
 
 
-def _published(settings):
-    try:
-        return json.loads(pullrpc.files.read_bounded(pullrpc.service.sessions_path(settings), 1 << 20))
-    except (OSError, ValueError):
-        # The engine has just started and found no VM yet.
-        return {}
-
-
 def run_once(config=None):
     """Without an engine: serve what lies in the queues of all running, authorized VMs now, then return.
 
@@ -1241,7 +1401,7 @@ def ping(vm, config=None):
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``vm`` and ``milliseconds``, from dom0's call to the agent's answer.
+        dict: ``vm``, ``milliseconds`` (from dom0's call to the agent's answer), and ``version`` of qvm-remote, as the agent says.
 
     Raises:
         CommandExecutionError: it doesn't run, has no agent, or doesn't answer.
@@ -1254,5 +1414,5 @@ def ping(vm, config=None):
     """
     with _told(vm):
         pullrpc.ids.check_vm_name(vm)
-        waited = pullrpc.provision.ping(_dom0(config).config.for_vm(vm), vm)
-    return {"vm": vm, "milliseconds": round(waited * 1000)}
+        waited, version = pullrpc.provision.ping(_dom0(config).config.for_vm(vm), vm)
+    return {"vm": vm, "milliseconds": round(waited * 1000), "version": version}

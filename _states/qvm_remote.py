@@ -317,6 +317,29 @@ def audit_rotated(name, path="/etc/logrotate.d/qvm-remote", settings=None):
     return _state(name, work)
 
 
+def command_installed(name):
+    """Have this version of the command ``qvm-remote-dom0`` in dom0.
+
+    Args:
+        name: any text.
+
+    .. code-block:: yaml
+
+        qvm-remote-dom0-command:
+          qvm_remote.command_installed: []
+    """
+
+    def work(ret):
+        if __salt__["qvm_remote.command_installed"]():
+            ret["comment"] = "The command qvm-remote-dom0 is installed"
+            return
+        path = __salt__["qvm_remote.command_paths"]()[0]
+        old = "another" if os.path.lexists(path) else None
+        _change(ret, path, old, "installed", f"{path} would be installed", __salt__["qvm_remote.install_command"], f"{path} was installed")
+
+    return _state(name, work)
+
+
 def client_installed(name, settings=None):
     """Have this version of the client in a template or standalone.
 
@@ -664,7 +687,7 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
         _clear_vms(ret, settings or {}, logs)
         _clear_folders(ret, settings or {})
         audit = [*__salt__["qvm_remote.audit_files"](config=settings or {}), os.path.dirname(_LOG)] if logs else []
-        for path in [config_dir, _CACHE, _LOG, _LOGROTATE, *audit]:
+        for path in [config_dir, _CACHE, _LOG, _LOGROTATE, *__salt__["qvm_remote.command_paths"](), *audit]:
             if os.path.lexists(path):
                 _change(ret, path, "there", None, f"{path} would be removed", lambda path=path: _remove(path), f"{path} was removed")
         ret["comment"] = ret["comment"] or "Nothing of qvm-remote is in dom0"

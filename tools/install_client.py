@@ -3,14 +3,13 @@
 """Install the VM's side of qvm-remote: install_client.py [DESTDIR]. Standard library only."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(_ROOT, "_utils"))
 
-from pullrpc.package import COMPILE, client_files  # noqa: E402
+from pullrpc.package import COMPILE, client_files, copy_files  # noqa: E402
 
 
 def main(destination="/"):
@@ -19,11 +18,7 @@ def main(destination="/"):
     Args:
         destination: str.
     """
-    for target, source, mode in client_files(os.path.join(_ROOT, "client")):
-        path = os.path.join(destination, target)
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        shutil.copyfile(source, path)
-        os.chmod(path, mode)
+    copy_files(client_files(os.path.join(_ROOT, "client")), destination)
     # A package's build compiles by itself, with the Python that it is for.
     if os.path.realpath(destination) == "/":
         subprocess.run(["/bin/sh", "-c", COMPILE], check=True)

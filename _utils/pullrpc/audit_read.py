@@ -97,7 +97,7 @@ def query(path, vm=None, since=None, until=None, what=None, limit=100):
         if (vm and line.get("vm") != vm) or (what and line.get("what") != what) or not _is_within(line, since, until):
             continue
         found.append({name: value for name, value in line.items() if name not in ("prev", "log")})
-    return [_shown(line) for line in found]
+    return [shown(line) for line in found]
 
 
 def history(path, vm=None, since=None, outcome=None, limit=20):
@@ -143,7 +143,7 @@ def history(path, vm=None, since=None, outcome=None, limit=20):
             if _is_within(row, since, None) and fits(row):
                 ended.append(row)
     rows = [*ended, *(row for row in begun.values() if _is_within(row, since, None) and fits(row))]
-    return [_shown(row) for row in sorted(rows, key=lambda row: str(row["time"]))[-ended.maxlen :]]
+    return [shown(row) for row in sorted(rows, key=lambda row: str(row["time"]))[-ended.maxlen :]]
 
 
 def moment(text):
@@ -173,6 +173,34 @@ def moment(text):
         raise PullError("a time looks like 2026-11-24, 2026-11-24T18:00:00Z, or 15m, 2h, 7d for so long ago") from None
 
 
+def open_log(path):
+    """Open a file of a log as it is: no link, and no FIFO that one would wait for.
+
+    Args:
+        path: str.
+
+    Returns:
+        int, a descriptor.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def unreadable(path, err):
+    """Say that a log can't be read.
+
+    Args:
+        path: str.
+        err: OSError.
+
+    Returns:
+        AuditError
+    """
+    return AuditError(f"the audit log {path} can't be read: {err.strerror}")
+
+
 class _File:
     """A file of the log, as it was when it was opened."""
 
@@ -180,7 +208,7 @@ class _File:
         self.path = path
         self.name = os.path.basename(path)
         self.problem = None
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_log(path)
         self._file = os.fdopen(fd, "rb")
         info = os.fstat(fd)
         self.place = info.st_dev, info.st_ino
@@ -223,7 +251,7 @@ def _opened(path):
                     break
         yield sorted(files, key=lambda file: (file.first(), file.path == path)), head
     except OSError as err:
-        raise AuditError(f"the audit log {path} can't be read: {err.strerror}") from err
+        raise unreadable(path, err) from err
     finally:
         for file in files:
             file.close()
@@ -456,7 +484,7 @@ def _range(first, last):
 def _digest(path):
     digest = hashlib.sha256()
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with os.fdopen(open_log(path), "rb") as file:
             for chunk in iter(lambda: file.read(_CHUNK), b""):
                 digest.update(chunk)
     except OSError:
@@ -464,14 +492,21 @@ def _digest(path):
     return digest.hexdigest()
 
 
-def _shown(data):
-    """The same data, with every character escaped that does something on a terminal."""
+def shown(data):
+    """Make data fit to be shown.
+
+    Args:
+        data: JSON data.
+
+    Returns:
+        the same, with every character escaped that does something on a terminal.
+    """
     if isinstance(data, str):
         return _safe(data)
     if isinstance(data, dict):
-        return {_safe(str(name)): _shown(value) for name, value in data.items()}
+        return {_safe(str(name)): shown(value) for name, value in data.items()}
     if isinstance(data, list):
-        return [_shown(value) for value in data]
+        return [shown(value) for value in data]
     return data
 
 

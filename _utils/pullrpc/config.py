@@ -204,6 +204,21 @@ def make_config(settings=None):
     return config
 
 
+def engine_settings(minion):
+    """Find the engine's settings in a minion's configuration.
+
+    Args:
+        minion: dict.
+
+    Returns:
+        dict, not checked; None when it has no such engine.
+    """
+    for engine in minion.get("engines") or []:
+        if isinstance(engine, dict) and "qvm_remote" in engine:
+            return engine["qvm_remote"] or {}
+    return None
+
+
 def digest(config):
     """Name a whole configuration, to tell it from another.
 

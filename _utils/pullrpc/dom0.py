@@ -151,6 +151,17 @@ class Dom0:
         """
         return self.ledger.count_of(vm) if os.path.lexists(self._ledger_path()) else 0
 
+    def ledger_counts(self):
+        """Count commands by state.
+
+        Returns:
+            dict of state to int; None when there is no ledger yet, and none is made by this.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        return self.ledger.counts() if os.path.lexists(self._ledger_path()) else None
+
     def _ledger_path(self):
         return os.path.join(self.config.state_dir, "ledger.sqlite")
 

@@ -269,6 +269,19 @@ class Keyring:
                 shown[vm] = {"problem": str(err)}
         return shown
 
+    def strangers(self):
+        """List what lies in the folder and is no key.
+
+        Returns:
+            list of str, names.
+
+        Raises:
+            KeyringError: the folder can't be read.
+        """
+        files = self._files()
+        ours = {vm + suffix for vm, suffix in files} | {vm + _BOUND for vm, _ in files}
+        return sorted(set(self._entries()) - ours)
+
     def bound(self, vm):
         """Say which qube a VM's key is for.
 
@@ -366,7 +379,7 @@ class Keyring:
     @contextlib.contextmanager
     def _locked(self, how=fcntl.LOCK_EX):
         """Hold the folder, among all processes and threads; not to be entered twice."""
-        self._check_folder()
+        self.check_folder()
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, how)
@@ -425,7 +438,12 @@ class Keyring:
     def _path(self, vm, suffix=_SUFFIX):
         return os.path.join(self._folder, vm + suffix)
 
-    def _check_folder(self):
+    def check_folder(self):
+        """See that the folder is there, and nobody's but root's.
+
+        Raises:
+            KeyringError: it isn't.
+        """
         try:
             info = os.lstat(self._folder)
         except FileNotFoundError:
@@ -491,14 +509,8 @@ class Keyring:
 
     def _files(self):
         """List (VM, suffix) of all key files."""
-        try:
-            entries = os.listdir(self._folder)
-        except FileNotFoundError:
-            return []
-        except OSError as err:
-            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
         found = []
-        for entry in entries:
+        for entry in self._entries():
             for suffix in (_SUFFIX, _STAGED, _OLD):
                 if not entry.endswith(suffix):
                     continue
@@ -508,3 +520,11 @@ class Keyring:
                     # Not ours; it names no VM, so nobody is let in by it.
                     continue
         return found
+
+    def _entries(self):
+        try:
+            return os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+        except OSError as err:
+            raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err

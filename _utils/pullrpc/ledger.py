@@ -253,6 +253,22 @@ class Ledger:
         with self._guarded():
             return dict(self._db.execute("SELECT state, count(*) FROM command GROUP BY state").fetchall())
 
+    def open_counts(self):
+        """Count what was claimed and is not delivered, for each VM.
+
+        Returns:
+            dict of VM name to a dict of state to int.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        counts = {}
+        with self._guarded():
+            rows = self._db.execute("SELECT vm, state, count(*) FROM command WHERE state <> ? GROUP BY vm, state", (DELIVERED,)).fetchall()
+        for vm, state, count in rows:
+            counts.setdefault(vm, {})[state] = count
+        return counts
+
     def prune(self, keep_days):
         """Forget delivered commands claimed more than some days ago.
 

@@ -166,6 +166,37 @@ def decide_steps(policy, steps, tagged):
     return decisions[0][1]
 
 
+def explain(policy, command, tagged):
+    """Say whether a command would be let through, and which rule decides.
+
+    Args:
+        policy: as :func:`check_policy` takes it.
+        command: str, a command line, or a script of single commands; or a list of exact words.
+        tagged: as for :func:`decide`.
+
+    Returns:
+        dict: ``allowed`` and ``asks`` (bool), ``reason``, ``rule`` (empty when none decided), ``words`` (list; of a script a list of
+        lists; None where a shell reads the line).
+    """
+    words = None
+    try:
+        if isinstance(command, (list, tuple)):
+            words = list(command)
+            decision = decide(policy, tuple(words), tagged)
+        elif policy in (FULL, NONE):
+            decision = decide(policy, (), tagged)
+        elif "\n" in command.strip():
+            steps = split_script(command)
+            words = [list(argv) for _, argv in steps]
+            decision = decide_steps(policy, steps, tagged)
+        else:
+            words = list(split_plain(command))
+            decision = decide(policy, tuple(words), tagged)
+    except Refused as refused:
+        return {"allowed": False, "asks": False, "reason": str(refused), "rule": "", "words": None}
+    return {"allowed": decision.allowed, "asks": decision.asks, "reason": decision.reason, "rule": decision.rule, "words": words}
+
+
 def _matches(pattern, argv, tagged):
     rest = pattern[-1] == _REST
     fixed = pattern[:-1] if rest else pattern

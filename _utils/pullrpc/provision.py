@@ -5,11 +5,12 @@ removes the client. Each in one short session or one program start, by dom0's ow
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from .agentless import Agentless
 from .aio import run
-from .errors import TransportError
+from .errors import PullError, TransportError
 from .package import COMPILE
 from .session import NoAgent, Session
 from .transport import features, list_vms, run_bounded, running_vms, set_feature, set_running
@@ -18,6 +19,8 @@ from .transport import features, list_vms, run_bounded, running_vms, set_feature
 _CLIENT_WAIT = 120
 #: A longer answer is no key, bytes; how long the VM may take to show it, seconds.
 _KEY_MAX, _KEY_WAIT = 66, 20
+#: Most VMs that are asked for their version at the same time: each takes a program in dom0.
+_AT_ONCE = 4
 _UNPACK = f"tar --extract --no-same-owner --directory=/ && {{ {COMPILE}; }}"
 #: Feature of a template that says which client it has: with a clone it is copied, with the template it goes, as the client does.
 _FEATURE = "qvm-remote-client"
@@ -68,7 +71,7 @@ def ping(config, vm):
         vm: str, a checked name.
 
     Returns:
-        float, seconds from dom0's call to the agent's answer.
+        (float, str): seconds from dom0's call to the agent's answer, and which version of qvm-remote the agent says it is.
 
     Raises:
         SessionBroken, TransportError: it doesn't run, has no agent, or doesn't answer.
@@ -76,14 +79,61 @@ def ping(config, vm):
     return run(_ping(config, vm))
 
 
-async def _look_into(config, vm, key):
+def versions(config, vms):
+    """Ask running VMs which version of qvm-remote they have, a few at a time.
+
+    Args:
+        config: Config.
+        vms: iterable of str, checked names.
+
+    Returns:
+        dict of VM name to str: the version as it says; None without an agent; a PullError when it doesn't answer.
+    """
+    return run(_versions(config, vms))
+
+
+async def _versions(config, vms):
+    turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(vm):
+        async with turns:
+            try:
+                return vm, (await _ping(config.for_vm(vm), vm))[1]
+            except NoAgent:
+                return vm, None
+            except PullError as err:
+                return vm, err
+
+    return dict(await asyncio.gather(*map(ask, vms)))
+
+
+async def open_session(config, vm):
+    """Open a session to a running VM, with or without an agent there, and look at key and queue; changes nothing there.
+
+    Args:
+        config: Config that holds for the VM.
+        vm: str, a checked name.
+
+    Returns:
+        (Session or Agentless, Found): the session is to be closed.
+
+    Raises:
+        SessionBroken, TransportError: it doesn't answer.
+    """
     session = Agentless(config, vm) if config.accept_v1 else await Session.open(config, vm)
     try:
-        try:
-            found = await session.inspect()
-        except NoAgent:
-            session = Agentless(config, vm)
-            found = await session.inspect()
+        return session, await session.inspect()
+    except NoAgent:
+        session = Agentless(config, vm)
+        return session, await session.inspect()
+    except BaseException:
+        await session.close()
+        raise
+
+
+async def _look_into(config, vm, key):
+    session, found = await open_session(config, vm)
+    try:
         if key is not None:
             await session.set_key(key)
         return found
@@ -98,7 +148,7 @@ async def _ping(config, vm):
         await session.hello()
         waited = time.monotonic() - started
         await session.bye()
-        return waited
+        return waited, session.version
     finally:
         await session.close()
 

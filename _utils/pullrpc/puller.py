@@ -113,6 +113,15 @@ class Puller:
         self.state = "connecting"
 
     @property
+    def state(self):
+        """How the VM is served: ``connecting``, ``agent``, ``agentless``, ``waiting`` or ``ended``; since :attr:`since`, by the clock."""
+        return self._state
+
+    @state.setter
+    def state(self, state):
+        self._state, self.since = state, time.time()
+
+    @property
     def _config(self):
         """The settings that hold for this VM; the service may have got others meanwhile."""
         base = self._hub.dom0.config

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import os
 import time
 
-from . import sandbox
+from . import note, sandbox
 from .aio import Bell, Threads, run
 from .config import digest
 from .dom0 import of_bytes
 from .errors import PullError, TransportError
-from .files import forget, write_whole
 from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
@@ -208,7 +206,7 @@ class Service:
 
     def _begin(self):
         # What a dead service left says nothing of this one.
-        forget(sessions_path(self.dom0.config))
+        note.remove(self.dom0.config)
         swept = sandbox.sweep(self.dom0.config.run_dir)
         left = self.dom0.recover()
         if swept or left:
@@ -322,13 +320,19 @@ class Service:
 
     def _publish(self):
         """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
-        sessions = {vm: puller.state for vm, puller in sorted(self._pullers.items())}
-        note = {"settings": digest(self.dom0.config), "setup": self._setup, "sessions": sessions, "asking": self.lines.open_question}
-        if note == self._published:
+        pullers = sorted(self._pullers.items())
+        news = {
+            "settings": digest(self.dom0.config),
+            "setup": self._setup,
+            "sessions": {vm: puller.state for vm, puller in pullers},
+            "since": {vm: round(puller.since) for vm, puller in pullers},
+            "asking": self.lines.open_question,
+        }
+        if news == self._published:
             return
         try:
-            write_whole(sessions_path(self.dom0.config), json.dumps(note).encode("ascii"))
-            self._published = note
+            note.write(self.dom0.config, news)
+            self._published = news
         except OSError as err:
             self.log(f"the status can't be written: {err.strerror}")
 
@@ -414,15 +418,3 @@ class Service:
             for task in tasks:
                 # The first time it ends its session in an orderly way, the second time at once.
                 task.cancel()
-
-
-def sessions_path(config):
-    """Where a running service notes how each VM is served.
-
-    Args:
-        config: Config.
-
-    Returns:
-        str
-    """
-    return os.path.join(config.run_dir, "sessions.json")

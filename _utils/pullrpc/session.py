@@ -25,6 +25,7 @@ INLINE_MAX = 1 << 16
 ITEMS_MAX = 24
 #: No file is as long, bytes.
 _SIZE_END = 1 << 63
+_VERSION = re.compile(r"[0-9a-z][0-9a-z.+~-]{0,31}\Z")
 _FINGERPRINT = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){3}\Z")
 CANCELS_MAX = 16
 #: Most of results that is on its way without an answer.
@@ -121,6 +122,8 @@ class Session:
         self._duplex = Duplex(channel.in_fd, channel.out_fd, config.answer_wait)
         #: Whether the agent takes output of commands that still run.
         self.streams = False
+        #: Which version of qvm-remote the agent says it is.
+        self.version = "unknown"
 
     @classmethod
     async def open(cls, config, vm):
@@ -151,6 +154,8 @@ class Session:
         if answer.get("v") != 2:
             raise FrameError("the agent speaks another version of the protocol")
         self.streams = answer.get("stream") == 1
+        untrusted_version = answer.get("agent")
+        self.version = untrusted_version if isinstance(untrusted_version, str) and _VERSION.match(untrusted_version) else "unknown"
 
     async def inspect(self):
         """Ask what key the VM has, and whether its queue is in order; nothing is changed there.

@@ -1,4 +1,4 @@
-# The engine's configuration, its service, and how its audit log is rotated.
+# The engine's configuration, its service, how its audit log is rotated, and the command qvm-remote-dom0.
 {%- from "qvm-remote/map.jinja" import plan with context %}
 include:
   - qvm-remote.pillar
@@ -13,6 +13,9 @@ qvm-remote-dom0-config:
 qvm-remote-dom0-logrotate:
   qvm_remote.audit_rotated:
     - settings: {{ plan.settings | json }}
+
+qvm-remote-dom0-command:
+  qvm_remote.command_installed: []
 
 qvm-remote-dom0-service:
   qvm_remote.service:

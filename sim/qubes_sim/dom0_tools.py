@@ -250,7 +250,7 @@ def _qubesctl(argv):
     own = [word for word in argv if word.partition("=")[0] in (*known, "--targets")]
     words = [word for word in argv if word not in own]
     if words[:1] == ["top.enable"]:
-        return _enable_top(words[1])
+        return _enable_top(words[1], "pillar=True" in words)
     targets = [name for word in own if word.startswith("--targets=") for name in word.partition("=")[2].split(",")]
     code = 0
     if "--skip-dom0" not in own:
@@ -320,18 +320,19 @@ def _in_vm(name, command, data=b""):
     return _run(["qvm-run", "--user=root", "--pass-io", "--no-gui", "--", name, command], input=data, capture_output=True)
 
 
-def _enable_top(name):
+def _enable_top(name, pillar):
     """``top.enable``, for one top file: the real one merges all that are enabled."""
     with open("/etc/salt/minion", encoding="utf-8") as file:
-        roots = json.load(file)["file_roots"]["base"]
-    candidates = [f"{root}/{name.replace('.', '/')}{end}" for root in ("/srv/salt", *roots) for end in (".top", "/init.top")]
+        roots = json.load(file)["pillar_roots" if pillar else "file_roots"]["base"]
+    own = "/srv/pillar" if pillar else "/srv/salt"
+    candidates = [f"{root}/{name.replace('.', '/')}{end}" for root in (own, *roots) for end in (".top", "/init.top")]
     found = [path for path in candidates if os.path.exists(path)]
     if not found:
         sys.stderr.write(f"qubesctl: error: there is no top file {name}\n")
         return _FAILED
     import shutil
 
-    shutil.copy(found[0], "/srv/salt/top.sls")
+    shutil.copy(found[0], f"{own}/top.sls")
     return 0
 
 

@@ -13,14 +13,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 #: Where the formula is seen in dom0.
 FORMULA = "/srv/formulas/base/qvm-remote-formula"
 #: What of the source tree the package installs there. Of a checkout there may be much more, and Salt looks at all of it again and again.
-PACKAGED = ("_engines", "_modules", "_states", "_utils", "client", "qvm-remote-formula", "pillar.example", "FORMULA")
+PACKAGED = ("_engines", "_modules", "_states", "_utils", "client", "dom0", "qvm-remote-formula", "pillar.example", "FORMULA")
 #: Nobody asks for these, and each of Salt's programs would look them up when it starts.
 CHEAP_GRAINS = {"enable_fqdns_grains": False, "enable_lspci": False}
 FILE_ROOTS = ["/srv/salt", FORMULA, f"{FORMULA}/qvm-remote-formula"]
 _MINION = {
     "file_client": "local",
     "id": "dom0",
-    "file_roots": {"base": FILE_ROOTS},
+    "file_roots": {"base": ["/srv/salt"]},
     "pillar_roots": {"base": ["/srv/pillar"]},
     "log_level": "warning",
     **CHEAP_GRAINS,
@@ -79,18 +79,30 @@ class Stand(Sim):
             templates: list of str.
             extra_binds: more paths to show in dom0.
         """
+        self.prepare_bare(templates, [*extra_binds, *(f"{ROOT}/{name}:{FORMULA}/{name}" for name in PACKAGED)])
+        self.put("/etc/salt/minion", json.dumps({**_MINION, "file_roots": {"base": FILE_ROOTS}}))
+        self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
+
+    def prepare_bare(self, templates, extra_binds=()):
+        """Bring up a dom0 that has Salt, and never heard of qvm-remote.
+
+        Args:
+            templates: list of str.
+            extra_binds: more paths to show in dom0.
+        """
         venv = os.path.dirname(os.path.dirname(sys.executable))
         salt = sorted({venv, sys.base_prefix} - {"/usr"})
-        formula = [f"{ROOT}/{name}:{FORMULA}/{name}" for name in PACKAGED]
-        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds, *formula], vm_binds=salt)
+        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds], vm_binds=salt)
         for name in ("salt-call", "salt-minion"):
             # A virtual environment does not see dom0's Python library by itself.
             self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n", "0755")
         if self._warm:
             self._warm_up()
         self.put(f"{LIBRARY}/salt", venv)
+        # A dom0 with Salt has PyYAML, wherever its Python looks for such.
+        link = f'ln -s {_SALT}/lib/python3*/site-packages/yaml "$(python3 -c "import site; print(site.getsitepackages()[0])")"'
+        self.dom0("sh", "-c", f"python3 -c 'import yaml' 2>/dev/null || {link}", check=True)
         self.put("/etc/salt/minion", json.dumps(_MINION))
-        self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
 
     def _warm_up(self):
         program = f"{LIBRARY}/warm_salt.py"

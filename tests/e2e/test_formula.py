@@ -17,7 +17,7 @@ from qubes_sim.stand import Stand
 
 #: What is not looked at: Salt's own, what the simulator's systemctl knows, and the checkout that stands in for the installed formula.
 _SALTS_OWN = "-path /srv/formulas/base -o -path /var/cache/salt -o -path /var/log/salt -o -path /run/salt -o -path /run/systemd/simulated -o -name __pycache__"
-_PLACES = "/etc /var /srv /root /run /home /rw /tmp /usr/local /usr/bin /usr/lib/qvm-remote"
+_PLACES = "/etc /var /srv /root /run /home /rw /tmp /usr/local /usr/bin /usr/lib/qvm-remote /usr/lib/qvm-remote-dom0"
 _VM_PLACES = "/home /rw /etc /var /usr/bin /usr/lib/qvm-remote"
 GIVEN = secrets.token_hex(32)
 

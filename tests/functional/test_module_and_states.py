@@ -111,6 +111,29 @@ def test_no_key_is_stored_without_a_line_that_says_so(loaders, settings, key):
     assert loaders.modules.qvm_remote.keys(config=settings) == {}
 
 
+def test_enable_wants_the_risk_accepted_and_a_service(loaders):
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="accept_risk=True"):
+        loaders.modules.qvm_remote.enable()
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="accept_risk=True"):
+        loaders.modules.qvm_remote.enable(accept_risk="no")
+    for function, words in ((loaders.modules.qvm_remote.enable, {"accept_risk": True}), (loaders.modules.qvm_remote.disable, {})):
+        with pytest.raises(salt.exceptions.CommandExecutionError, match="there is no service yet"):
+            function(**words)
+
+
+def test_doctor_of_nothing_says_how_to_begin(loaders):
+    found = loaders.modules.qvm_remote.doctor()
+    assert [(one["part"], one["level"]) for one in found] == [("configuration", "problem")]
+    assert "write pillar, then type: qubesctl state.apply qvm-remote" in found[0]["text"]
+    assert loaders.context.pop("retcode") == 1
+
+
+def test_a_test_run_says_that_the_command_would_be_installed(loaders):
+    ret = loaders.states.qvm_remote.command_installed("x", test=True)
+    assert (ret.result, ret.changes) == (None, {"/usr/bin/qvm-remote-dom0": {"old": None, "new": "installed"}})
+    assert not os.path.exists("/usr/bin/qvm-remote-dom0")
+
+
 @pytest.mark.parametrize("test", [False, True])
 def test_audit_rotated_configures_logrotate_once(loaders, settings, tmp_path, test):
     path = tmp_path / "logrotate.d" / "qvm-remote"
