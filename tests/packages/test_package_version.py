@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One version for all that is packaged, and what the packages' sources say about each other."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from building import ROOT, Tree, packages
+from pullrpc import __version__, package
+
+sys.path.insert(0, os.path.join(ROOT, "tools"))
+
+import install  # noqa: E402
+import version  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """A copy of the source tree."""
+    with Tree() as one:
+        yield one
+
+
+def _run(root, *words):
+    return subprocess.run([sys.executable, os.path.join(root, "tools", "version.py"), *words], capture_output=True, text=True, check=False)
+
+
+def test_every_copy_of_the_version_is_the_version():
+    assert version.differing() == []
+    assert version.read() == __version__
+    with open(os.path.join(ROOT, "FORMULA"), encoding="utf-8") as file:
+        assert yaml.safe_load(file)["version"] == version.read()
+
+
+@pytest.mark.parametrize("path", ["version", "_utils/pullrpc/__init__.py", "FORMULA", "debian/changelog"])
+def test_a_copy_that_differs_is_named(path, tmp_path):
+    with Tree() as tree:
+        file = os.path.join(tree.root, path)
+        with open(file, encoding="utf-8") as source:
+            text = source.read()
+        with open(file, "w", encoding="utf-8") as target:
+            target.write(text.replace(__version__, "9.9.9", 1))
+        done = _run(tree.root)
+    assert done.returncode == 1
+    assert path == "version" or f"{path} says 9.9.9" in done.stderr
+
+
+def test_one_command_sets_it_everywhere(tree):
+    assert _run(tree.root, "2.10.0").returncode == 0
+    done = _run(tree.root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2.10.0\n", "")
+    shown = subprocess.run([sys.executable, "-c", "import pullrpc; print(pullrpc.__version__)"], cwd=os.path.join(tree.root, "_utils"), capture_output=True, check=True)
+    assert shown.stdout == b"2.10.0\n"
+    with open(os.path.join(tree.root, "debian", "changelog"), encoding="utf-8") as file:
+        entries = packages._rpm_changelog(file.read()).split("\n\n")
+    assert re.fullmatch(r"\* \w{3} \w{3} \d\d \d{4} qvm-remote maintainers <[^>]+> - 2\.10\.0-1\n- Version 2\.10\.0; .*", entries[0])
+    assert entries[1] == "* Tue Nov 24 2026 qvm-remote maintainers <maintainers@qvm-remote.example> - 2.0.0-1\n- First package."
+
+
+@pytest.mark.parametrize("wrong", ["2", "2.1", "v2.1.0", "2.1.0-rc1", "2.01.0", "1.9.9", "0.0.0", "2.1.0\n", "٣.٠.٠"])
+def test_what_is_no_later_version_changes_nothing(wrong, tree):
+    before = packages.Source(tree.root, 0).files, _run(tree.root).stdout
+    done = _run(tree.root, wrong)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert (packages.Source(tree.root, 0).files, _run(tree.root).stdout) == before
+
+
+def test_qubes_builder_finds_what_it_is_told_to_build():
+    with open(os.path.join(ROOT, ".qubesbuilder"), encoding="utf-8") as file:
+        wanted = yaml.safe_load(file)
+    assert wanted == {
+        "host": {"rpm": {"build": ["rpm/qvm-remote-formula.spec"]}},
+        "vm": {"rpm": {"build": ["rpm/qvm-remote.spec"]}, "deb": {"build": ["debian"]}, "archlinux": {"build": ["archlinux"]}},
+    }
+    # It makes each from a template of that name, and knows these words in one; @REL@ in a spec file would need a file named rel.
+    templates = {"rpm/qvm-remote-formula.spec.in": {"@VERSION@", "@CHANGELOG@"}, "rpm/qvm-remote.spec.in": {"@VERSION@", "@CHANGELOG@"}}
+    templates["archlinux/PKGBUILD.in"] = {"@VERSION@", "@REL@"}
+    for path, words in templates.items():
+        with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+            assert set(re.findall(r"@\w+@", file.read())) == words
+    # By these names it looks for the archives that it makes of the source tree.
+    with open(os.path.join(ROOT, "archlinux", "PKGBUILD.in"), encoding="utf-8") as file:
+        assert 'source=("$pkgname-$pkgver-$pkgrel.tar.gz")' in file.read()
+    for name in ("qvm-remote-formula", "qvm-remote"):
+        with open(os.path.join(ROOT, "rpm", f"{name}.spec.in"), encoding="utf-8") as file:
+            text = file.read()
+        assert f"\nName:           {name}\n" in text
+        assert "\nSource0:        %{name}-%{version}.tar.gz\n" in text
+    assert os.access(os.path.join(ROOT, "debian", "rules"), os.X_OK)
+
+
+def test_the_templates_own_salt_has_the_same_lists_as_dom0():
+    with open(os.path.join(ROOT, "qvm-remote-formula", "qvm-remote", "client.yaml"), encoding="utf-8") as file:
+        assert yaml.safe_load(file) == {"protocol": list(package._SHARED), "is_package": package.IS_PACKAGE}
+
+
+def test_bytecode_is_made_by_the_same_command_wherever_no_distribution_makes_it():
+    command = package.COMPILE.removeprefix("umask 022; ") if sys.version_info >= (3, 9) else ""
+    with open(os.path.join(ROOT, "archlinux", "qvm-remote.hook"), encoding="utf-8") as file:
+        assert command in file.read()
+    with open(os.path.join(ROOT, "rpm", "qvm-remote.spec.in"), encoding="utf-8") as file:
+        text = file.read()
+    macros = dict(re.findall(r"^%global (\w+) (.*)$", text, re.MULTILINE))
+    for _ in macros:
+        for name, value in {**macros, "_prefix": "/usr"}.items():
+            macros = {key: other.replace(f"%{{{name}}}", value) for key, other in macros.items()}
+    assert macros["make_bytecode"] == command
+
+
+def test_the_formula_has_all_of_the_source_tree_that_dom0_needs():
+    targets = [target for target, _, _ in install.formula_files()]
+    prefix = "srv/formulas/base/qvm-remote-formula/"
+    for path in ("_modules/qvm_remote.py", "_engines/qvm_remote.py", "_states/qvm_remote.py", "_utils/pullrpc/puller.py", "client/qvm-remote", "pillar.example"):
+        assert prefix + path in targets
+    tracked = [name for name in packages.Source(ROOT, 0).files if name.partition("/")[0] in install._FORMULA_PARTS]
+    assert sorted(targets) == sorted(["etc/salt/minion.d/qvm-remote.conf", *(prefix + name for name in tracked)])
