@@ -29,16 +29,20 @@ from version import ROOT, read  # noqa: E402
 #: What a kind is built with.
 _PROGRAMS = {"rpm": "rpmbuild", "deb": "dpkg-buildpackage", "arch": "makepkg"}
 _SPECS = ("qvm-remote-formula", "qvm-remote")
-#: Nothing of the machine, the folder or the moment goes into an RPM.
+#: Nothing of the machine, the folder or the moment goes into an RPM; and its documents lie where Fedora has them.
 _RPM_DEFINES = {
     "_buildhost": "localhost",
     "use_source_date_epoch_as_buildtime": "1",
     "clamp_mtime_to_source_date_epoch": "1",
     "source_date_epoch_from_changelog": "0",
     "dist": "%{nil}",
+    "_docdir_fmt": "%%{NAME}",
 }
-#: makepkg refuses to run as root; as whom it runs then: nobody.
-_NOBODY = 65534
+#: rpmbuild and makepkg write the folder's name into packages, so each build is at the same place, in a mount namespace of its own.
+#: Root is needed for that, and makepkg refuses to run as root: it is a user again who builds.
+_PLACE = "/mnt"
+_AT_THE_PLACE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+_AT_THE_PLACE += ['mount --bind . "$1" && cd "$1/$2" && shift 2 && exec unshare --user --map-user=1000 --map-group=1000 "$@"', "sh", _PLACE]
 _ENTRY = re.compile(r"^qvm-remote \((?P<version>[^)]+)\) .*?\n\n(?P<text>.*?)\n\n -- (?P<who>.*?)  (?P<date>.*?)$", re.MULTILINE | re.DOTALL)
 
 
@@ -171,14 +175,13 @@ def build_rpm(source, folder):
     Raises:
         BuildFailed
     """
-    defines = [word for name, value in {**_RPM_DEFINES, "_topdir": folder}.items() for word in ("--define", f"{name} {value}")]
+    defines = [word for name, value in {**_RPM_DEFINES, "_topdir": _PLACE}.items() for word in ("--define", f"{name} {value}")]
     for name in _SPECS:
         os.makedirs(os.path.join(folder, "SOURCES"), exist_ok=True)
         source.archive(os.path.join(folder, "SOURCES", f"{name}-{source.version}.tar.gz"), f"{name}-{source.version}")
-        spec = os.path.join(folder, f"{name}.spec")
-        source.render(f"rpm/{name}.spec.in", spec)
+        source.render(f"rpm/{name}.spec.in", os.path.join(folder, f"{name}.spec"))
         # Without --nodeps rpmbuild looks for python3 in a database of RPMs that Debian does not have.
-        _run(["rpmbuild", "-ba", "--nodeps", *defines, spec], folder, source)
+        _run(["rpmbuild", "-ba", "--nodeps", *defines, f"{name}.spec"], folder, source)
     return _found(folder, ".rpm")
 
 
@@ -198,7 +201,7 @@ def build_deb(source, folder):
     tree = os.path.join(folder, f"qvm-remote-{source.version}")
     source.archive(os.path.join(folder, f"qvm-remote_{source.version}.orig.tar.gz"), os.path.basename(tree))
     source.unpack(tree)
-    _run(["dpkg-buildpackage", "--no-sign", "--diff-ignore", "--tar-ignore"], tree, source)
+    _run(["dpkg-buildpackage", "--no-sign", "--diff-ignore", "--tar-ignore"], folder, source, below=os.path.basename(tree))
     return _found(folder, ".deb", ".dsc", ".tar.gz", ".tar.xz")
 
 
@@ -219,25 +222,19 @@ def build_arch(source, folder):
     source.render("archlinux/PKGBUILD.in", os.path.join(folder, "PKGBUILD"))
     os.mkdir(os.path.join(folder, "archlinux"))
     shutil.copy(os.path.join(source.root, "archlinux", "qvm-remote.install"), os.path.join(folder, "archlinux"))
-    places = {name: folder for name in ("PKGDEST", "SRCDEST", "SRCPKGDEST", "LOGDEST", "BUILDDIR")}
+    places = dict.fromkeys(("PKGDEST", "SRCDEST", "SRCPKGDEST", "LOGDEST", "BUILDDIR"), _PLACE)
     options = {"PACKAGER": "qvm-remote maintainers <maintainers@qvm-remote.example>", "PKGEXT": ".pkg.tar.zst", "CARCH": "x86_64"}
-    as_user = {}
-    if os.geteuid() == 0:
-        as_user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        for path, _, names in os.walk(folder):
-            for name in ("", *names):
-                os.chown(os.path.join(path, name), _NOBODY, _NOBODY)
-    _run(["makepkg", "--nodeps", "--noconfirm"], folder, source, {**places, **options}, **as_user)
+    _run(["makepkg", "--nodeps", "--noconfirm"], folder, source, {**places, **options})
     return _found(folder, ".pkg.tar.zst")
 
 
 _BUILDERS = {"rpm": build_rpm, "deb": build_deb, "arch": build_arch}
 
 
-def _run(argv, folder, source, more=None, **options):
-    environment = {"PATH": os.environ["PATH"], "HOME": folder, "LC_ALL": "C.UTF-8", "TZ": "UTC", "SOURCE_DATE_EPOCH": str(source.epoch), **(more or {})}
+def _run(argv, folder, source, more=None, below="."):
+    environment = {"PATH": os.environ["PATH"], "HOME": _PLACE, "LC_ALL": "C.UTF-8", "TZ": "UTC", "SOURCE_DATE_EPOCH": str(source.epoch), **(more or {})}
     done = subprocess.run(
-        argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options
+        [*_AT_THE_PLACE, below, *argv], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     if done.returncode:
         said = done.stdout.decode("utf-8", "replace").strip().splitlines()[-20:]
@@ -268,8 +265,6 @@ def build(kinds, into, root=ROOT):
     digests = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory(prefix="qvm-remote-") as folder:
-            # For makepkg, which may have to run as somebody else.
-            os.chmod(folder, 0o711)
             work = os.path.join(folder, kind)
             os.mkdir(work)
             for path in _BUILDERS[kind](source, work):

@@ -13,7 +13,11 @@ from conftest import ROOT
 sys.path.insert(0, os.path.join(ROOT, "tools"))
 
 import packages  # noqa: E402
+import version  # noqa: E402
 
+VERSION = version.read()
+#: One that is later than any that the source tree may have.
+NEXT = f"{int(VERSION.partition('.')[0]) + 1}.0.0"
 #: Who builds when the tests run as root.
 NOBODY = 65534
 
