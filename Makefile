@@ -3,8 +3,11 @@ PYTHON3 ?= python3
 BENCH ?=
 BIN := .venv/bin
 DESTDIR ?=
+PACKAGES ?=
+#: Where Debian's tools can be had, no test of packages may be left out.
+TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model install-client clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model packages bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -15,7 +18,10 @@ help:
 	@echo "make test-all        the same, and the tests that take minutes: the real systemd, the whole short benchmark, ..."
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
+	@echo "make packages        build the packages into dist/, with their digests (PACKAGES='rpm deb arch': only these)"
+	@echo "make bump            set a new version (VERSION=2.1.0); without one, print it"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
+	@echo "make install-formula install dom0's side (DESTDIR=...)"
 	@echo "make clean           remove what the above made here"
 
 prepare:
@@ -39,26 +45,38 @@ bench-fleet: prepare
 test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out.
 	-@$(PYTHON3) tools/bootstrap.py --model
+	@$(PYTHON3) tools/bootstrap.py --packages
 	$(BIN)/nox --session oldest
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" tests
+	$(TESTS) -n 3 --dist loadfile -m "not long" tests
 
 test-all: test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long tests
+	@$(PYTHON3) tools/bootstrap.py --all-packages
+	$(TESTS) -n 2 --dist loadfile -m long tests
 
 lint: prepare
 	$(BIN)/ruff check .
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
-	shellcheck $$(git ls-files '*.sh') .ci/run
+	shellcheck $$(git ls-files '*.sh') .ci/run archlinux/PKGBUILD.in archlinux/qvm-remote.install
 	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst')
 
 model:
 	@$(PYTHON3) tools/bootstrap.py --model
 	@$(PYTHON3) model/check.py
 
+packages:
+	@$(PYTHON3) tools/bootstrap.py --all-packages
+	@$(PYTHON3) tools/packages.py $(PACKAGES)
+
+bump:
+	@$(PYTHON3) tools/version.py $(VERSION)
+
 install-client:
-	$(PYTHON3) tools/install_client.py "$(DESTDIR)"
+	$(PYTHON3) tools/install.py client "$(DESTDIR)"
+
+install-formula:
+	$(PYTHON3) tools/install.py formula "$(DESTDIR)"
 
 clean:
-	rm -rf .venv .nox .pytest_cache .ruff_cache .sim
+	rm -rf .venv .nox .pytest_cache .ruff_cache .sim dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -71,10 +71,12 @@ class Source:
             path: str, where to: a .tar.gz.
             prefix: str.
         """
-        with open(path, "wb") as raw, gzip.GzipFile("", "wb", mtime=self.epoch, fileobj=raw) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for name in self.files:
-                    self._add(archive, name, f"{prefix}/{name}")
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for name in self.files:
+                self._add(archive, name, f"{prefix}/{name}")
+        with open(path, "wb") as file:
+            file.write(gzip.compress(packed.getvalue(), mtime=self.epoch))
         os.utime(path, (self.epoch, self.epoch))
 
     def unpack(self, folder):

@@ -204,7 +204,9 @@ def test_who_removes_dom0s_package_has_nobody_served_and_keeps_keys_ledger_and_l
     assert machine.dom0("systemctl", "is-active", "qvm-remote.service").returncode != 0
     assert machine.dom0("pgrep", "-f", "salt-minion").returncode == 1
     assert machine.dom0("sh", "-c", "ls /run/systemd/system /etc/systemd/system /srv/formulas/base").stdout.split() == [
-        b"/etc/systemd/system:", b"/run/systemd/system:", b"/srv/formulas/base:"
+        b"/etc/systemd/system:",
+        b"/run/systemd/system:",
+        b"/srv/formulas/base:",
     ]
     assert machine.dom0("sh", "-c", f"ls {places}").returncode == 0
     assert machine.dom0("sh", "-c", "ls /var/cache/salt/minion/extmods/modules/qvm_remote.py").returncode != 0

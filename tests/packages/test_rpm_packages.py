@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from building import NEXT, ROOT, VERSION, Tree, folders_of, need, said
+from building import NEXT, ROOT, VERSION, Tree, folders_of, need, packages, said
 from install import formula_files
 from pullrpc.package import client_files
 
@@ -68,7 +68,7 @@ def test_a_qubes_package_brings_exactly_the_client(client):
 
 
 def test_dom0s_package_brings_exactly_the_formula(formula):
-    documents = ["README.rst", "CHANGELOG.md", "SECURITY.md", *(f"docs/{name}" for name in os.listdir(os.path.join(ROOT, "docs")))]
+    documents = ["README.rst", "CHANGELOG.md", "SECURITY.md", *(name for name in packages.Source(ROOT, 0).files if name.startswith("docs/"))]
     assert _files(formula) == {**_expected(formula_files(), _FORMULA), **_documents("qvm-remote-formula", *documents)}
     assert said("rpm", "-qp", "--configfiles", formula) == ["/etc/salt/minion.d/qvm-remote.conf"]
 
@@ -84,9 +84,7 @@ def test_they_need_what_they_use_and_no_more(client, formula):
 @pytest.mark.long
 def test_rpmlint_has_nothing_to_say(tree):
     need("rpmlint")
-    done = subprocess.run(
-        ["rpmlint", "--config", os.path.join(ROOT, "rpm", "rpmlint.toml"), *tree.rpms.values()], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["rpmlint", "--config", os.path.join(ROOT, "rpm", "rpmlint.toml"), *tree.rpms.values()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 errors, 0 warnings" in done.stdout
 
@@ -100,7 +98,7 @@ def test_two_builds_in_different_places_give_the_same_bytes(tree):
 class Root:
     """A root folder with a shell, Python's place, and a database of RPMs; what else there is, a test puts there."""
 
-    _DOES = "#!/bin/sh\necho \"${0##*/} $*\" >> /calls\n"
+    _DOES = '#!/bin/sh\necho "${0##*/} $*" >> /calls\n'
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -146,9 +144,7 @@ class Root:
             list of str: the lines of its stdout. It must succeed, and write to stderr what ``warns`` says.
         """
         as_root = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
-        done = subprocess.run(
-            [*as_root, "rpm", "--root", self.folder, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run([*as_root, "rpm", "--root", self.folder, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         # Debian's rpm warns of itself.
         errors = [line for line in done.stderr.splitlines() if not line.startswith(("rpm: RPM should not", "rpm: However"))]
         assert (done.returncode, errors) == (0, list(warns))
@@ -157,10 +153,7 @@ class Root:
     def files(self, *tops):
         """All files below some folders."""
         return sorted(
-            os.path.join("/", os.path.relpath(os.path.join(folder, name), self.folder))
-            for top in tops
-            for folder, _, names in os.walk(self.path(top))
-            for name in names
+            os.path.join("/", os.path.relpath(os.path.join(folder, name), self.folder)) for top in tops for folder, _, names in os.walk(self.path(top)) for name in names
         )
 
     def _program(self, name):
@@ -207,14 +200,14 @@ def test_dom0s_package_is_installed_upgraded_and_removed_and_touches_no_key_and_
     assert f"{_FORMULA}/_utils/pullrpc/syslog.py" not in root.files("srv")
     with open(root.path("etc/salt/minion.d/qvm-remote.conf"), encoding="utf-8") as file:
         assert file.read() == "changed by the user\n"
-    assert set(f"/{path}" for path in (*_STATE, *_UNITS)) <= set(root.files("etc", "run", "var"))
+    assert {f"/{path}" for path in (*_STATE, *_UNITS)} <= set(root.files("etc", "run", "var"))
     config = "/etc/salt/minion.d/qvm-remote.conf"
     root.rpm("-e", "--nodeps", "qvm-remote-formula", warns=[f"warning: {config} saved as {config}.rpmsave"])
     # Nobody is served any more, today or after the next boot, and Salt forgets the modules.
     assert root.calls() == ["systemctl stop qvm-remote.service", "systemctl disable qvm-remote.service", "systemctl daemon-reload", _SYNC]
     assert root.files("srv", "run", "etc/systemd", "usr/share") == []
     assert not os.path.exists(root.path(_FORMULA))
-    assert set(f"/{path}" for path in _STATE) <= set(root.files("etc", "var"))
+    assert {f"/{path}" for path in _STATE} <= set(root.files("etc", "var"))
 
 
 def test_dom0s_package_is_installed_where_there_is_no_salt_that_works_yet(formula, tmp_path):
@@ -228,7 +221,7 @@ def test_dom0s_package_is_installed_where_there_is_no_salt_that_works_yet(formul
 def test_a_qubes_package_leaves_no_file_of_its_own_and_none_of_an_older_version(client, newer, tmp_path):
     root = Root(tmp_path)
     # Python is not here, but what it would make is.
-    root.write("usr/bin/python3", "#!/bin/sh\necho \"python3 $*\" >> /calls; for d in /usr/lib/qvm-remote/*/; do echo > ${d}made; done\n", 0o755)
+    root.write("usr/bin/python3", '#!/bin/sh\necho "python3 $*" >> /calls; for d in /usr/lib/qvm-remote/*/; do echo > ${d}made; done\n', 0o755)
     compiled = ["python3 -m compileall -q /usr/lib/qvm-remote"]
     root.rpm("-i", "--nodeps", client)
     assert root.calls() == compiled
