@@ -20,7 +20,7 @@ FILE_ROOTS = ["/srv/salt", FORMULA, f"{FORMULA}/qvm-remote-formula"]
 _MINION = {
     "file_client": "local",
     "id": "dom0",
-    "file_roots": {"base": FILE_ROOTS},
+    "file_roots": {"base": ["/srv/salt"]},
     "pillar_roots": {"base": ["/srv/pillar"]},
     "log_level": "warning",
     **CHEAP_GRAINS,
@@ -79,10 +79,21 @@ class Stand(Sim):
             templates: list of str.
             extra_binds: more paths to show in dom0.
         """
+        self.prepare_bare(templates, [*extra_binds, *(f"{ROOT}/{name}:{FORMULA}/{name}" for name in PACKAGED)])
+        self.put("/etc/salt/minion", json.dumps({**_MINION, "file_roots": {"base": FILE_ROOTS}}))
+        self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
+
+    def prepare_bare(self, templates, extra_binds=(), vm_binds=()):
+        """Bring up a dom0 that has Salt, and never heard of qvm-remote.
+
+        Args:
+            templates: list of str.
+            extra_binds: more paths to show in dom0.
+            vm_binds: paths to show in all VMs.
+        """
         venv = os.path.dirname(os.path.dirname(sys.executable))
         salt = sorted({venv, sys.base_prefix} - {"/usr"})
-        formula = [f"{ROOT}/{name}:{FORMULA}/{name}" for name in PACKAGED]
-        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds, *formula], vm_binds=salt)
+        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds], vm_binds=[*salt, *vm_binds])
         for name in ("salt-call", "salt-minion"):
             # A virtual environment does not see dom0's Python library by itself.
             self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n", "0755")
@@ -90,7 +101,6 @@ class Stand(Sim):
             self._warm_up()
         self.put(f"{LIBRARY}/salt", venv)
         self.put("/etc/salt/minion", json.dumps(_MINION))
-        self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
 
     def _warm_up(self):
         program = f"{LIBRARY}/warm_salt.py"
