@@ -233,7 +233,7 @@ def test_who_removes_dom0s_package_has_nobody_served_and_keeps_keys_ledger_and_l
     machine.rpm("--erase", "--nodeps", "qvm-remote-formula")
     assert machine.dom0("systemctl", "is-active", "qvm-remote.service").returncode != 0
     assert machine.dom0("pgrep", "-f", "salt-minion").returncode == 1
-    assert machine.dom0("sh", "-c", f"find /run/systemd /etc/systemd -name 'qvm-remote*.service'; ls -d {FORMULA}").stdout == b""
+    assert machine.dom0("sh", "-c", f"find /run/systemd/system /etc/systemd/system -name 'qvm-remote*'; ls -d {FORMULA}").stdout == b""
     assert machine.dom0("sh", "-c", f"ls {places}").returncode == 0
     assert machine.dom0("sh", "-c", "ls /var/cache/salt/minion/extmods/modules/qvm_remote.py").returncode != 0
     refused = machine.dom0("qubesctl", "--out=json", "--retcode-passthrough", "qvm_remote.status", timeout=60)
