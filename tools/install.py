@@ -14,7 +14,7 @@ from pullrpc.package import COMPILE, client_files  # noqa: E402
 
 #: Where dom0's formula lies, and what of the source tree belongs to it.
 _FORMULA = "srv/formulas/base/qvm-remote-formula"
-_FORMULA_PARTS = ("FORMULA", "LICENSE", "pillar.example", "_engines", "_modules", "_states", "_utils", "client", "qvm-remote-formula")
+_FORMULA_PARTS = ("FORMULA", "pillar.example", "_engines", "_modules", "_states", "_utils", "client", "qvm-remote-formula")
 #: Names the formula's folder to dom0's Salt.
 _FORMULA_CONFIG = ("etc/salt/minion.d/qvm-remote.conf", "rpm/minion.conf")
 

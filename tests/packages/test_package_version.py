@@ -10,6 +10,7 @@ import pytest
 import yaml
 from building import NEXT, ROOT, Tree, packages, version
 from pullrpc import __version__, package
+from qubes_sim import stand
 
 sys.path.insert(0, os.path.join(ROOT, "tools"))
 
@@ -131,5 +132,7 @@ def test_the_formula_has_all_of_the_source_tree_that_dom0_needs():
     prefix = "srv/formulas/base/qvm-remote-formula/"
     for path in ("_modules/qvm_remote.py", "_engines/qvm_remote.py", "_states/qvm_remote.py", "_utils/pullrpc/puller.py", "client/qvm-remote", "pillar.example"):
         assert prefix + path in targets
+    # The simulator's dom0 has what the package installs.
+    assert sorted(install._FORMULA_PARTS) == sorted(stand.PACKAGED)
     tracked = [name for name in packages.Source(ROOT, 0).files if name.partition("/")[0] in install._FORMULA_PARTS]
     assert sorted(targets) == sorted(["etc/salt/minion.d/qvm-remote.conf", *(prefix + name for name in tracked)])

@@ -90,7 +90,7 @@ class Machine(Stand):
 def machine(tree, tmp_path_factory):
     """dom0 with Salt, a template that knows what Debian has installed here, a VM."""
     rpms = tree.build("rpm", into="rpms")
-    with Machine(os.path.join(str(tmp_path_factory.mktemp("packages")), "sim")) as one:
+    with Machine(os.path.join(str(tmp_path_factory.mktemp("packages")), "sim"), warm=True) as one:
         one.prepare_bare(["debian-13"])
         one.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
         one.rpm("--initdb")
