@@ -5,8 +5,11 @@ FUZZ ?=
 TAG ?=
 BIN := .venv/bin
 DESTDIR ?=
+PACKAGES ?=
+#: Where Debian's tools can be had, no test of packages may be left out.
+TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model fuzz release install-client clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model fuzz release packages bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -19,7 +22,10 @@ help:
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
 	@echo "make fuzz            fuzz the parsers that read what VMs send (SECONDS=60 for each, FUZZ=name for one; fuzz/README.rst)"
 	@echo "make release TAG=v1  tarball, sums and signature of a signed tag, into dist/ (docs/release.rst)"
+	@echo "make packages        build the packages into dist/, with their digests (PACKAGES='rpm deb arch': only these)"
+	@echo "make bump            set a new version (VERSION=2.1.0); without one, print it"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
+	@echo "make install-formula install dom0's side (DESTDIR=...)"
 	@echo "make clean           remove what the above made here"
 
 prepare:
@@ -44,17 +50,19 @@ test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out; without atheris hypothesis fuzzes alone.
 	-@$(PYTHON3) tools/bootstrap.py --model
 	-@$(PYTHON3) tools/bootstrap.py --fuzz
+	@$(PYTHON3) tools/bootstrap.py --packages
 	$(BIN)/nox --session oldest
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long" tests
+	$(TESTS) -n 3 --dist loadfile -m "not long" tests
 
 test-all: test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long tests
+	@$(PYTHON3) tools/bootstrap.py --all-packages
+	$(TESTS) -n 2 --dist loadfile -m long tests
 
 lint: prepare
 	$(BIN)/ruff check .
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
-	shellcheck $$(git ls-files '*.sh') .ci/run
+	shellcheck $$(git ls-files '*.sh') .ci/run archlinux/PKGBUILD.in archlinux/qvm-remote.install
 	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'fuzz/*.rst')
 
 model:
@@ -68,9 +76,19 @@ fuzz: prepare
 release:
 	@tools/release.sh "$(TAG)"
 
+packages:
+	@$(PYTHON3) tools/bootstrap.py --all-packages
+	@$(PYTHON3) tools/packages.py $(PACKAGES)
+
+bump:
+	@$(PYTHON3) tools/version.py $(VERSION)
+
 install-client:
-	$(PYTHON3) tools/install_client.py "$(DESTDIR)"
+	$(PYTHON3) tools/install.py client "$(DESTDIR)"
+
+install-formula:
+	$(PYTHON3) tools/install.py formula "$(DESTDIR)"
 
 clean:
-	rm -rf .venv .nox .pytest_cache .ruff_cache .sim
+	rm -rf .venv .nox .pytest_cache .ruff_cache .sim dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

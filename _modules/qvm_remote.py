@@ -606,11 +606,13 @@ def remove_queue(vm, history=False, config=None):
 def client_installed(template):
     """Say whether this version of the client was installed in a template (or standalone) from here.
 
+    One that has the client as a package is left alone, and not asked again until this formula has another client.
+
     Args:
         template: its name.
 
     Returns:
-        bool
+        str: ``installed``, ``package``; empty when it is to be installed.
 
     Raises:
         CommandExecutionError: there is no such template, or the client's files are not in the file roots.
@@ -623,11 +625,14 @@ def client_installed(template):
     """
     with _told():
         pullrpc.ids.check_vm_name(template)
-        return pullrpc.provision.client_digest(template) == _client_archive()[1]
+        digest, by_package = pullrpc.provision.client_digest(template)
+        if digest != _client_archive()[1]:
+            return ""
+        return "package" if by_package else "installed"
 
 
 def clients():
-    """List the templates that got a client from here, of whatever version.
+    """List the templates that got a client from here, of whatever version, or were found to have it as a package.
 
     Returns:
         list of str
@@ -648,14 +653,14 @@ def clients():
 def install_client(template, config=None):
     """Install the client in a template (or standalone): dom0 writes it there, nothing is downloaded.
 
-    A template that is shut down is started for it, and shut down again.
+    A template that is shut down is started for it, and shut down again. One that has the client as a package is left alone.
 
     Args:
         template: its name.
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``template`` and ``sha256`` of what was installed.
+        dict: ``template``, ``version`` and ``sha256`` of what was installed; ``package``: the version of the template's package instead.
 
     Raises:
         CommandExecutionError: the template can't be started or written to.
@@ -669,19 +674,22 @@ def install_client(template, config=None):
     with _told():
         pullrpc.ids.check_vm_name(template)
         data, digest = _client_archive()
-        pullrpc.provision.install_client(_dom0(config).config, template, data, digest)
-    return {"template": template, "sha256": digest}
+        package = pullrpc.provision.install_client(_dom0(config).config, template, data, digest)
+    shown = {"template": template, "version": pullrpc.__version__}
+    return {**shown, "package": package} if package else {**shown, "sha256": digest}
 
 
 def remove_client(template, config=None):
     """Remove the client from a template (or standalone). A template that is shut down is started for it, and shut down again.
+
+    One that has the client as a package keeps it.
 
     Args:
         template: its name.
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict: ``template``.
+        dict: ``template``, ``removed`` (bool).
 
     Raises:
         CommandExecutionError: the template can't be started or written to.
@@ -694,8 +702,8 @@ def remove_client(template, config=None):
     """
     with _told():
         pullrpc.ids.check_vm_name(template)
-        pullrpc.provision.remove_client(_dom0(config).config, template, pullrpc.package.CLIENT_PATHS)
-    return {"template": template}
+        removed = pullrpc.provision.remove_client(_dom0(config).config, template, pullrpc.package.CLIENT_PATHS)
+    return {"template": template, "removed": removed}
 
 
 def _client_archive():

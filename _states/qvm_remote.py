@@ -341,7 +341,7 @@ def command_installed(name):
 
 
 def client_installed(name, settings=None):
-    """Have this version of the client in a template or standalone.
+    """Have this version of the client in a template or standalone, unless it has the client as a package, which is left alone.
 
     Args:
         name: the template.
@@ -355,10 +355,11 @@ def client_installed(name, settings=None):
     """
 
     def work(ret):
-        if __salt__["qvm_remote.client_installed"](name):
-            ret["comment"] = f"The client is installed in {name}"
+        known = __salt__["qvm_remote.client_installed"](name)
+        if known:
+            ret["comment"] = f"The client is installed in {name}" if known == "installed" else f"{name} has the client as a package, which is left alone"
             return
-        _change(
+        installed = _change(
             ret,
             name,
             None,
@@ -367,12 +368,17 @@ def client_installed(name, settings=None):
             lambda: __salt__["qvm_remote.install_client"](name, config=settings or {}),
             f"The client was installed in {name}; restart the VMs that are based on it",
         )
+        if installed and "package" in installed:
+            del ret["changes"][name]
+            ret["comment"] = f"{name} has the client as a package, version {installed['package']}, which is left alone"
+            if installed["package"] != installed["version"]:
+                ret["comment"] += f"; this formula is version {installed['version']}: have both the same"
 
     return _state(name, work)
 
 
 def clients_absent(name, settings=None):
-    """Have the client in no template that got it from here.
+    """Have the client in no template that got it from here. A package of a template's own stays.
 
     Args:
         name: any text.
@@ -386,7 +392,8 @@ def clients_absent(name, settings=None):
 
     def work(ret):
         for template in __salt__["qvm_remote.clients"]():
-            _change(
+            said = ret["comment"]
+            done = _change(
                 ret,
                 template,
                 "client installed",
@@ -395,6 +402,9 @@ def clients_absent(name, settings=None):
                 lambda template=template: __salt__["qvm_remote.remove_client"](template, config=settings or {}),
                 f"it was removed from {template}",
             )
+            if done and not done["removed"]:
+                del ret["changes"][template]
+                ret["comment"] = _and(said, f"{template} has the client as a package, which stays: remove it there")
         ret["comment"] = ret["comment"] or "No template has the client"
 
     return _state(name, work)

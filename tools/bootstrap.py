@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
 packages that can't come with it. Says what it does; does nothing when all is there. With --bench also what `make bench`
-needs beside: OpenSSH; with --model what `make model` needs, alone; with --fuzz, in .venv, what `make fuzz` is better with.
-Standard library only.
+needs beside: OpenSSH; with --model what `make model` needs, with --packages what the tests of packages in `make test` need, with
+--all-packages what `make packages` and its longer tests do, alone; with --fuzz, in .venv, what `make fuzz` is better with. Standard
+library only.
 """
 
 import hashlib
@@ -37,6 +38,26 @@ _FOR_MODEL = (
 )
 #: For fuzzing, where there is one built for this Python and machine; building it needs a clang of its own.
 _FUZZER = "atheris>=2.3"
+#: To build RPMs and a Debian package, which is quick to install. None: there is no such package.
+_FOR_PACKAGES = (
+    ("rpmbuild", lambda: shutil.which("rpmbuild"), "rpm", "rpm-build"),
+    ("dpkg-buildpackage", lambda: shutil.which("dpkg-buildpackage"), "dpkg-dev", "dpkg-dev"),
+    ("debhelper", lambda: shutil.which("dh"), "debhelper", "debhelper"),
+    ("dh-python, by which the client's bytecode is made on Debian", lambda: shutil.which("dh_python3"), "dh-python", None),
+)
+#: And one for Arch Linux, and to look at all of them as their distributions do.
+_FOR_ALL_PACKAGES = (
+    *_FOR_PACKAGES,
+    ("makepkg", lambda: shutil.which("makepkg"), "makepkg", "pacman"),
+    ("pacman, without which makepkg does not start", lambda: shutil.which("pacman"), "pacman-package-manager", "pacman"),
+    ("fakeroot, for makepkg", lambda: shutil.which("fakeroot"), "fakeroot", "fakeroot"),
+    ("bsdtar, for the same", lambda: shutil.which("bsdtar"), "libarchive-tools", "bsdtar"),
+    ("zstd, for the same", lambda: shutil.which("zstd"), "zstd", "zstd"),
+    ("rpmlint", lambda: shutil.which("rpmlint"), "rpmlint", "rpmlint"),
+    ("lintian", lambda: shutil.which("lintian"), "lintian", None),
+)
+#: What these options install, and nothing beside it.
+_ALONE = {"--model": _FOR_MODEL, "--packages": _FOR_PACKAGES, "--all-packages": _FOR_ALL_PACKAGES}
 #: For the benchmark alone: a demo must not bring a server to somebody's machine.
 _FOR_BENCH = (
     ("sshd, which make bench starts on loopback with its own keys", lambda: shutil.which("sshd", path=_SBIN), "openssh-server", "openssh-server"),
@@ -48,15 +69,17 @@ def main(argv):
     """Prepare the machine.
 
     Args:
-        argv: list of str: ``--bench``, ``--model``, ``--fuzz`` or nothing.
+        argv: list of str: one option, or nothing.
 
     Returns:
         int, the exit code.
     """
-    if argv == ["--model"]:
-        return 0 if _install_system(_missing(_FOR_MODEL)) else 1
     if argv == ["--fuzz"]:
         return _install_fuzzer()
+    if argv and argv[0] in _ALONE:
+        # The tools of packages recommend compilers and more; the model needs what gcc recommends.
+        options = [] if argv == ["--model"] else ["--no-install-recommends"]
+        return 0 if _install_system(_missing(_ALONE[argv[0]]), *options) else 1
     with open(_REQUIREMENTS, "rb") as file:
         wanted = hashlib.sha256(file.read() + sys.version.encode()).hexdigest()
     needed = _SYSTEM + (_FOR_BENCH if "--bench" in argv else ())
@@ -81,16 +104,17 @@ def _missing(needed):
     return [(what, debian, fedora) for what, is_there, debian, fedora in needed if not is_there()]
 
 
-def _install_system(missing):
+def _install_system(missing, *apt_options):
     if not missing:
         return True
     for what, _, _ in missing:
         print(f"missing: {what}", flush=True)
+    debs, rpms = ([row[place] for row in missing if row[place]] for place in (1, 2))
     # The headers must be those of the Python that runs this: another version's package would not help.
     if shutil.which("apt-get"):
-        commands = [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *[debian for _, debian, _ in missing]]]
+        commands = [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *apt_options, *debs]]
     elif shutil.which("dnf"):
-        commands = [["dnf", "install", "-y", "-q", *[fedora for _, _, fedora in missing]]]
+        commands = [["dnf", "install", "-y", "-q", *rpms]] if rpms else []
     else:
         print("error: neither apt-get nor dnf is here; install the above by hand, then run this again", file=sys.stderr)
         return False

@@ -18,6 +18,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _LIBRARY = "usr/lib/qvm-remote"
 #: All that these files and folders are is the client's.
 CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}")
+#: By what a template's shell tells whether the client there is a package's, which its package manager alone may touch.
+IS_PACKAGE = " || ".join(f"{query} {CLIENT_PATHS[0]}" for query in ("dpkg-query --search", "rpm --query --file", "pacman --query --owns"))
 #: What root's shell does once the files are there. A user can't write bytecode there, and would compile the source at each
 #: start. What an older version left goes first: by their times, all that was ever unpacked looks alike.
 _COMPILE = "umask 022; rm -rf /{0}/*/__pycache__; /usr/bin/python3 -m compileall -q /{0} >/dev/null 2>&1 || :"

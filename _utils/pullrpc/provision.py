@@ -6,12 +6,13 @@ removes the client. Each in one short session or one program start, by dom0's ow
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from .agentless import Agentless
 from .aio import run
 from .errors import PullError, TransportError
-from .package import COMPILE
+from .package import COMPILE, IS_PACKAGE
 from .session import NoAgent, Session
 from .transport import features, list_vms, run_bounded, running_vms, set_feature, set_running
 
@@ -22,8 +23,14 @@ _KEY_MAX, _KEY_WAIT = 66, 20
 #: Most VMs that are asked for their version at the same time: each takes a program in dom0.
 _AT_ONCE = 4
 _UNPACK = f"tar --extract --no-same-owner --directory=/ && {{ {COMPILE}; }}"
+#: What a template's shell exits with that has the client as a package, and was left alone. It takes what it is sent, and shows the version.
+_PACKAGE_CODE = 64
+_UNLESS_PACKAGE = f"if {{ {IS_PACKAGE}; }} >/dev/null 2>&1; then cat >/dev/null; /usr/bin/qvm-remote --version; exit {_PACKAGE_CODE}; fi; "
+_VERSION = re.compile(rb"qvm-remote ([0-9]{1,5}(?:\.[0-9]{1,5}){2})\n")
 #: Feature of a template that says which client it has: with a clone it is copied, with the template it goes, as the client does.
 _FEATURE = "qvm-remote-client"
+#: At its digest's end: the template had the client as a package when this version of ours was to be installed there.
+_PACKAGE = "+package"
 _HAS_CLIENT = ("TemplateVM", "StandaloneVM")
 #: All of it but the history and the VM's own audit log, which are its user's.
 _REMOVE_QUEUE = """\
@@ -190,25 +197,26 @@ def remove_queue(config, vm, history=False):
 
 
 def client_digest(template):
-    """Say which client dom0 installed in a template.
+    """Say which client dom0 installed in a template, or was to install in one that has the client as a package.
 
     Args:
         template: str, a checked name.
 
     Returns:
-        str, the SHA-256 of what was installed; empty when nothing was.
+        (str, bool): the SHA-256 of it, empty when there is none; whether it was left to the template's package.
 
     Raises:
         TransportError: there is no such template.
     """
     known = features(template)
-    digest, _, installed = known.get(_FEATURE, "").partition("@")
+    noted, _, installed = known.get(_FEATURE, "").partition("@")
     # A template that was installed anew (qvm-template reinstall) keeps its features, and has no client.
-    return digest if installed == _installed(known) else ""
+    digest = noted if installed == _installed(known) else ""
+    return digest[: -len(_PACKAGE)] if digest.endswith(_PACKAGE) else digest, digest.endswith(_PACKAGE)
 
 
 def clients():
-    """List the templates that got a client from here.
+    """List the templates that got a client from here, or were found to have it as a package.
 
     Returns:
         list of str, sorted.
@@ -216,7 +224,7 @@ def clients():
     Raises:
         TransportError: they can't be listed.
     """
-    return sorted(vm["name"] for vm in list_vms() if vm["class"] in _HAS_CLIENT and client_digest(vm["name"]))
+    return sorted(vm["name"] for vm in list_vms() if vm["class"] in _HAS_CLIENT and client_digest(vm["name"])[0])
 
 
 def install_client(config, template, archive, digest):
@@ -228,11 +236,17 @@ def install_client(config, template, archive, digest):
         archive: bytes, a tar archive.
         digest: str, its SHA-256.
 
+    Returns:
+        str, the version of the template's own package, which was left alone, ``unknown`` if it does not show one; empty when there is none.
+
     Raises:
         SessionBroken, TransportError: it can't be done, or not be noted.
     """
-    _run_as_root(config, template, _UNPACK, [archive], "take the client: is its disk full?")
-    set_feature(template, _FEATURE, f"{digest}@{_installed(features(template))}")
+    by_package, untrusted_version = _run_as_root(config, template, _UNLESS_PACKAGE + _UNPACK, [archive], "take the client: is its disk full?")
+    noted = digest + _PACKAGE if by_package else digest
+    set_feature(template, _FEATURE, f"{noted}@{_installed(features(template))}")
+    version = _VERSION.fullmatch(untrusted_version)
+    return (version[1].decode("ascii") if version else "unknown") if by_package else ""
 
 
 def remove_client(config, template, paths):
@@ -243,11 +257,15 @@ def remove_client(config, template, paths):
         template: str, a checked name.
         paths: list of str, constants of ours: what goes.
 
+    Returns:
+        bool, False when it is the template's own package, which was left alone.
+
     Raises:
         SessionBroken, TransportError: it can't be done.
     """
-    _run_as_root(config, template, "rm -rf " + " ".join(paths), [], "remove the client")
+    by_package, _ = _run_as_root(config, template, _UNLESS_PACKAGE + "rm -rf " + " ".join(paths), [], "remove the client")
     set_feature(template, _FEATURE, None)
+    return not by_package
 
 
 def _run_as_root(config, template, command, data, purpose):
@@ -255,12 +273,13 @@ def _run_as_root(config, template, command, data, purpose):
     if not was_running:
         set_running(template, True)
     try:
-        code, _ = run(run_bounded(config, template, command, data, 4096, _CLIENT_WAIT, user="root"))
+        code, untrusted_output = run(run_bounded(config, template, command, data, 4096, _CLIENT_WAIT, user="root"))
     finally:
         if not was_running:
             set_running(template, False)
-    if code:
+    if code not in (0, _PACKAGE_CODE):
         raise TransportError(f"{template} could not {purpose} (exit code {code})")
+    return code == _PACKAGE_CODE, untrusted_output
 
 
 def _installed(known):

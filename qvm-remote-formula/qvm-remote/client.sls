@@ -14,6 +14,12 @@ qvm-remote-client-{{ template }}:
 {%-   endif %}
 {%- else %}
 {%-   import_yaml "qvm-remote/client.yaml" as client %}
+{%-   if salt["cmd.retcode"](client["is_package"], python_shell=true, ignore_retcode=true, output_loglevel="quiet") == 0 %}
+
+qvm-remote-client-package:
+  test.succeed_without_changes:
+    - name: The client here is a package, which is left alone
+{%-   else %}
 
 qvm-remote-client-command:
   file.managed:
@@ -55,4 +61,5 @@ qvm-remote-client-bytecode:
 {%-   for module in client["protocol"] %}
       - file: qvm-remote-client-protocol-{{ module }}
 {%-   endfor %}
+{%-   endif %}
 {%- endif %}

@@ -83,16 +83,17 @@ class Stand(Sim):
         self.put("/etc/salt/minion", json.dumps({**_MINION, "file_roots": {"base": FILE_ROOTS}}))
         self.put("/srv/pillar/top.sls", json.dumps({"base": {"dom0": ["qvm-remote"]}}))
 
-    def prepare_bare(self, templates, extra_binds=()):
+    def prepare_bare(self, templates, extra_binds=(), vm_binds=()):
         """Bring up a dom0 that has Salt, and never heard of qvm-remote.
 
         Args:
             templates: list of str.
             extra_binds: more paths to show in dom0.
+            vm_binds: paths to show in all VMs.
         """
         venv = os.path.dirname(os.path.dirname(sys.executable))
         salt = sorted({venv, sys.base_prefix} - {"/usr"})
-        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds], vm_binds=salt)
+        self.up(templates=templates, dom0_binds=[*salt, f"{venv}:{_SALT}", *extra_binds], vm_binds=[*salt, *vm_binds])
         for name in ("salt-call", "salt-minion"):
             # A virtual environment does not see dom0's Python library by itself.
             self.put(f"/usr/bin/{name}", f"#!/bin/sh\nPYTHONPATH={LIBRARY} exec {_SALT}/bin/python3 {_SALT}/bin/{name} \"$@\"\n", "0755")
