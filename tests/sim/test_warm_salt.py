@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""dom0's salt-call from a warm interpreter does what the plain one does; and dom0 has of the formula what its package installs."""
+"""dom0's salt-call from a warm interpreter does what the plain one does."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT
 from qubes_sim.stand import Stand
 
 
