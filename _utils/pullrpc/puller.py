@@ -63,11 +63,13 @@ class Finished:
         status: str, see :meth:`pullrpc.dom0.Dom0.execute`.
         result: (int, dict), as :meth:`pullrpc.dom0.Dom0.result` gives it, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
+        closed: bool, whether all that is to be recorded of it is.
     """
 
     status: str = ""
     result: tuple | None = None
     lost: str | None = None
+    closed: bool = False
 
 
 class Puller:
@@ -98,6 +100,8 @@ class Puller:
         self._outbox = {}
         #: Not before then is the outbox tried again, by the monotonic clock; 0 while the VM takes what it is given.
         self._deliver_after = 0.0
+        #: When the ledger is asked again what waits, by the monotonic clock; 0 while that is known.
+        self._find_after = 0.0
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
@@ -216,12 +220,25 @@ class Puller:
         self._uuid = await self._hub.uuid_of(self.vm)
         await self._look_who_it_is()
         await self._look_at_key()
-        waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
-        late = {cid: Finished(lost="the command ended, but its result waited too long for this qube and is gone") for cid in expired}
-        # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **late}
+        await self._find_results()
         for outflow in self._outflows.values():
             outflow.rewind()
+
+    async def _find_results(self):
+        """Have in the outbox whatever waits for this VM. A ledger that can't tell now is asked again; what is asked for meanwhile is
+        refused, with the reason.
+        """
+        try:
+            waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
+        except (LedgerError, AuditError) as err:
+            if not self._find_after:
+                self._hub.log(f"{self.vm}: the results that wait for it can't be told: {err}")
+            self._find_after = time.monotonic() + _DELIVER_AGAIN
+            return
+        self._find_after = 0.0
+        text = "the command ended, but its result waited too long for this qube and is gone"
+        # What ended in this moment is in the outbox already, and may be in no list.
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **{cid: Finished(lost=text, closed=True) for cid in expired}}
 
     async def _close(self):
         session, self._session = self._session, None
@@ -237,6 +254,8 @@ class Puller:
     async def _serve(self):
         config = self._config
         while not self.ending:
+            if self._find_after and time.monotonic() >= self._find_after:
+                await self._find_results()
             await self._deliver()
             self._stream()
             if self._config != config:
@@ -261,6 +280,8 @@ class Puller:
         wait = self._until_key_look()
         if self._outbox and not self._stranger:
             wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
+        if self._find_after:
+            wait = min(wait, max(0.0, self._find_after - time.monotonic()))
         await self._bell.wait(wait)
         if not self._polling.done():
             if self._until_key_look() <= 0:
@@ -528,7 +549,7 @@ class Puller:
                     self._outflows[cid].stopped = True
             return
         finally:
-            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].lost])
+            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
                 self._outbox.pop(cid, None)
                 self._outflows.pop(cid, None)
