@@ -549,28 +549,38 @@ class Dom0:
         return None
 
     def _key_of(self, vm, cid):
-        """The key that a request was signed with, whose client believes no other; the VM's present one if that can't be told."""
-        config = self.config.for_vm(vm)
+        """The key that a request which dom0 keeps was signed with."""
         try:
-            command, token_line, _ = self.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
+            command, token_line, _ = self.spool.load_request(vm, cid, self.config.for_vm(vm).command_max, TOKEN_MAX)
+        except PullError:
+            return self._key_or_none(vm)
+        return self._signer(vm, cid, command, token_line)
+
+    def _signer(self, vm, cid, command, token_line):
+        """The key that a request was signed with: its client believes no other. The VM's present one if that can't be told."""
+        try:
             token = parse_token(token_line)
             return next(key for key in self.keyring.held(vm) if token_matches(key, vm, cid, token, command))
-        except (PullError, StopIteration):
+        except (Refused, KeyringError, StopIteration):
             return self._key_or_none(vm)
 
-    def refusal(self, vm, cid, reason, is_proven=True):
+    def refusal(self, vm, cid, reason, is_proven=True, request=None):
         """Make the answer to a request that isn't accepted.
 
         Args:
             vm, cid: str.
             reason: str, one sentence.
             is_proven: bool, whether dom0 signs it.
+            request: (bytes, bytes), command and token line if they are at hand.
 
         Returns:
             (bytes, bytes): ``.err`` and ``.meta``.
         """
         err = _reason_line(reason)
-        return err, _meta(self._key_or_none(vm) if is_proven else None, cid, b"", err, EXIT_FAILED, "refused")
+        key = None
+        if is_proven:
+            key = self._signer(vm, cid, *request) if request else self._key_of(vm, cid)
+        return err, _meta(key, cid, b"", err, EXIT_FAILED, "refused")
 
     def expire(self, vm):
         """Give up results of a VM that waited too long.

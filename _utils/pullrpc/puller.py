@@ -365,15 +365,15 @@ class Puller:
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
             for cid, end in (await self._hub.call(self._accept_all, whole)).items():
-                await self._took(cid, end)
+                await self._took(cid, end, listed[cid])
         for cid, item in listed.items():
             if cid not in whole:
-                await self._took(cid, await self._accept_in_parts(cid, item))
+                await self._took(cid, await self._accept_in_parts(cid, item), item)
 
-    async def _took(self, cid, end):
+    async def _took(self, cid, end, item):
         """Go on with a command: ``end`` is None once it is on its way, a Refused, or an already known word."""
         if isinstance(end, Refused):
-            await self._refuse(cid, end)
+            await self._refuse(cid, end, item)
             return
         # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
         self._retry = _RETRY_FIRST
@@ -481,7 +481,7 @@ class Puller:
             if offset < size and len(piece) < self._session.fetch_max:
                 return
 
-    async def _refuse(self, cid, refused):
+    async def _refuse(self, cid, refused, item):
         await self._spend()
         if refused.code in ("token", "identity"):
             self._key_doubted = time.monotonic()
@@ -495,7 +495,8 @@ class Puller:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
         is_proven = refused.code not in _BEFORE_THE_TOKEN
-        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven)
+        request = (item.command, item.token) if item.command is not None else None
+        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven, request)
         self._asked = True
         async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
             continue
