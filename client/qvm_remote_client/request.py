@@ -293,6 +293,9 @@ class Request:
     def _check_patience(self, taken, waited, unconnected):
         if not taken and unconnected > _CONNECT_WAIT:
             self.give_up()
+            if connected(self._queue):
+                # It came while the request was taken back, and may have read it just before.
+                raise NoResult("dom0 connected in the very moment when the request was taken back; it is asked to cancel it, but the command may have run")
             raise NoResult(
                 f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and does not run any more. "
                 "Is qvm-remote running in dom0, and this qube authorized there?"

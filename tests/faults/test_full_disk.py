@@ -181,7 +181,11 @@ def test_without_notes_of_keys_vms_are_served_all_the_same(stand, cause):
     _mend(stand, NOTES, cause)
 
 
-@pytest.mark.parametrize(("path", "text"), [(STATE, "the ledger .* (readonly|unable)"), (AUDIT, "the audit log .*Read-only"), (RUN, "can't use /run/qvm-remote: Read-only")])
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [(STATE, "the ledger .* (readonly|unable)"), (AUDIT, "the audit log .*Read-only"), (RUN, "can't use /run/qvm-remote: Read-only")],
+    ids=["ledger", "audit", "run"],
+)
 def test_a_service_that_can_not_write_ends_with_one_line_and_begins_when_it_can(stand, path, text):
     stand.service.hold("running")
     key = _start(stand)
