@@ -48,3 +48,18 @@ def test_an_engine_whose_minion_is_killed_alone_ends_and_tells_the_clients(dom0)
     _check_interrupted(dom0, client, marker)
     dom0.kill_engine()
     dom0.start_engine()
+
+
+def test_an_engine_with_a_damaged_ledger_serves_nobody_until_that_was_set_aside(dom0):
+    dom0.stop_engine()
+    ledger = "/var/lib/qvm-remote/ledger.sqlite"
+    dom0.dom0("sh", "-c", f"rm -f {ledger}-*; echo garbage > {ledger}", check=True)
+    dom0.factory.start()
+    code, found = dom0.call("qvm_remote.ledger_check")
+    assert code == 0
+    assert len(found["problems"]) == 1
+    assert dom0.remote("-t", "5", "true", timeout=90).returncode == 125
+    code, found = dom0.call("qvm_remote.ledger_check", "set_aside=True")
+    assert (code, found["problems"]) == (0, [])
+    # The engine tries again by itself.
+    dom0.wait_served("work", "dev")
