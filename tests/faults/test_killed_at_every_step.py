@@ -90,38 +90,26 @@ def test_a_command_is_interrupted_by_the_key_that_it_was_signed_with(stand, step
 
 
 @pytest.mark.parametrize("step", _STEPS_OF_OTHERS)
-@pytest.mark.parametrize("who", ["agent", "qvm-run"])
-def test_a_session_is_cut(stand, who, step):
+def test_sessions_are_cut_at_either_end(stand, step):
     stand.service.hold(step)
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
-    if who == "agent":
-        stand.clients["work"].kill_agent()
-    else:
-        stand.service.order("kill-session work")
-        stand.service.wait_for("killed")
+    stand.clients["work"].kill_agent()
+    stand.service.order("kill-session dev")
+    stand.service.wait_for("killed")
     stand.service.order("go")
     assert {end.code for end in _finish(stand, keys)} == {7}
 
 
 @pytest.mark.parametrize("step", _STEPS_OF_OTHERS)
-def test_a_client_is_killed(stand, step):
+def test_clients_of_one_vm_and_all_of_another_one_are_killed(stand, step):
     stand.service.hold(step)
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
-    for key in keys["work"]:
-        stand.clients["work"].kill(key)
-    assert {end.code for end in stand.clients["work"].wait_ended(keys.pop("work")).values()} == {-9}
-    stand.service.order("go")
-    _finish(stand, {**keys, "work": []}, dead=["work"])
-
-
-@pytest.mark.parametrize("step", _STEPS_OF_OTHERS)
-def test_a_vm_is_killed(stand, step):
-    stand.service.hold(step)
-    keys = _start(stand, *_kinds_for(step))
-    stand.service.wait_for(f"at {step}")
+    for key in keys["dev"]:
+        stand.clients["dev"].kill(key)
+    assert {end.code for end in stand.clients["dev"].wait_ended(keys["dev"]).values()} == {-9}
     stand.power_cut("work")
     stand.service.order("go")
     stand.service.wait_for("connected work")
-    _finish(stand, keys, dead=["work"])
+    _finish(stand, {}, dead=["work", "dev"])
