@@ -44,6 +44,9 @@ _VERSION = 1
 ALL_VMS = ""
 #: How long to wait for another process's write, seconds.
 _BUSY_WAIT = 10
+#: Nobody removes a ledger, and has a service begin another one, in less time than this, seconds: so much younger may an id be that
+#: was made just before its ledger.
+_MAKING = 2
 #: What SQLite keeps beside its file while that is open.
 _LOG, _SHARED = "-wal", "-shm"
 
@@ -65,8 +68,7 @@ def open_file(path):
         if not os.path.lexists(path):
             if is_there(path):
                 raise LedgerDamaged(f"the ledger {path} is gone, and what was last written to it ({path}{_LOG}) is still there")
-            # An id of this very second can only have been claimed here.
-            make(path, int(time.time()) - 1)
+            make(path, int(time.time()) - _MAKING)
         _check_file(path)
         db = _connect(path)
         try:
@@ -219,7 +221,8 @@ def _salvage(path):
         (int, dict): time of the newest id, 0 if none can be read; and the rows of what VMs may not do any more.
     """
     newest, kept = 0, {"forgotten": [], "clock": []}
-    if not os.path.lexists(path):
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        # SQLite would remove the log of an empty file.
         return newest, kept
     try:
         with contextlib.closing(_connect(path)) as db:
