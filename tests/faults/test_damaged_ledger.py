@@ -9,6 +9,7 @@ import sqlite3
 import time
 
 import pytest
+from pullrpc import ledger_file
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import LedgerDamaged, LedgerError, Refused
@@ -232,19 +233,18 @@ def test_a_new_ledger_takes_no_id_from_before_it_was_made(dom0):
     assert dom0.verify(*_request())[1] is None
 
 
-def test_two_processes_that_make_the_ledger_at_once_use_the_same_one(settings, tmp_path):
-    path = str(tmp_path / "qvm-remote" / "ledger.sqlite")
-    for _ in range(10):
-        pids = []
-        for _ in range(3):
-            pid = os.fork()
-            if not pid:
-                try:
-                    os._exit(0 if Ledger(path).claim_all([("work", "20260101-000000-1-0badcafe", b"")])[0] else 1)
-                finally:
-                    os._exit(2)
-            pids.append(pid)
-        assert sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids) == [0, 1, 1]
-        assert [name for name in os.listdir(os.path.dirname(path)) if ".new." in name] == []
-        for name in os.listdir(os.path.dirname(path)):
-            os.unlink(os.path.join(os.path.dirname(path), name))
+def test_a_ledger_that_another_process_made_meanwhile_is_the_one(settings, monkeypatch):
+    path = os.path.join(settings["state_dir"], "ledger.sqlite")
+    claim = [("work", "20260101-000000-1-0badcafe", b"")]
+
+    def make_it_second(*args, make=ledger_file.make):
+        make(*args)
+        monkeypatch.undo()
+        other = Ledger(path)
+        assert other.claim_all(claim) == [True]
+        other.close()
+        make(*args)
+
+    monkeypatch.setattr(ledger_file, "make", make_it_second)
+    assert Ledger(path).claim_all(claim) == [False]
+    assert [name for name in os.listdir(settings["state_dir"]) if ".new." in name] == []
