@@ -163,6 +163,12 @@ def _rotate(dom0, vm):
         say(f"rotated not: {err}")
 
 
+def _hand(dom0, vm):
+    """Have the new key as the VM's, as if it had been seen there."""
+    dom0.keyring.handed(vm, dom0.keyring.staged(vm))
+    say("handed")
+
+
 def _align_audit(dom0, _, block=4096):
     """Have the audit log end with a block of the disk, so that there is no room left in that when the disk is full."""
     path, padding = dom0.config.audit_log, 0
@@ -214,6 +220,7 @@ def main():
         "stop": lambda _: service.stop(),
         "look": functools.partial(_look, dom0),
         "kill-session": functools.partial(_kill_session, dom0),
+        "hand": functools.partial(_hand, dom0),
         "rotate": functools.partial(_rotate, dom0),
         "align-audit": functools.partial(_align_audit, dom0),
         "age-ledger": functools.partial(_age_ledger, dom0),

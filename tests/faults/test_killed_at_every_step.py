@@ -79,6 +79,8 @@ def test_a_command_is_interrupted_by_the_key_that_it_was_signed_with(stand, step
     stand.service.wait_for(f"at {step}")
     stand.service.order("rotate work")
     stand.service.wait_for("rotated")
+    stand.service.order("hand work")
+    stand.service.wait_for("handed")
     service = stand.restart_service("delivering")
     # Its client has the key of before; dom0 has another one for this VM by now.
     service.wait_for("key-handed work")
