@@ -9,7 +9,8 @@
           vms:
             work: {}
 
-It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped.
+It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped; with a full disk, or a
+ledger that is damaged, until that is mended.
 SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
 SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second.
 
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 __virtualname__ = "qvm_remote"
 #: Another engine (or run_once) is at work: try again this often, seconds.
 _BUSY_RETRY = 2.0
+#: The disk is full, the ledger damaged, ...: look whether that was mended this often, seconds.
+_TROUBLE_RETRY = 15.0
 #: The minion that started us may die without a word: look this often, seconds.
 _PARENT_CHECK = 1.0
 #: How long a thread keeps the interpreter while another one wants it, seconds.
@@ -93,7 +96,7 @@ def start(**config):
 
 
 def _serve_until_stopped(config, signals, events):
-    waiting_logged = False
+    waiting_logged, trouble = False, None
     while not signals.is_set:
         if signals.is_idle:
             signals.wait(None)
@@ -105,10 +108,15 @@ def _serve_until_stopped(config, signals, events):
                 log.warning("%s; waiting for it to end", err)
             waiting_logged = True
             signals.wait(_BUSY_RETRY)
-        except pullrpc.errors.PullError as err:
+        except pullrpc.errors.ConfigError as err:
             # Ending would only make the minion start us again, and again.
             log.critical("qvm-remote serves nobody: %s. Mend that, then restart this minion", err)
             signals.wait(None)
+        except pullrpc.errors.PullError as err:
+            if str(err) != trouble:
+                log.critical("qvm-remote serves nobody: %s. It is tried again each %.0f s", err, _TROUBLE_RETRY)
+            trouble = str(err)
+            signals.wait(_TROUBLE_RETRY)
 
 
 def _make_service(config, signals, events):

@@ -1222,10 +1222,11 @@ def status(config=None):
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
         stranger: another qube than the one that has access under this name), ``asking`` (VM, id and time of the question that
-        dom0's user sees now, or None), ``ledger`` (``sound``, or what is wrong with it), ``commands`` (state to count; empty when the
-        ledger can't be read), ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there (fits, pending,
-        lost, altered), and ``access``: what that VM may have run; ``vms``: VM name to its session and figures, as
-        :func:`pullrpc.overview.overview` gives them, and ``recent``: since when these figures are.
+        dom0's user sees now, or None), ``ledger`` (``sound`` as far as that shows without looking at all of it, or what is wrong;
+        see :func:`ledger_check`), ``commands`` (state to count; empty when the ledger can't be read), ``keys`` as :func:`keys` gives
+        them, with ``in_vm``: what was last seen of the key there (fits, pending, lost, altered), and ``access``: what that VM may
+        have run; ``vms``: VM name to its session and figures, as :func:`pullrpc.overview.overview` gives them, and ``recent``: since
+        when these figures are.
 
     Raises:
         CommandExecutionError: the settings, the keys or the audit log can't be used.
@@ -1238,6 +1239,69 @@ def status(config=None):
     """
     with _told():
         return pullrpc.overview.overview(_dom0(config))
+
+
+def ledger_check(set_aside=False, config=None):
+    """Look at all of the ledger, which knows what has run. While it is damaged nothing runs: it may have forgotten a command.
+
+    Mend a disk that is full or can't be read first. Then a copy of the file from before the damage is no help: it does not know what
+    ran since. What helps is to stop the service, to set the damaged one aside (``set_aside=True``), and to start the service: the new
+    ledger takes no id from before it was made, so that nothing can be replayed. Clients that wait are told what is known of their
+    commands, and have to send again what was interrupted.
+
+    Args:
+        set_aside: if the ledger is damaged, put it away beside its place, under another name, and begin a new one.
+        config: settings (dict), default: the engine's.
+
+    Returns:
+        dict: ``ledger`` (its path), ``problems`` (sentences; with any, salt-call exits with an error under
+        ``--retcode-passthrough``), ``commands`` (state to count), ``next`` (what to type), ``set_aside`` (where the damaged one is
+        now, once that was done).
+
+    Raises:
+        CommandExecutionError: the settings can't be used; or it was to be set aside, and is sound, or an engine is at work.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local --retcode-passthrough -c /etc/qubes/remote qvm_remote.ledger_check
+        salt-call --local -c /etc/qubes/remote qvm_remote.ledger_check set_aside=True
+    """
+    with _told():
+        dom0 = _dom0(config)
+        found = _look_at_ledger(dom0)
+        if set_aside:
+            if not found["problems"]:
+                raise pullrpc.errors.LedgerError("the ledger is sound, and stays where it is")
+            with pullrpc.lock.EngineLock(dom0.config.run_dir):
+                aside = dom0.renew_ledger()
+            found = {**_look_at_ledger(dom0), "set_aside": aside}
+    if found["problems"]:
+        __context__["retcode"] = 1
+    return found
+
+
+def _look_at_ledger(dom0):
+    found = {"ledger": dom0.ledger_path, "problems": [], "commands": {}, "next": "nothing is to be done"}
+    try:
+        dom0.check_ledger()
+        ahead = dom0.ledger_ahead()
+        if ahead:
+            text = "by dom0's clock it was made {:.0f} s from now, and takes no id until then: mend dom0's clock, or set the ledger aside"
+            found["problems"] = [text.format(ahead)]
+        found["commands"] = dom0.ledger_counts() or {}
+    except pullrpc.errors.LedgerDamaged as err:
+        found["problems"] = [err.what]
+    except pullrpc.errors.LedgerError as err:
+        found.update(problems=[str(err)], next="mend that (is the disk full, or read-only?), and look again")
+        return found
+    if found["problems"]:
+        found["next"] = (
+            "systemctl stop qvm-remote.service; salt-call --local -c /etc/qubes/remote qvm_remote.ledger_check set_aside=True; "
+            "systemctl start qvm-remote.service"
+        )
+    return found
 
 
 def audit_verify(config=None):

@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 
-from . import __version__, sandbox
+from . import __version__, ledger_file, sandbox
 from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
-from .errors import AuditError, ConfigError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
+from .errors import AuditError, ConfigError, KeyringError, LedgerDamaged, LedgerError, PullError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_new, check_policy
 from .handover import Handover
 from .keyring import Keyring
@@ -28,7 +28,7 @@ from .ledger import CLAIMED, DONE, RUNNING, Ledger
 from .question import YES
 from .rates import Rates
 from .spool import ERR, META, OUT, Spool
-from .tokens import TOKEN_MAX, chunk_mac, fingerprint, make_meta
+from .tokens import TOKEN_MAX, chunk_mac, fingerprint, make_meta, parse_token, read_meta, token_matches
 from .transport import vms_with_tag
 from .validate import check_size
 
@@ -134,8 +134,13 @@ class Dom0:
         """
         with self._ledger_lock:
             if self._ledger is None:
-                self._ledger = Ledger(self._ledger_path())
+                self._ledger = Ledger(self.ledger_path)
             return self._ledger
+
+    @property
+    def ledger_path(self):
+        """Where the ledger is."""
+        return os.path.join(self.config.state_dir, "ledger.sqlite")
 
     def remembered(self, vm):
         """Count the finished commands of a VM that dom0 knows.
@@ -149,7 +154,7 @@ class Dom0:
         Raises:
             LedgerError: the ledger can't be read.
         """
-        return self.ledger.count_of(vm) if os.path.lexists(self._ledger_path()) else 0
+        return self.ledger.count_of(vm) if os.path.lexists(self.ledger_path) else 0
 
     def ledger_counts(self):
         """Count commands by state.
@@ -160,10 +165,58 @@ class Dom0:
         Raises:
             LedgerError: the ledger can't be read.
         """
-        return self.ledger.counts() if os.path.lexists(self._ledger_path()) else None
+        return self.ledger.counts() if os.path.lexists(self.ledger_path) else None
 
-    def _ledger_path(self):
-        return os.path.join(self.config.state_dir, "ledger.sqlite")
+    def check_ledger(self):
+        """Look whether the ledger is sound; a missing one is, and is not made.
+
+        Raises:
+            LedgerError: it is damaged, or can't be read.
+        """
+        if not ledger_file.is_there(self.ledger_path):
+            return
+        try:
+            self.ledger.check()
+        except LedgerDamaged:
+            # So that it is opened anew when it was set aside.
+            self._close_ledger()
+            raise
+
+    def ledger_ahead(self):
+        """Say how far before the making of the ledger dom0's clock is: it was set back since, by more than a ledger takes.
+
+        Returns:
+            float, seconds; 0 when it isn't, or there is no ledger.
+
+        Raises:
+            LedgerError: it can't be read.
+        """
+        if not os.path.lexists(self.ledger_path):
+            return 0.0
+        ahead = self.ledger.forgotten_before(ledger_file.ALL_VMS) - time.time()
+        return ahead if ahead > self.config.max_age else 0.0
+
+    def renew_ledger(self):
+        """Set a damaged ledger aside, and begin a new one that takes no id up to now. Not while an engine is at work.
+
+        Commands that were not delivered are told to their clients as what they are, as far as that is known, when an engine starts.
+
+        Returns:
+            str, where the damaged one is now; None when there was none.
+
+        Raises:
+            LedgerError: that can't be done; AuditError: it can't be recorded.
+        """
+        self._close_ledger()
+        unfinished = self.spool.kept()
+        self.audit.write("ledger-renewed", "-", sync=True, unfinished=len(unfinished))
+        return ledger_file.set_aside(self.ledger_path, unfinished)
+
+    def _close_ledger(self):
+        with self._ledger_lock:
+            if self._ledger is not None:
+                self._ledger.close()
+                self._ledger = None
 
     def verify(self, vm, untrusted_cid, untrusted_command, untrusted_token):
         """Decide whether a request may run; changes nothing.
@@ -438,7 +491,21 @@ class Dom0:
     def interrupt_queued(self, vm, cid):
         """Finish a command that was claimed and will not be started: the service stops."""
         if self.ledger.start(vm, cid):
-            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
+            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted", self._key_of(vm, cid))
+
+    def finish_lost(self, vm, cid, reason):
+        """Finish a command that has ended, and whose end could not be recorded then. Nothing is done if it is by now.
+
+        Args:
+            vm, cid: str.
+            reason: str, one sentence for its client, if there is no result.
+
+        Raises:
+            LedgerError, AuditError, SpoolError: it can't be recorded now either.
+        """
+        seen = self.ledger.state(vm, cid)
+        if seen and seen[0] in (CLAIMED, RUNNING):
+            self._finish_left(vm, cid, reason, "failed")
 
     def warm(self):
         """Have a supervisor wait for the first command.
@@ -455,31 +522,76 @@ class Dom0:
             list of (vm, cid), now waiting for delivery.
 
         Raises:
-            LedgerError: the ledger can't be read or written; AuditError: the audit log can't.
+            LedgerError: the ledger is damaged, or can't be read or written; AuditError: the audit log can't.
         """
+        self.check_ledger()
         left = self.ledger.unfinished()
         for vm, cid in left:
-            for part in (OUT, ERR, META):
-                self.spool.remove_part(vm, cid, part)
-            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted")
+            self._finish_left(vm, cid, _INTERRUPTED, "interrupted")
         self.spool.sweep(self.ledger.open_commands())
         self.ledger.prune(self.config.ledger_keep_days)
         self.audit.commands.prune(self.config.audit_commands_max, self.config.audit_keep_days)
         return left
 
-    def refusal(self, vm, cid, reason, is_proven=True):
+    def _finish_left(self, vm, cid, reason, status):
+        """Finish what does not run any more: by its result if that is all there, otherwise by why there is none."""
+        fields = self._result_left(vm, cid)
+        if fields:
+            self._record(vm, cid, int(fields["exit"]), fields["status"], 0.0)
+            return
+        for part in (OUT, ERR, META):
+            self.spool.remove_part(vm, cid, part)
+        self._finish_without_run(vm, cid, reason, status, self._key_of(vm, cid))
+
+    def _result_left(self, vm, cid):
+        """What ``.meta`` says, if it is there and fits the output: then the command had ended, and all but its row says so."""
+        try:
+            meta = b"".join(self.spool.chunks(vm, cid, META))
+            if not meta:
+                return None
+            digests = self.spool.digest(vm, cid, OUT), self.spool.digest(vm, cid, ERR)
+            for key in self.keyring.held(vm):
+                fields, authentic = read_meta(key, cid, *digests, meta)
+                if authentic:
+                    return fields
+        except (SpoolError, KeyringError):
+            # Whatever can't be read, or proven, is no result.
+            pass
+        return None
+
+    def _key_of(self, vm, cid):
+        """The key that a request which dom0 keeps was signed with."""
+        try:
+            command, token_line, _ = self.spool.load_request(vm, cid, self.config.for_vm(vm).command_max, TOKEN_MAX)
+        except PullError:
+            return self._key_or_none(vm)
+        return self._signer(vm, cid, command, token_line)
+
+    def _signer(self, vm, cid, command, token_line):
+        """The key that a request was signed with: its client believes no other. The VM's present one if that can't be told."""
+        try:
+            token = parse_token(token_line)
+            return next(key for key in self.keyring.held(vm) if token_matches(key, vm, cid, token, command))
+        except (Refused, KeyringError, StopIteration):
+            return self._key_or_none(vm)
+
+    def refusal(self, vm, cid, reason, is_proven=True, request=None):
         """Make the answer to a request that isn't accepted.
 
         Args:
             vm, cid: str.
             reason: str, one sentence.
             is_proven: bool, whether dom0 signs it.
+            request: (bytes, bytes), command and token line if they are at hand.
 
         Returns:
             (bytes, bytes): ``.err`` and ``.meta``.
         """
         err = _reason_line(reason)
-        return err, _meta(self._key_or_none(vm) if is_proven else None, cid, b"", err, EXIT_FAILED, "refused")
+        key = None
+        if is_proven:
+            key = self._signer(vm, cid, *request) if request else self._key_of(vm, cid)
+        return err, _meta(key, cid, b"", err, EXIT_FAILED, "refused")
 
     def expire(self, vm):
         """Give up results of a VM that waited too long.

@@ -38,6 +38,18 @@ class LedgerError(PullError):
     """The ledger can't be opened or written. Without it nothing runs: a replay could not be told."""
 
 
+class LedgerDamaged(LedgerError):
+    """The ledger is there and can't be believed. It may have forgotten what ran; only its owner can give it up.
+
+    Args:
+        message: what is wrong with it.
+    """
+
+    def __init__(self, message):
+        super().__init__(f"{message}; nothing runs. In dom0, qvm_remote.ledger_check says how to mend that")
+        self.what = message
+
+
 class SpoolError(PullError):
     """A request or result can't be kept on dom0's disk."""
 

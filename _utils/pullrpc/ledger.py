@@ -13,34 +13,16 @@ delivered again; it never makes one run.
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 import time
 
-from .errors import LedgerError
+from . import ledger_file
+from .errors import LedgerDamaged, LedgerError
 from .ids import cid_time
 
 CLAIMED, RUNNING, DONE, DELIVERED = "claimed", "running", "done", "delivered"
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS command (
-    vm TEXT NOT NULL,
-    cid TEXT NOT NULL,
-    token BLOB NOT NULL,
-    state TEXT NOT NULL,
-    exit INTEGER,
-    status TEXT,
-    claimed_at REAL NOT NULL,
-    done_at REAL,
-    PRIMARY KEY (vm, cid)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS clock (vm TEXT NOT NULL, until INTEGER NOT NULL, latest REAL NOT NULL, PRIMARY KEY (vm, until)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS forgotten (vm TEXT PRIMARY KEY, before INTEGER NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
-"""
-#: How long to wait for another process's write, seconds.
-_BUSY_WAIT = 10
 #: How much later it must be before the clock is noted again, seconds.
 _CLOCK_STEP = 10
 
@@ -52,35 +34,30 @@ class Ledger:
         path: str, the database file; its folder is created 0700.
 
     Raises:
-        LedgerError: it can't be opened, is damaged, or is not ours alone.
+        LedgerDamaged: it is damaged; LedgerError: it can't be opened, or is not ours alone.
     """
 
     def __init__(self, path):
         self._lock = threading.Lock()
         self._tickets = []
         self._tickets_lock = threading.Lock()
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            info = os.fstat(fd)
-            os.close(fd)
-            if info.st_uid != os.geteuid() or info.st_mode & 0o077:
-                raise LedgerError(f"{path} must belong to root, mode 0600")
-            self._db = sqlite3.connect(path, timeout=_BUSY_WAIT, isolation_level=None, check_same_thread=False)
-            mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            if mode != "wal":
-                raise LedgerError(f"{path}: this file system can't hold the ledger safely (no WAL)")
-            self._db.executescript(_SCHEMA)
-        except OSError as err:
-            raise LedgerError(f"can't open the ledger {path}: {err.strerror}") from err
-        except sqlite3.Error as err:
-            raise LedgerError(f"can't open the ledger {path}: {err}") from err
+        self._db = ledger_file.open_file(path)
 
     def close(self):
         """Close the database."""
         with self._lock:
             self._db.close()
+
+    def check(self):
+        """Look at all of it.
+
+        Raises:
+            LedgerDamaged: something in it is wrong; it may have forgotten what ran.
+        """
+        with self._guarded():
+            found = ledger_file.problems(self._db)
+        if found:
+            raise LedgerDamaged(f"the ledger is damaged ({'; '.join(found)})")
 
     def state(self, vm, cid):
         """Look a command up.
@@ -326,20 +303,20 @@ class Ledger:
             return self._db.execute("SELECT count(*) FROM command WHERE vm = ? AND state IN (?, ?)", (vm, DONE, DELIVERED)).fetchone()[0]
 
     def forgotten_before(self, vm):
-        """Say up to when a VM's ids are not taken because it was forgotten.
+        """Say up to when a VM's ids are not taken: it was forgotten then, or this ledger was made.
 
         Args:
             vm: str.
 
         Returns:
-            int, seconds since the epoch; 0 when it never was.
+            int, seconds since the epoch; 0 in a ledger that is older than this rule.
 
         Raises:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            row = self._db.execute("SELECT before FROM forgotten WHERE vm = ?", (vm,)).fetchone()
-        return row[0] if row else 0
+            row = self._db.execute("SELECT max(before) FROM forgotten WHERE vm IN (?, ?)", (vm, ledger_file.ALL_VMS)).fetchone()
+        return row[0] or 0
 
     def saw_clock(self, vm, until, now):
         """Note what dom0's clock shows while a VM has access for a time.
@@ -383,6 +360,8 @@ class Ledger:
             try:
                 yield
             except sqlite3.Error as err:
+                if ledger_file.is_damage(err):
+                    raise LedgerDamaged(f"the ledger is damaged ({err})") from err
                 raise LedgerError(f"the ledger failed ({err}); nothing runs without it") from err
 
 

@@ -63,11 +63,13 @@ class Finished:
         status: str, see :meth:`pullrpc.dom0.Dom0.execute`.
         result: (int, dict), as :meth:`pullrpc.dom0.Dom0.result` gives it, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
+        closed: bool, whether all that is to be recorded of it is.
     """
 
     status: str = ""
     result: tuple | None = None
     lost: str | None = None
+    closed: bool = False
 
 
 class Puller:
@@ -98,6 +100,8 @@ class Puller:
         self._outbox = {}
         #: Not before then is the outbox tried again, by the monotonic clock; 0 while the VM takes what it is given.
         self._deliver_after = 0.0
+        #: When the ledger is asked again what waits, by the monotonic clock; 0 while that is known.
+        self._find_after = 0.0
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
@@ -225,12 +229,25 @@ class Puller:
         self._uuid = await self._hub.uuid_of(self.vm)
         await self._look_who_it_is()
         await self._look_at_key()
-        waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
-        late = {cid: Finished(lost="the command ended, but its result waited too long for this qube and is gone") for cid in expired}
-        # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **late}
+        await self._find_results()
         for outflow in self._outflows.values():
             outflow.rewind()
+
+    async def _find_results(self):
+        """Have in the outbox whatever waits for this VM. A ledger that can't tell now is asked again; what is asked for meanwhile is
+        refused, with the reason.
+        """
+        try:
+            waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
+        except (LedgerError, AuditError) as err:
+            if not self._find_after:
+                self._hub.log(f"{self.vm}: the results that wait for it can't be told: {err}")
+            self._find_after = time.monotonic() + _DELIVER_AGAIN
+            return
+        self._find_after = 0.0
+        text = "the command ended, but its result waited too long for this qube and is gone"
+        # What ended in this moment is in the outbox already, and may be in no list.
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **{cid: Finished(lost=text, closed=True) for cid in expired}}
 
     async def _close(self):
         session, self._session = self._session, None
@@ -246,6 +263,8 @@ class Puller:
     async def _serve(self):
         config = self._config
         while not self.ending:
+            if self._find_after and time.monotonic() >= self._find_after:
+                await self._find_results()
             await self._deliver()
             self._stream()
             if self._config != config:
@@ -270,6 +289,8 @@ class Puller:
         wait = self._until_key_look()
         if self._outbox and not self._stranger:
             wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
+        if self._find_after:
+            wait = min(wait, max(0.0, self._find_after - time.monotonic()))
         await self._bell.wait(wait)
         if not self._polling.done():
             if self._until_key_look() <= 0:
@@ -353,15 +374,15 @@ class Puller:
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
             for cid, end in (await self._hub.call(self._accept_all, whole)).items():
-                await self._took(cid, end)
+                await self._took(cid, end, listed[cid])
         for cid, item in listed.items():
             if cid not in whole:
-                await self._took(cid, await self._accept_in_parts(cid, item))
+                await self._took(cid, await self._accept_in_parts(cid, item), item)
 
-    async def _took(self, cid, end):
+    async def _took(self, cid, end, item):
         """Go on with a command: ``end`` is None once it is on its way, a Refused, or an already known word."""
         if isinstance(end, Refused):
-            await self._refuse(cid, end)
+            await self._refuse(cid, end, item)
             return
         # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
         self._retry = _RETRY_FIRST
@@ -469,7 +490,7 @@ class Puller:
             if offset < size and len(piece) < self._session.fetch_max:
                 return
 
-    async def _refuse(self, cid, refused):
+    async def _refuse(self, cid, refused, item):
         await self._spend()
         if refused.code in ("token", "identity"):
             self._key_doubted = time.monotonic()
@@ -483,7 +504,8 @@ class Puller:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
         is_proven = refused.code not in _BEFORE_THE_TOKEN
-        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven)
+        request = (item.command, item.token) if item.command is not None else None
+        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven, request)
         self._asked = True
         async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
             continue
@@ -537,7 +559,7 @@ class Puller:
                     self._outflows[cid].stopped = True
             return
         finally:
-            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].lost])
+            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
                 self._outbox.pop(cid, None)
                 self._outflows.pop(cid, None)

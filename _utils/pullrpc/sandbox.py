@@ -10,6 +10,7 @@ dom0 authorizes, it trusts.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import itertools
 import logging
 import os
@@ -29,6 +30,9 @@ _EXIT_TIMEOUT, _EXIT_CANCELLED = 124, 130
 _BACKSTOP = 10.0
 #: How long the removal of the command's folder may hold up its result, seconds.
 _CLEAN_WAIT = 5.0
+#: How long the supervisors of a dead engine may take to end their commands, and how long the kernel may, seconds.
+_ORPHANS_WAIT, _KILLED_WAIT = 5.0, 5.0
+_LOOK_EVERY = 0.01
 _ENDED_FROM_OUTSIDE = "the sandbox was ended from outside; the command was killed with it"
 #: So that what is said of one command is never taken for another's.
 _numbers = itertools.count(1)
@@ -182,7 +186,7 @@ def close_idle():
 
 
 def sweep(run_dir):
-    """Remove what a dead engine's sandboxes left; called while no other engine can be at work.
+    """Remove what a dead engine's sandboxes left; called while no other engine can be at work. On return none of its commands runs.
 
     Args:
         run_dir: str.
@@ -191,13 +195,58 @@ def sweep(run_dir):
         int, how many there were.
 
     Raises:
-        SandboxError: the folder can't be used.
+        SandboxError: the folder can't be used, or a command can't be ended.
     """
     jobs = _jobs_folder(run_dir)
+    _end_supervisors(jobs)
     left = {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(jobs)}
     for name in left:
+        vm, *cid = name.rsplit("-", 4)
+        _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
         _remove_job(jobs, name)
     return len(left)
+
+
+def _end_supervisors(jobs):
+    """Wait until no supervisor has a command: each holds the folder while it does, and ends its command when its engine is gone."""
+    fd = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for wait in (_ORPHANS_WAIT, _KILLED_WAIT):
+            deadline = time.monotonic() + wait
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    time.sleep(_LOOK_EVERY)
+            # One that was stopped, say. What it started is found by its environment.
+            for pid in _holders(os.fstat(fd)):
+                _kill(pid)
+    finally:
+        os.close(fd)
+    raise SandboxError("a command of the service before can't be ended, so that nobody may be told that it was")
+
+
+def _holders(info):
+    """The processes that hold a folder, as the kernel lists them."""
+    place = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
+    with open("/proc/locks", encoding="ascii") as file:
+        rows = [line.split() for line in file]
+    # Who waits for a lock is listed with an arrow, and not meant; whoever is in another namespace has number 0 or -1.
+    return [int(row[4]) for row in rows if row[1] == "FLOCK" and row[5] == place and int(row[4]) > 0]
+
+
+def _kill_marked(env, *sessions):
+    """Kill all processes that have the environment of a command, or are of its session, and whom they start meanwhile."""
+    marks = {f"{name}={env[name]}".encode() for name in ("QVM_REMOTE_VM", "QVM_REMOTE_ID")}
+    deadline = time.monotonic() + _KILLED_WAIT
+    while time.monotonic() < deadline:
+        found = [pid for pid, _, _, session in supervisor.processes() if pid != os.getpid() and (session in sessions or _has_environment(pid, marks))]
+        for pid in found:
+            _kill(pid)
+        if not found:
+            return
+        time.sleep(_LOOK_EVERY)
 
 
 class _Broken(Exception):
@@ -322,11 +371,7 @@ class Handle:
     def _give_up(self):
         """Kill what a broken supervisor left: its unit, the command's session, and whoever left it but has the command's environment."""
         self._slot.kill()
-        env = self._spec["env"]
-        marks = {f"{name}={env[name]}".encode() for name in ("QVM_REMOTE_VM", "QVM_REMOTE_ID")}
-        for pid, _, _, session in supervisor.processes():
-            if pid != os.getpid() and (session == self._pid or _has_environment(pid, marks)):
-                _kill(pid)
+        _kill_marked(self._spec["env"], self._pid)
         _remove_job(self._spec["jobs"], self._spec["name"])
 
 

@@ -99,6 +99,8 @@ class Slot:
         except OSError as err:
             raise SandboxError(f"the sandbox could not be started: {err.strerror}") from err
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        #: The supervisor's, once it has said so: what was started may be systemd's program for it.
+        self._pid = None
         os.set_blocking(self._stdin.fileno(), False)
         self._poller = select.poll()
         self._poller.register(self._stdout.fileno(), select.POLLIN)
@@ -141,6 +143,13 @@ class Slot:
         Returns:
             dict; None: nothing came in time, it has ended, or this is nothing that a supervisor says.
         """
+        while True:
+            report = self._next_report(deadline)
+            if report is None or "supervisor" not in report:
+                return report
+            self._pid = report["supervisor"]
+
+    def _next_report(self, deadline):
         while b"\n" not in self._buffer:
             if not self._poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 return None
@@ -164,12 +173,25 @@ class Slot:
         return b"\n" in self._buffer
 
     def is_well(self):
-        """Say whether an idle slot can be used: it lives, and says nothing that it wasn't asked.
+        """Say whether an idle slot can be used: it lives, was not stopped, and says nothing that it wasn't asked.
 
         Returns:
             bool
         """
-        return not self._buffer and not self._poller.poll(0)
+        says = self._poller.poll(0)
+        if says and self._pid is None:
+            if self.next_report(0) is not None:
+                return False
+            says = self._poller.poll(0)
+        return not self._buffer and not says and not self.is_stopped()
+
+    def is_stopped(self):
+        """Say whether somebody has stopped the supervisor (SIGSTOP, or a debugger): it will not hear a command.
+
+        Returns:
+            bool; False while it is not known which process it is.
+        """
+        return self._pid is not None and supervisor.state(self._pid) in (b"T", b"t")
 
     def has_ended(self):
         """Say whether the supervisor is gone.
@@ -241,7 +263,11 @@ class Pool:
                 return Slot(backend, limits)
             if slot.is_well():
                 return slot
-            self.retire(slot)
+            if slot.is_stopped():
+                # It would not hear that it is to end either.
+                slot.kill()
+            else:
+                self.retire(slot)
 
     def put(self, slot):
         """Take a slot back that can serve another command.

@@ -66,6 +66,8 @@ class Service:
         self._to_close = []
         self._uuids_wanted = {}
         self._looking_up = False
+        #: Commands that have ended, and whose end could not be recorded: why their VMs get no result; and those whose VMs know.
+        self._lost, self._lost_told = {}, set()
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
@@ -177,6 +179,8 @@ class Service:
         Args:
             results: list of (vm, cid).
         """
+        self._lost_told.update(self._lost.keys() & set(results))
+        results = [one for one in results if one not in self._lost_told]
         self._to_close += results
         if results and len(self._to_close) == len(results):
             self.spawn(self._close_deliveries())
@@ -210,7 +214,7 @@ class Service:
         swept = sandbox.sweep(self.dom0.config.run_dir)
         left = self.dom0.recover()
         if swept or left:
-            self.log(f"the last service ended early: {len(left)} commands were interrupted, {swept} sandboxes removed")
+            self.log(f"the last service ended early: {len(left)} commands of it were closed, {swept} sandboxes removed")
         self._warm()
 
     def _warm(self):
@@ -247,6 +251,7 @@ class Service:
                     looked = time.monotonic()
                     await self._look_who_runs()
                 await self._discover()
+                await self._record_lost()
                 await self._bell.wait(min(interval, watcher.next_look(looked, interval) - time.monotonic()))
         finally:
             await watcher.stop()
@@ -264,6 +269,7 @@ class Service:
                 outcome[vm] = str(err)
         # What a VM that broke off had claimed runs to its end under our lock.
         await self._wait_all()
+        await self._record_lost()
         return outcome
 
     def _on_wake(self):
@@ -345,7 +351,9 @@ class Service:
             end = Finished(status=outcome["status"], result=self._small_result(vm, cid))
         except Exception as err:  # noqa: BLE001 - whatever it is, a thread that dies would take the answer with it
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
-            end = Finished(lost=f"the command was taken, but its end is not known: {err}")
+            reason = f"the command was taken, but its end could not be recorded: {err}"
+            self._lost[vm, cid] = reason
+            end = Finished(lost=reason)
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, end)
 
@@ -363,6 +371,21 @@ class Service:
             self._loop.call_soon_threadsafe(self._bell.ring)
         except RuntimeError:
             return
+
+    async def _record_lost(self):
+        """Record the ends that could not be recorded, now that there may be room for it."""
+        for (vm, cid), reason in list(self._lost.items()):
+            try:
+                await self.call(self.dom0.finish_lost, vm, cid, reason)
+            except PullError:
+                # It was said when it happened.
+                return
+            del self._lost[vm, cid]
+            if (vm, cid) in self._lost_told:
+                self._lost_told.remove((vm, cid))
+                self.close_deliveries([(vm, cid)])
+            else:
+                self._tell("finished", vm, cid, Finished())
 
     def _small_result(self, vm, cid):
         """A result that is worth keeping at hand until it is delivered; None for another one."""
@@ -407,6 +430,7 @@ class Service:
         if not await self.call(self.lines.wait_idle, self.dom0.config.stop_grace):
             await self.call(self.dom0.interrupt_running)
             await self.call(self.lines.wait_idle, _KILL_WAIT)
+        await self._record_lost()
         for puller in pullers:
             puller.ending = True
             puller.wake()

@@ -86,10 +86,17 @@ class Spool:
         Args:
             known: set of (vm, cid) whose files are kept.
         """
-        for vm in _names(self._folder):
-            for cid in _names(os.path.join(self._folder, vm)):
-                if (vm, cid) not in known:
-                    shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+        for vm, cid in self.kept():
+            if (vm, cid) not in known:
+                self.remove(vm, cid)
+
+    def kept(self):
+        """List the commands of which something is kept.
+
+        Returns:
+            list of (vm, cid)
+        """
+        return [(vm, cid) for vm in _names(self._folder) for cid in _names(os.path.join(self._folder, vm))]
 
     def store_request(self, vm, cid, command, token_line):
         """Keep an authenticated request.

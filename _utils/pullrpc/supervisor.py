@@ -66,6 +66,7 @@ def main():
         # The last one: this Python knows of no os.pidfd_open.
         _report({"broken": str(err)})
         os._exit(1)
+    _report({"supervisor": os.getpid()})
     # Inherited by every command, and not to be changed from there.
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -83,6 +84,8 @@ def _serve(line, spec, oom_score, niceness):
     number, name = spec["number"], spec["name"]
     # Opened now: whatever the command mounts over that path later, this is still the folder that the engine made.
     jobs = os.open(spec["jobs"], _DIRECTORY)
+    # Until it is closed, no other engine tells anybody that this command was interrupted.
+    fcntl.flock(jobs, fcntl.LOCK_SH)
     supervision = Supervision(line, spec, oom_score)
     try:
         report = supervision.run()
@@ -541,6 +544,23 @@ def descendants(root):
     for process in found:
         found.extend(children.get(process[0], ()))
     return found
+
+
+def state(pid):
+    """What a process does, as the kernel has it.
+
+    Args:
+        pid: int.
+
+    Returns:
+        bytes, one letter: ``T`` for stopped, ``Z`` for dead, ...; empty when there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            stat = file.read(1024)
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+    return stat[stat.rfind(b")") + 2 :][:1]
 
 
 def start_time(pid):

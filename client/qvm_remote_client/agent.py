@@ -265,8 +265,8 @@ class Agent:
     def _result(self, request, payload):
         """Complete a result. dom0 says so again if it did not see the answer."""
         cid = _checked(request["id"])
-        if not request["inline"] and not any(map(os.path.lexists, (self._queue.running(cid), self._queue.pending(cid)))):
-            # The request is gone: all was done the first time, and the client may have taken it.
+        if not any(map(os.path.lexists, (self._queue.running(cid), self._queue.pending(cid)))):
+            # The request is gone: all was done the first time, and the client may have taken it; or the client gave up.
             self._forget_request(cid)
             return {}, b""
         start = 0
@@ -282,7 +282,9 @@ class Agent:
                 _check_whole(path, size)
         write_whole(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
         self._forget_request(cid)
-        knock(self._queue.bell(cid))
+        if not knock(self._queue.bell(cid)):
+            # Its client was killed, and can't take it away.
+            forget(self._queue.bell(cid))
         return {}, b""
 
     def _drop(self, request, payload):
@@ -345,8 +347,15 @@ class Agent:
                     continue
                 half_written = entry.name.startswith(".") and age > 86400 and not self._runs(entry.name[1:])
                 unfetched = folder != self._queue.pending() and age > _RESULTS_KEPT
-                if (half_written or unfetched) and not entry.is_dir(follow_symlinks=False):
+                # Of a client that was killed just before it put its command there.
+                alone = folder == self._queue.pending() and age > 86400 and self._is_alone(entry.name)
+                if (half_written or unfetched or alone) and not entry.is_dir(follow_symlinks=False):
                     forget(entry.path)
+
+    def _is_alone(self, name):
+        """Whether a name is that of a part of a request that lacks its command."""
+        cid, dot, _ = name.partition(".")
+        return bool(dot) and not any(map(os.path.lexists, (self._queue.pending(cid), self._queue.running(cid))))
 
     def _runs(self, name):
         """Whether a name begins with the id of a command that dom0 has: what that wrote long ago is still wanted."""

@@ -341,6 +341,9 @@ class Request:
             raise NoAnswer(f"dom0 did not answer within {self._patience} s; the request was taken back")
         if not taken and unconnected > _CONNECT_WAIT:
             self.give_up()
+            if connected(self._queue):
+                # It came while the request was taken back, and may have read it just before.
+                raise NoResult("dom0 connected in the very moment when the request was taken back; it is asked to cancel it, but the command may have run")
             raise NoResult(
                 f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and does not run any more. "
                 "Is qvm-remote running in dom0 (sudo systemctl start qvm-remote), and this qube authorized there? See: qvm-remote ping"

@@ -5,6 +5,8 @@ import ast
 import hmac
 import os
 
+import pullrpc.dom0
+import pullrpc.lock
 import pytest
 import salt.config
 import salt.loader
@@ -68,6 +70,31 @@ def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, setti
     allowed = {**settings, "vms": {"work": {"accept_v1": True}}}
     assert loaders.modules.qvm_remote.verify("work", cid, "hostname", token, config=allowed)["verified"] is True
     assert loaders.modules.qvm_remote.verify("work", new_cid(), "hostname", token, config=allowed)["verified"] is False
+
+
+def test_ledger_check_says_what_is_wrong_and_sets_it_aside_when_told_to(loaders, settings, key):
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    path = os.path.join(settings["state_dir"], "ledger.sqlite")
+    assert loaders.modules.qvm_remote.ledger_check(config=settings)["problems"] == []
+    assert loaders.modules.qvm_remote.status(config=settings)["ledger"] == "sound"
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="is sound, and stays"):
+        loaders.modules.qvm_remote.ledger_check(set_aside=True, config=settings)
+    pullrpc.dom0.shared(settings)._close_ledger()
+    with open(path, "r+b") as file:
+        file.write(b"garbage" * 100)
+    found = loaders.modules.qvm_remote.ledger_check(config=settings)
+    assert (found["ledger"], len(found["problems"])) == (path, 1)
+    assert "set_aside=True" in found["next"]
+    shown = loaders.modules.qvm_remote.status(config=settings)
+    assert "qvm_remote.ledger_check" in shown["ledger"]
+    assert shown["commands"] == {}
+    with pullrpc.lock.EngineLock(settings["run_dir"]), pytest.raises(salt.exceptions.CommandExecutionError, match="is at work"):
+        loaders.modules.qvm_remote.ledger_check(set_aside=True, config=settings)
+    found = loaders.modules.qvm_remote.ledger_check(set_aside=True, config=settings)
+    assert (found["problems"], found["next"]) == ([], "nothing is to be done")
+    with open(found["set_aside"], "rb") as file:
+        assert file.read(7) == b"garbage"
+    assert loaders.modules.qvm_remote.status(config=settings)["ledger"] == "sound"
 
 
 def test_execute_runs_nothing_that_was_not_claimed(loaders, settings, key):

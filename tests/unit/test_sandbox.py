@@ -15,7 +15,7 @@ import time
 import types
 
 import pytest
-from pullrpc import sandbox, sandbox_slots
+from pullrpc import sandbox, sandbox_slots, supervisor
 from pullrpc.errors import SandboxError
 
 _MIB = 1 << 20
@@ -93,6 +93,11 @@ def is_alive(pid):
             return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except OSError:
         return False
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: supervisor.state(pid) == b"T")
 
 
 def eventually(check, seconds=20):
@@ -462,6 +467,31 @@ def test_sweep_removes_and_counts_what_a_dead_engine_left(box):
     assert (sandbox.sweep(box.run_dir), box.left()) == (1, [])
 
 
+#: An engine that starts a command, says which processes there are (supervisor, command, one that left its group), and dies.
+_DYING_ENGINE = """
+import os, signal, sys, time; sys.path[:0] = {path!r}
+from pullrpc import sandbox
+limits = sandbox.Limits({run_dir!r}, 1024, 1 << 30, 64, 100, 256, {search!r})
+text = "setsid sleep 600 & echo $PPID $$ $! > {folder}/pids.new; mv {folder}/pids.new {folder}/pids; wait"
+sandbox.start(sandbox.Job("work-2", "20260101-000000-1-0000dead", ("/bin/bash", "-c", text), None, None, "{folder}/o", "{folder}/e", 600), limits)
+while not os.path.exists("{folder}/pids"):
+    time.sleep(0.01)
+supervisor = int(open("{folder}/pids").read().split()[0])
+os.kill(supervisor, {signum})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL])
+def test_no_command_of_a_dead_engine_runs_when_its_sandboxes_were_swept(box, signum, monkeypatch):
+    monkeypatch.setattr(sandbox, "_ORPHANS_WAIT", 0.5 if signum == signal.SIGSTOP else 20)
+    program = _DYING_ENGINE.format(path=sys.path, run_dir=box.run_dir, search=_PATH, folder=box.folder, signum=int(signum))
+    subprocess.run([sys.executable, "-c", program], check=False)
+    pids = [int(word) for word in read(box.folder / "pids").split()]
+    sandbox.sweep(box.run_dir)
+    assert not any(map(is_alive, pids[1:])) and box.left() == []
+
+
 @pytest.fixture
 def fake_systemd(box, monkeypatch):
     """Stand-ins for systemd's programs, which note their arguments; gives a function that reads the notes."""
@@ -661,6 +691,23 @@ def test_close_idle_ends_the_slots_and_a_later_command_has_a_new_one(box):
     sandbox.close_idle()
     assert not os.path.exists(f"/proc/{slot}")
     assert box.slot() != slot
+
+
+@in_unit_too
+def test_slot_that_was_stopped_is_seen_before_it_is_given_a_command(box):
+    slot = box.slot()
+    stop(slot)
+    other = box.slot(timeout=5)
+    assert other != slot and not is_alive(slot)
+
+
+def test_slot_that_was_stopped_before_its_first_command_is_seen(box):
+    sandbox.close_idle()
+    sandbox.warm(box.limits())
+    slot = sandbox_slots.pool()._idle[-1]
+    assert eventually(lambda: slot.is_well() and slot._pid)
+    stop(slot._pid)
+    assert box.slot(timeout=5) != slot._pid
 
 
 def test_warm_slot_is_there_before_its_command(box):

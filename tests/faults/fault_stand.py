@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A simulator in which everybody may die: the real service and the real clients and agents, without Salt, which would take
+seconds for each start. And what must be true of all commands afterwards, whoever died when.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+from pullrpc.package import client_files
+from qubes_sim.handle import Sim
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(os.path.dirname(_HERE))
+_IN_DOM0 = "/usr/lib/qvm-remote-service"
+#: Longest that anything may take before a test gives up, seconds.
+PATIENCE = 60
+STATE, AUDIT, KEYS = "/var/lib/qvm-remote", "/var/log/qvm-remote", "/etc/qubes/remote.d"
+_SETTINGS = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "syslog": False}
+#: Tells each time that it goes on, and ends with 7.
+_BEATS = "for i in {}; do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> /var/tmp/ran; sleep 0.05; done; "
+#: Name to the words of a client, its stdin, and the output that its command has.
+KINDS = {
+    "short": (["-n", _BEATS.format("1") + "echo done; exit 7"], "", "done\n"),
+    "beats": (["-n", "echo begun; " + _BEATS.format("1 2 3 4 5 6") + "echo done; exit 7"], "", "begun\ndone\n"),
+    "stdin": ([_BEATS.format("1") + "wc -c; exit 7"], "x" * 300_000, "300000\n"),
+    "large": (["-n", _BEATS.format("1") + "head -c 700000 /dev/zero | tr '\\0' y; exit 7"], "", "y" * 700_000),
+}
+
+Ended = collections.namedtuple("Ended", "vm kind code out err at cid")
+
+
+class _Lines:
+    """A program in a domain that takes orders and answers by lines."""
+
+    def __init__(self, process):
+        self.process = process
+        self._lines = queue.Queue()
+        self.seen = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self._lines.put(line.decode("utf-8").rstrip("\n"))
+        self._lines.put(None)
+
+    def order(self, text):
+        """Tell it something; it may be dead."""
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.write(text.encode("ascii") + b"\n")
+            self.process.stdin.flush()
+
+    def next_line(self, seconds=PATIENCE):
+        """What it says next; None when it has ended."""
+        line = self._lines.get(timeout=seconds)
+        if line is not None:
+            self.seen.append(line)
+        return line
+
+    def waiting_lines(self):
+        """What it has said meanwhile."""
+        lines = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                line = self._lines.get_nowait()
+                if line is not None:
+                    lines.append(line)
+        self.seen += lines
+        return lines
+
+    def wait_for(self, *beginnings):
+        """What it says that begins like one of these; what comes before is in ``seen``."""
+        while True:
+            line = self.next_line()
+            assert line is not None, f"it ended; it had said: {self.seen[-20:]}"
+            if line.startswith(beginnings):
+                return line
+
+    def end(self):
+        """Have it closed and waited for."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait(PATIENCE)
+
+
+class Service(_Lines):
+    """The service; see service_process."""
+
+    def look(self):
+        """What there is of commands in dom0."""
+        self.order("look")
+        return json.loads(self.wait_for("{"))
+
+    def hold(self, step):
+        """Stop it at a step, the next time it comes there."""
+        self.order(f"hold {step}")
+
+    def kill(self):
+        """Kill -9."""
+        self.order("die")
+        self.process.wait(PATIENCE)
+
+    def stop(self):
+        """Stop it in an orderly way."""
+        self.order("stop")
+        self.wait_for("stopped")
+        self.process.wait(PATIENCE)
+
+
+class Clients(_Lines):
+    """The clients of a VM; see clients_in_vm."""
+
+    def __init__(self, stand, vm):
+        program = "/usr/lib/qvm-remote-clients/clients_in_vm.py"
+        super().__init__(stand.popen_vm(vm, "/usr/bin/python3", "-IS", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        self.vm = vm
+        self.kinds = {}
+
+    def start(self, key, kind, words=None, stdin=None, through=()):
+        """Start a client."""
+        self.kinds[key] = kind
+        known = KINDS.get(kind, ((), "", ""))
+        self.order(json.dumps({"start": key, "words": known[0] if words is None else words, "stdin": known[1] if stdin is None else stdin, "through": through}))
+
+    def kill(self, key):
+        """Kill a client."""
+        self.order(json.dumps({"kill": key}))
+
+    def kill_agent(self):
+        """Kill the agent."""
+        self.order('{"do": "kill-agent"}')
+        return self.wait_for('{"killed"')
+
+    def take_ended(self, line):
+        """Read an answer: (key, Ended)."""
+        found = json.loads(line)
+        key = found["ended"]
+        cid = found["err"].partition("qvm-remote: sent ")[2].partition(" ")[0]
+        return key, Ended(self.vm, self.kinds[key], found["code"], found["out"], found["err"], found["at"], cid)
+
+    def wait_ended(self, keys):
+        """Wait for the ends of some clients: dict of key to Ended."""
+        ended = {}
+        while set(ended) < set(keys):
+            key, end = self.take_ended(self.wait_for('{"ended"'))
+            ended[key] = end
+        return ended
+
+    def look(self):
+        """The files in the queue."""
+        self.order('{"do": "look"}')
+        return json.loads(self.wait_for('{"queue"'))["queue"]
+
+    def clear(self):
+        """Remove results that nobody fetches."""
+        self.order('{"do": "clear"}')
+        self.wait_for('{"cleared"')
+
+
+class FaultStand(Sim):
+    """dom0, and some VMs with the client.
+
+    Args:
+        folder: str, of this test run.
+        vms: tuple of str.
+        settings: dict, more of the service's.
+    """
+
+    def __init__(self, folder, vms=("work", "dev"), **settings):
+        super().__init__(os.path.join(folder, "sim"))
+        self._folder = folder
+        self.vms = vms
+        self.settings = {**_SETTINGS, "vms": {vm: {} for vm in vms}, **settings}
+        self.clients = {}
+        self.service = None
+
+    def set_up(self, disks=()):
+        """Bring everything up, with a session to each VM.
+
+        Args:
+            disks: folders in dom0 that are to be small disks of their own, outer ones first.
+        """
+        client, service, driver = (os.path.join(self._folder, name) for name in ("client", "service", "driver"))
+        for target, source, mode in client_files(os.path.join(_ROOT, "client")):
+            path = os.path.join(client, target)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            shutil.copyfile(source, path)
+            os.chmod(path, mode)
+        shutil.copytree(os.path.join(_ROOT, "_utils", "pullrpc"), os.path.join(service, "pullrpc"), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(os.path.join(_HERE, "service_process.py"), service)
+        os.makedirs(driver)
+        shutil.copy(os.path.join(_HERE, "clients_in_vm.py"), driver)
+        # They are shown there and can't be written to, and would be compiled at each start.
+        subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", client, service], check=True)
+        lib = "usr/lib/qvm-remote"
+        in_vms = [f"{client}/{lib}:/{lib}", f"{client}/usr/bin/qvm-remote:/usr/bin/qvm-remote", f"{driver}:/usr/lib/qvm-remote-clients"]
+        self.up(templates=["debian"], vms=[f"{vm}:debian" for vm in self.vms], dom0_binds=[f"{service}:{_IN_DOM0}"], vm_binds=in_vms)
+        self.dom0("sh", "-c", f"mkdir -p {STATE} {AUDIT} {KEYS} && chmod 700 {STATE} {AUDIT} {KEYS}", check=True)
+        for path in disks:
+            self.dom0("sh", "-c", f"mkdir -p {path} && mount -t tmpfs -o size=2m,mode=700 tmpfs {path}", check=True)
+        for vm in self.vms:
+            self.clients[vm] = Clients(self, vm)
+        self.start_service()
+        for _ in self.vms:
+            self.service.wait_for("key-handed")
+
+    def start_service(self, *hold):
+        """Start the service."""
+        words = ("env", f"PYTHONPATH={_IN_DOM0}", "/usr/bin/python3", "-s", f"{_IN_DOM0}/service_process.py", json.dumps(self.settings), *hold)
+        self.service = Service(self.popen_dom0(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr))
+        return self.service
+
+    def restart_service(self, *hold):
+        """Kill the service at once, and start another one."""
+        self.service.kill()
+        return self.start_service(*hold)
+
+    def in_vms_root(self, vm, *argv):
+        """Do what no root of a VM may: with the rights of whoever runs the simulator, in the VM's place."""
+        status = subprocess.run(self.command("status"), capture_output=True, check=True).stdout.decode().splitlines()
+        pid = next(line.split()[-1] for line in status if line.split()[0] == vm)
+        own = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
+        subprocess.run(["nsenter", "--target", pid, "--mount", *own, *argv], check=True)
+
+    def fill(self, path, where=None):
+        """Fill a small disk to its last block."""
+        command = ("sh", "-c", f"dd if=/dev/zero of={path}/filler bs=4k 2>/dev/null; test -s {path}/filler")
+        self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
+
+    def free(self, path, where=None):
+        """Make room on it again."""
+        command = ("rm", f"{path}/filler")
+        self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
+
+    def make_read_only(self, path, on=True):
+        """Have a small disk of dom0's read-only, or not any more."""
+        self.dom0("mount", "-o", f"remount,{'ro' if on else 'rw'}", path, check=True)
+
+    def power_cut(self, vm):
+        """Kill a VM with all that is in it, and start it again."""
+        self.kill(vm)
+        self.clients[vm].end()
+        self.start(vm)
+        self.clients[vm] = Clients(self, vm)
+
+    def down(self):
+        """End everything."""
+        if self.service is not None:
+            self.service.order("die")
+        super().down()
+
+    def check(self, ended, dead=()):
+        """See that all is as it must be.
+
+        Args:
+            ended: iterable of Ended.
+            dead: VMs in which a client was killed: what came for it is there, and nobody fetches it.
+        """
+        beats = self.wait_settled(dead)
+        for end in ended:
+            check_end(end, beats.get(end.cid, []))
+
+    def wait_settled(self, dead=()):
+        """Wait until no command is on its way, and see that nothing is left of any.
+
+        Returns:
+            dict of id to list of float: when its command went on.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            found = self.service.look()
+            queues = {vm: [name for name in self.clients[vm].look() if vm not in dead or not name.startswith("results/2")] for vm in self.vms}
+            open_rows = [row for row in found["ledger"] if row[2] != "delivered"] if isinstance(found["ledger"], list) else found["ledger"]
+            left = {"spool": found["spool"], "jobs": found["jobs"], "ledger": open_rows, **{vm: names for vm, names in queues.items() if names}}
+            if not any(left.values()):
+                break
+            assert time.monotonic() < deadline, f"this is left: {left}"
+            time.sleep(0.1)
+        for vm in dead:
+            self.clients[vm].clear()
+        beats = {}
+        for line in found["ran"]:
+            cid, number, at = line.split()
+            beats.setdefault(cid, []).append((int(number), float(at)))
+        for cid, found in beats.items():
+            assert [number for number, _ in found] == list(range(1, len(found) + 1)), f"{cid} ran twice: {found}"
+        return {cid: [at for _, at in found] for cid, found in beats.items()}
+
+
+def told_by(end):
+    """The lines that a client says of its own, but for what -v adds, and that what it has shown is not all."""
+    noise = re.compile(r"qvm-remote: (sent \d|\S+ ended with|the output above is incomplete)")
+    return [line for line in end.err.splitlines() if not noise.match(line)]
+
+
+def check_end(end, beats):
+    """See that a command ended in one of the ways that there are, and was run as that says.
+
+    Args:
+        end: Ended.
+        beats: list of float, when its command went on.
+    """
+    if end.code == 7:
+        assert end.out == KINDS[end.kind][2], f"{end.cid} has another output than its command"
+        assert beats, f"{end.cid} has a result and never ran"
+        return
+    assert end.code == 125, end
+    told = told_by(end)
+    assert len(told) == 1, end
+    assert told[0].startswith("qvm-remote: "), end
+    # That it was refused or interrupted, and not that nobody knows.
+    assert not re.search("may have run|damaged|not authentic|no proof|could not be", told[0]), end
+    if "interrupted" not in told[0]:
+        assert not beats, f"{end.cid} was refused, and ran"
+    assert all(at <= end.at for at in beats), f"{end.cid} went on after its client was told that it was interrupted"
