@@ -12,7 +12,8 @@
 It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped; with a full disk, or a
 ledger that is damaged, until that is mended.
 SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
-SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second.
+SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second. If it dies
+meanwhile, the one that its minion starts in its place stays idle, too.
 
 Events on the minion's bus, and on its master's if it has one, all with ``vm``, ``id`` (``-`` when none is meant) and
 ``time`` (seconds since the epoch; they are fired a moment later) in their data:
@@ -48,6 +49,7 @@ import pullrpc.config
 import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.frames
+import pullrpc.lock
 import pullrpc.service
 import salt.config
 import salt.utils.event
@@ -99,10 +101,13 @@ def _serve_until_stopped(config, signals, events):
     waiting_logged, trouble = False, None
     while not signals.is_set:
         if signals.is_idle:
+            log.warning("qvm-remote was stopped; it serves nobody until this minion is started anew")
             signals.wait(None)
             continue
         try:
-            _make_service(config, signals, events).run()
+            service = _make_service(config, signals, events)
+            if not signals.is_idle:
+                service.run()
         except pullrpc.errors.EngineBusy as err:
             if not waiting_logged:
                 log.warning("%s; waiting for it to end", err)
@@ -182,6 +187,7 @@ class _Signals:
     def set_service(self, service):
         """Say what to stop."""
         self._service = service
+        self.is_idle = self.is_idle or pullrpc.lock.was_stopped(service.dom0.config.run_dir, os.getppid())
         if self.is_set or self.is_idle:
             service.stop()
 
@@ -205,8 +211,14 @@ class _Signals:
 
     def _on_idle(self, number, frame):
         self.is_idle = True
-        if self._service is not None:
-            self._service.stop()
+        if self._service is None:
+            return
+        try:
+            # First of all: from here on no other engine is to begin where this one ends, however that comes about.
+            pullrpc.lock.note_stopped(self._service.dom0.config.run_dir, os.getppid())
+        except OSError as err:
+            log.warning("qvm-remote: that it was stopped can't be noted: %s", err.strerror)
+        self._service.stop()
 
     def _watch_parent(self, parent):
         while os.getppid() == parent:

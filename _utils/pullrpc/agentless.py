@@ -31,6 +31,8 @@ _RATE_MIN = 1 << 19
 _LIFETIME_MIN = 10
 #: A key file: 64 digits and a newline; one byte more shows that it is too long.
 _KEY_MAX = 66
+#: Names that are none of a command, and are answered in one turn.
+_REJECTS_MAX = 50
 #: Ended without a queue.
 _NO_QUEUE = 3
 
@@ -76,20 +78,29 @@ printf '%s\\n' {digits} > .qvm-remote/.auth.key.$$
 mv -f .qvm-remote/.auth.key.$$ .qvm-remote/auth.key
 """
 
+# Where a file is to be written nothing else may lie: to open a FIFO would wait, and what is moved to a folder lands within it.
 _BEGIN = f"""\
 set -u
 umask 077
 cd "$HOME/.qvm-remote/queue/pending" 2>/dev/null || exit {_NO_QUEUE}
+clear() {{
+    for way in "$@"; do
+        if [ -L "$way" ] || {{ [ -e "$way" ] && {{ [ ! -f "$way" ] || [ ! -w "$way" ]; }}; }}; then rm -rf "$way"; fi
+    done
+}}
+clear ../../dom0-seen
 : > ../../dom0-seen
 """
 
-# A name that is no command id is answered here: the agent does the same (client/qvm_remote_client/agent.py, _reject).
+# A name that is no command id is answered here, some of them in a turn: the agent does the same (client/qvm_remote_client/agent.py, _reject).
 _LIST = f"""\
 reject() {{
-    mkdir -p ../rejected
+    [ "$count" -lt {_REJECTS_MAX} ] || return 0
+    [ -d ../rejected ] && [ ! -L ../rejected ] || {{ rm -rf ../rejected; mkdir ../rejected; }}
     count=$((count + 1))
     mv -f -- "$1" "../rejected/$$.$count" 2>/dev/null || return 0
     [ "${{#1}}" -le 200 ] || return 0
+    clear "../results/$1.err" "../results/$1.exit"
     printf 'qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\\n' > "../results/$1.err"
     printf '125\\n' > "../results/.exit.$$" && mv -f "../results/.exit.$$" "../results/$1.exit"
 }}
@@ -100,7 +111,7 @@ is_cid() {{
     case $pid in *[!0-9]*|???????????*) return 1 ;; esac
 }}
 size() {{
-    if [ -f "$1" ] && [ ! -L "$1" ]; then wc -c < "$1" | tr -d ' '; else echo -1; fi
+    if [ -f "$1" ] && [ ! -L "$1" ] && [ -r "$1" ]; then wc -c < "$1" | tr -d ' '; else echo -1; fi
 }}
 count=0 room=$1 inline=$2 cancels={CANCELS_MAX}
 for name in *; do
@@ -116,11 +127,11 @@ for name in *; do
     [ "$room" -gt 0 ] || continue
     room=$((room - 1))
     command_size=$(size "$stem") token_size=$(size "$stem.auth") stdin_size=$(size "$stem.in")
-    [ "$command_size" -ge 0 ] || {{ reject "$name"; continue; }}
+    [ "$command_size" -ge 0 ] || {{ reject "$name"; rm -rf "$stem.auth" "$stem.in"; continue; }}
     echo "I $stem $command_size $token_size $stdin_size"
     if [ "$token_size" -ge 0 ] && [ $((command_size + token_size)) -le "$inline" ]; then
         inline=$((inline - command_size - token_size))
-        echo "D $(base64 < "$stem" | tr -d '\\n') $(base64 < "$stem.auth" | tr -d '\\n')"
+        echo "D $(head -c "$command_size" "$stem" | base64 | tr -d '\\n') $(head -c "$token_size" "$stem.auth" | base64 | tr -d '\\n')"
     fi
 done
 ! command -v qvm-remote >/dev/null 2>&1 || echo A
@@ -161,7 +172,7 @@ class Agentless:
         """
         names = ("timeout_max", "command_max", "stdin_max", "max_age")
         lines = "".join(f"{name} {getattr(self._config, name)}\\n" for name in names)
-        self._told.append(f"printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
+        self._told.append(f"clear ../../.dom0-limits ../../dom0-limits; printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
 
     async def inspect(self):
         """See :meth:`pullrpc.session.Session.inspect`."""
@@ -200,7 +211,7 @@ class Agentless:
         """See :meth:`pullrpc.session.Session.fetch`."""
         name = cid + {"command": "", "auth": ".auth", "in": ".in"}[part]
         size = min(size, self.fetch_max)
-        script = f"{_BEGIN}[ -L {name} ] || tail -c +{offset + 1} {name} | head -c {size}\n"
+        script = f"{_BEGIN}[ -L {name} ] || [ ! -f {name} ] || tail -c +{offset + 1} {name} | head -c {size}\n"
         code, data = await self._run([script.encode("ascii")], size, self._config.answer_wait + size // _RATE_MIN)
         if code:
             raise SessionBroken("a command could not be fetched")
@@ -208,11 +219,11 @@ class Agentless:
 
     async def take(self, cids):
         """Remember to tell the VM, in the next turn, that dom0 has some commands."""
-        self._told += [f"mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n" for cid in cids]
+        self._told += [f"clear ../running/{cid}; mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n" for cid in cids]
 
     async def drop(self, cids):
         """Remember to tell the VM that cancelled commands are done with."""
-        self._told += [f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n" for cid in cids]
+        self._told += [_forget(cid) for cid in cids]
 
     async def deliver(self, results):
         """See :meth:`pullrpc.session.Session.deliver`; all results go in one run."""
@@ -250,16 +261,21 @@ class Agentless:
             cid, exit_code, parts = result.cid, result.exit_code, result.parts
             for part in ("out", "err", "meta"):
                 half = f"../results/.{cid}.{part}.part"
-                yield f": > {half}\n".encode("ascii")
+                yield f"clear {half} ../results/{cid}.{part}; : > {half}\n".encode("ascii")
                 for chunk in parts[part][1](0):
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
                         yield f"base64 -d >> {half} <<'END'\n".encode("ascii") + piece + b"END\n"
                 yield f"mv -f {half} ../results/{cid}.{part}\n".encode("ascii")
             half = f"../results/.{cid}.exit.part"
-            yield f"echo {exit_code} > {half}; mv -f {half} ../results/{cid}.exit\n".encode("ascii")
-            yield f"rm -f {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n".encode("ascii")
+            yield f"clear {half} ../results/{cid}.exit; echo {exit_code} > {half}; mv -f {half} ../results/{cid}.exit\n".encode("ascii")
+            yield _forget(cid).encode("ascii")
         yield b"echo END\n"
+
+
+def _forget(cid):
+    """The line that removes all of a request."""
+    return f"rm -rf {cid} {cid}.auth {cid}.in {cid}.cancel ../running/{cid}\n"
 
 
 def _read_listing(untrusted_output, room):
@@ -319,5 +335,6 @@ def _with_data(item, untrusted_line):
     except (ValueError, binascii.Error):
         raise FrameError("the qube's list is malformed") from None
     if (len(command), len(token)) != (item.command_size, item.token_size):
-        raise FrameError("the qube's list does not fit its data")
+        # They were changing as they were read: they are fetched, and then refused.
+        return item
     return Item(item.untrusted_cid, item.command_size, item.token_size, item.stdin_size, command, token)

@@ -99,10 +99,17 @@ class Asker:
         with self._lock:
             return sum(1 for one, _ in self._requests if one == vm)
 
-    def busy(self):
-        """How many commands are not answered yet, in all."""
+    def holds(self, vm):
+        """Say whether any of a VM's commands is not answered yet, or not handed on.
+
+        Args:
+            vm: str.
+
+        Returns:
+            bool
+        """
         with self._lock:
-            return len(self._requests) + bool(self.open)
+            return any(one == vm for one, _ in self._requests) or bool(self.open and self.open[0] == vm)
 
     def close(self):
         """Ask nothing any more.

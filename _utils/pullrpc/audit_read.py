@@ -499,7 +499,7 @@ def shown(data):
         data: JSON data.
 
     Returns:
-        the same, with every character escaped that does something on a terminal.
+        the same in printable ASCII: nothing in it does something on a terminal, is invisible, or looks like another character.
     """
     if isinstance(data, str):
         return _safe(data)
@@ -511,4 +511,4 @@ def shown(data):
 
 
 def _safe(text):
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text)
+    return text.encode("unicode_escape").decode("ascii")

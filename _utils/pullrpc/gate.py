@@ -17,7 +17,7 @@ from .policy import FULL, NONE, decide, decide_steps, split_plain, split_script
 from .tokens import parse_token, token_matches
 from .validate import check_command, parse_argv
 
-#: How far dom0's clock may go back while a VM's access has an end, seconds: what keeping time by the network does.
+#: How far dom0's clock may be behind while a VM's access has an end, in all, seconds: what keeping time by the network does.
 _CLOCK_SLACK = 60
 
 
@@ -165,15 +165,16 @@ def check_policy(config, ledger, tagged, request, now=None):
 
 def _check_until(config, ledger, vm, now):
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(config.until))
-    if now >= config.until:
-        raise Refused("ended", f"this qube's access to dom0 ended at {ended}")
     try:
+        # Also when it is over: a clock that is set back after that makes it begin no second time.
         latest = ledger.saw_clock(vm, config.until, now)
     except LedgerError as err:
         raise Refused("ledger", str(err)) from err
+    if latest >= config.until:
+        raise Refused("ended", f"this qube's access to dom0 ended at {ended}")
     if now < latest - _CLOCK_SLACK:
         raise Refused(
             "clock",
-            f"dom0's clock was set back by {latest - now:.0f} s since this qube got access until {ended}, which would make that longer; "
+            f"dom0's clock was set back, or held, by {latest - now:.0f} s since this qube got access until {ended}, which would make that longer; "
             "mend the clock, or grant it anew with another end",
         )

@@ -23,6 +23,7 @@ from .digests import sha256
 from .errors import KeyringError, PullError
 from .files import forget, read_bounded, sync_folder, write_durably
 from .ids import check_vm_name
+from .secrecy import keep_out_of_dumps
 from .tokens import fingerprint, parse_key
 
 _SUFFIX = ".key"
@@ -45,6 +46,7 @@ class Keyring:
     """
 
     def __init__(self, folder):
+        keep_out_of_dumps()
         self._folder = folder
         #: How the files were before they were read, and the VMs by the digests of their keys.
         self._owners = (None, {})
@@ -501,8 +503,10 @@ class Keyring:
         owners = {}
         for vm, suffix in self._files():
             try:
-                with open(self._path(vm, suffix), "rb") as file:
-                    owners.setdefault(sha256(parse_key(file.read(_READ_MAX))), set()).add(vm)
+                # Whatever lies there: a FIFO must not keep all others waiting.
+                fd = os.open(self._path(vm, suffix), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with os.fdopen(fd, "rb", buffering=0) as file:
+                    owners.setdefault(sha256(parse_key(file.read(_READ_MAX) or b"")), set()).add(vm)
             except (OSError, KeyringError):
                 continue
         return owners

@@ -18,6 +18,7 @@ import threading
 import time
 
 from . import ledger_file
+from .chain import boot_id
 from .errors import LedgerDamaged, LedgerError
 from .ids import cid_time
 
@@ -318,25 +319,31 @@ class Ledger:
             row = self._db.execute("SELECT max(before) FROM forgotten WHERE vm IN (?, ?)", (vm, ledger_file.ALL_VMS)).fetchone()
         return row[0] or 0
 
-    def saw_clock(self, vm, until, now):
-        """Note what dom0's clock shows while a VM has access for a time.
+    def saw_clock(self, vm, until, now, uptime=None):
+        """Note what time it is while a VM has access for a time: what dom0's clock shows, or later.
+
+        dom0's clock comes from a VM. However that sets it back, or holds it, as much time has passed as the kernel counted.
 
         Args:
             vm: str.
             until: int, when its access ends, seconds since the epoch; another end is another grant.
-            now: float, seconds since the epoch.
+            now: float, seconds since the epoch, as the clock shows.
+            uptime: float, seconds since the kernel was booted (default: what it says).
 
         Returns:
-            float, the latest time that was ever noted for this grant.
+            float, seconds since the epoch: the latest time that was ever noted for this grant, and what has passed since.
 
         Raises:
             LedgerError: it can't be read or written.
         """
+        uptime, boot = time.clock_gettime(time.CLOCK_BOOTTIME) if uptime is None else uptime, boot_id()
         with self._guarded():
-            row = self._db.execute("SELECT latest FROM clock WHERE vm = ? AND until = ?", (vm, until)).fetchone()
-            if row is None or now > row[0] + _CLOCK_STEP:
-                self._db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?, ?)", (vm, until, now))
-            return max(now, row[0]) if row else now
+            row = self._db.execute("SELECT latest, boot, uptime FROM passed WHERE vm = ? AND until = ?", (vm, until)).fetchone()
+            noted, noted_boot, noted_at = row or (now, boot, uptime)
+            latest = max(now, noted + (uptime - noted_at if noted_boot == boot else 0))
+            if row is None or noted_boot != boot or latest > noted + _CLOCK_STEP:
+                self._db.execute("INSERT OR REPLACE INTO passed VALUES (?, ?, ?, ?, ?)", (vm, until, latest, boot, uptime))
+            return latest
 
     @contextlib.contextmanager
     def _transaction(self):

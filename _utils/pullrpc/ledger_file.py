@@ -29,17 +29,19 @@ CREATE TABLE IF NOT EXISTS command (
     done_at REAL,
     PRIMARY KEY (vm, cid)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS clock (vm TEXT NOT NULL, until INTEGER NOT NULL, latest REAL NOT NULL, PRIMARY KEY (vm, until)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS passed (
+    vm TEXT NOT NULL, until INTEGER NOT NULL, latest REAL NOT NULL, boot TEXT NOT NULL, uptime REAL NOT NULL, PRIMARY KEY (vm, until)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS forgotten (vm TEXT PRIMARY KEY, before INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
 """
 _COLUMNS = {
     "command": ["vm", "cid", "token", "state", "exit", "status", "claimed_at", "done_at"],
-    "clock": ["vm", "until", "latest"],
+    "passed": ["vm", "until", "latest", "boot", "uptime"],
     "forgotten": ["vm", "before"],
 }
 #: Kept by SQLite beside the schema. Files of before there was a number have 0.
-_VERSION = 1
+_VERSION = 2
 #: In the table forgotten, what holds for every VM: no VM has this name.
 ALL_VMS = ""
 #: How long to wait for another process's write, seconds.
@@ -220,7 +222,7 @@ def _salvage(path):
     Returns:
         (int, dict): time of the newest id, 0 if none can be read; and the rows of what VMs may not do any more.
     """
-    newest, kept = 0, {"forgotten": [], "clock": []}
+    newest, kept = 0, {"forgotten": [], "passed": []}
     if not os.path.isfile(path) or not os.path.getsize(path):
         # SQLite would remove the log of an empty file.
         return newest, kept
@@ -240,7 +242,7 @@ def _salvage(path):
 
 def _fits(row):
     # What held for all VMs is made anew.
-    return isinstance(row[0], str) and row[0] != ALL_VMS and all(isinstance(value, (int, float)) for value in row[1:])
+    return isinstance(row[0], str) and row[0] != ALL_VMS and all(isinstance(value, (int, float, str)) for value in row[1:])
 
 
 def _time_of(cid):

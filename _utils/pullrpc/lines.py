@@ -58,10 +58,17 @@ class Lines:
         """
         return self._asker.waiting(vm) + self._pool.waiting(vm)
 
-    def is_idle(self):
-        """Whether nothing waits and nothing runs."""
+    def is_done(self, vm):
+        """Say whether nothing of a VM waits or runs.
+
+        Args:
+            vm: str.
+
+        Returns:
+            bool
+        """
         # In the order in which commands go through: none is missed on its way from one line to the other.
-        return not (self._asker.busy() or self._pool.waiting_count() or self._pool.busy() or self._asker.busy())
+        return not self._asker.holds(vm) and self._pool.is_done(vm) and not self._asker.holds(vm)
 
     def close(self):
         """Start nothing any more.

@@ -7,7 +7,12 @@ import fcntl
 import os
 import stat
 
-from .errors import EngineBusy, SpoolError
+from .errors import EngineBusy, PullError, SpoolError
+from .files import read_bounded, write_whole
+from .supervisor import start_time
+
+#: Names the minion whose engine was told to stop.
+_STOPPED = "stopped"
 
 
 class EngineLock:
@@ -94,3 +99,38 @@ def signal_engine(run_dir, signum):
     except (OSError, ValueError):
         raise EngineBusy("what is at work in dom0 is no engine and takes no orders; try again once it has ended") from None
     return True
+
+
+def note_stopped(run_dir, minion):
+    """Leave word that the engine of a minion was told to serve nobody any more. That holds for as long as this minion lives.
+
+    Args:
+        run_dir: str.
+        minion: int, its pid.
+
+    Raises:
+        OSError: it can't be noted.
+    """
+    write_whole(os.path.join(run_dir, _STOPPED), _name(minion))
+
+
+def was_stopped(run_dir, minion):
+    """Say whether a minion's engine was told to serve nobody any more: another engine in its place is not to, either.
+
+    Args:
+        run_dir: str.
+        minion: int, its pid.
+
+    Returns:
+        bool
+    """
+    try:
+        return read_bounded(os.path.join(run_dir, _STOPPED), 64) == _name(minion)
+    except (OSError, PullError):
+        # It was told nothing, or is gone.
+        return False
+
+
+def _name(pid):
+    """One process, for as long as the machine runs."""
+    return f"{pid} {start_time(pid)}\n".encode("ascii")

@@ -48,7 +48,7 @@ _LINGER = 0.015
 _DELIVER_AGAIN = 5.0
 #: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
 #: taken for the answer to another request under the same id.
-_BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity")
+_BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity", "gone")
 #: How such a VM shows up in the status.
 _STRANGER = "stranger"
 #: Ends of a command that leave its output as it was while it ran, or longer.
@@ -148,11 +148,11 @@ class Puller:
             self._retry = min(max(self._retry * 2, _RETRY_FIRST), _RETRY_BROKEN if broken else _RETRY_UNREACHABLE)
         self.state = "ended"
 
-    async def run_once(self, wait_all):
+    async def run_once(self, wait):
         """Serve what lies in the queue now, wait for its results, deliver them.
 
         Args:
-            wait_all: coroutine function without arguments that returns when nothing runs any more.
+            wait: coroutine function without arguments that returns when nothing of this VM runs any more.
 
         Raises:
             PullError: the VM can't be reached or broke the protocol.
@@ -161,7 +161,7 @@ class Puller:
             await self._open()
             await self._take_in(*await self._session.poll(0, self._room()))
             await self._tell_taken()
-            await wait_all()
+            await wait()
             await self._deliver()
             await self._session.bye()
         finally:
@@ -463,6 +463,9 @@ class Puller:
             return refused
         except SpoolError as err:
             return Refused("storage", str(err))
+        except AgentUnable:
+            # No matter of the session: its client has taken it back, or put something else there.
+            return Refused("gone", "the qube listed a request that it can't give: it was taken back, or can't be read there")
 
     async def _fetch_stdin(self, request, size):
         call, dom0 = self._hub.call, self._hub.dom0

@@ -17,7 +17,7 @@ from .ids import check_vm_name
 _OURS = {
     "key_dir": ("*.key", "*.key.new", "*.key.old", "*.key.uuid", ".*.key*.*"),
     "state_dir": ("ledger.sqlite*", "spool", "handover", "pki"),
-    "run_dir": ("engine.lock", "sessions.json", ".sessions.json.*", "jobs", "minion"),
+    "run_dir": ("engine.lock", "stopped", "sessions.json", ".sessions.json.*", "jobs", "minion"),
 }
 
 

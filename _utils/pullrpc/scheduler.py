@@ -85,6 +85,18 @@ class FairPool:
         with self._changed:
             return sum(self._running.values())
 
+    def is_done(self, vm):
+        """Say whether nothing of a VM waits or runs.
+
+        Args:
+            vm: str.
+
+        Returns:
+            bool
+        """
+        with self._changed:
+            return not self._lines.get(vm) and not self._running.get(vm)
+
     def close(self):
         """Start nothing any more.
 

@@ -30,6 +30,8 @@ _GOODBYE_WAIT = 1.5
 _THREADS = 8
 #: A result up to this size is kept in memory until it is delivered, bytes; a larger one is read again.
 _AT_HAND = 1 << 16
+#: How often it is noted what time it is, for those who have access for a time, seconds.
+_NOTE_EVERY = 30.0
 #: How often :meth:`Service.run_once` looks whether all is done, seconds.
 _WAIT_STEP = 0.01
 
@@ -243,10 +245,13 @@ class Service:
         self._loop.add_reader(self._wake_read, self._on_wake)
         watcher = Watcher(self._bell.ring, self.log)
         watcher.start()
-        looked = float("-inf")
+        looked = noted = float("-inf")
         try:
             while not self._stopping:
                 interval = self.dom0.config.discover_interval
+                if time.monotonic() >= noted + _NOTE_EVERY:
+                    noted = time.monotonic()
+                    await self._note_time()
                 if time.monotonic() >= watcher.next_look(looked, interval):
                     looked = time.monotonic()
                     await self._look_who_runs()
@@ -259,18 +264,21 @@ class Service:
             self._loop.remove_reader(self._wake_read)
 
     async def _serve_once(self):
-        outcome = {}
-        for vm in sorted(await self._served() & await self.call(running_vms, self.dom0.config)):
-            puller = self._pullers[vm] = Puller(self, vm)
-            try:
-                await puller.run_once(self._wait_all)
-                outcome[vm] = "served"
-            except PullError as err:
-                outcome[vm] = str(err)
+        # All at once: one that is slow, or has much to do, holds up no other.
+        vms = sorted(await self._served() & await self.call(running_vms, self.dom0.config))
+        self._pullers.update({vm: Puller(self, vm) for vm in vms})
+        outcomes = await asyncio.gather(*(self._serve_vm_once(vm) for vm in vms))
         # What a VM that broke off had claimed runs to its end under our lock.
-        await self._wait_all()
+        await self._wait_for(vms)
         await self._record_lost()
-        return outcome
+        return dict(zip(vms, outcomes))
+
+    async def _serve_vm_once(self, vm):
+        try:
+            await self._pullers[vm].run_once(functools.partial(self._wait_for, [vm]))
+        except PullError as err:
+            return str(err)
+        return "served"
 
     def _on_wake(self):
         try:
@@ -323,6 +331,13 @@ class Service:
             self._pullers[vm] = Puller(self, vm)
             self._tasks[vm] = asyncio.ensure_future(self._pullers[vm].run())
         await self.call(self._publish)
+
+    async def _note_time(self):
+        try:
+            await self.call(self.dom0.note_time)
+        except PullError as err:
+            # Without the ledger nobody has access for a time.
+            self.log(str(err))
 
     def _publish(self):
         """Leave a note of how each VM is served, and under which settings, for whoever asks for the status."""
@@ -408,8 +423,8 @@ class Service:
         if puller is not None:
             getattr(puller, what)(cid, *news)
 
-    async def _wait_all(self):
-        while not self.lines.is_idle():
+    async def _wait_for(self, vms):
+        while not all(map(self.lines.is_done, vms)):
             await asyncio.sleep(_WAIT_STEP)
         # What the pool's threads posted last is heard before this goes on.
         await asyncio.sleep(0)

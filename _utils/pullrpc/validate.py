@@ -11,7 +11,9 @@ from .errors import Refused
 #: The control bytes a command may hold: tab, newline, carriage return.
 _ALLOWED_CONTROLS = frozenset(b"\t\n\r")
 _FORBIDDEN = bytes(b for b in range(0x20) if b not in _ALLOWED_CONTROLS) + b"\x7f"
-_FORBIDDEN_CHARS = frozenset(chr(b) for b in _FORBIDDEN)
+#: Terminals obey the second set of control characters as well, two bytes each in UTF-8.
+_C1 = frozenset(chr(code) for code in range(0x80, 0xA0))
+_FORBIDDEN_CHARS = frozenset(chr(b) for b in _FORBIDDEN) | _C1
 #: Most arguments of an exact argument vector.
 ARGV_MAX = 4096
 
@@ -50,9 +52,12 @@ def check_command(untrusted_command, limit):
     if untrusted_command.translate(None, _FORBIDDEN) != untrusted_command:
         raise Refused("bytes", "the command contains NUL or other control bytes; only tab, newline and carriage return are allowed")
     try:
-        return untrusted_command.decode("utf-8")
+        command = untrusted_command.decode("utf-8")
     except UnicodeDecodeError:
         raise Refused("bytes", "the command is not UTF-8 text") from None
+    if not command.isascii() and not _C1.isdisjoint(command):
+        raise Refused("bytes", "the command contains control characters (U+0080 to U+009F)")
+    return command
 
 
 def parse_argv(text):

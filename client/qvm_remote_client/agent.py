@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The agent: answers the requests of a session that dom0 opened, one answer each, and never writes a byte otherwise.
 
-It only moves files between dom0's requests and the queue; it holds no key and decides nothing.
+It only moves files between dom0's requests and the queue; it holds no key and decides nothing. Other programs of this user may
+put anything there: whatever is no plain file, or no file of ours alone, is never opened and never waited for, but put aside.
 """
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import stat
@@ -28,8 +30,14 @@ _SETTLES_AFTER = 1_000_000_000
 #: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
 _ITEMS_MAX = 24
 _CANCELS_MAX = 16
+#: Most names of the queue that are looked at in one go, so that dom0 is heard in between however many there are.
+_NAMES_MAX = 4096
+#: Most names that are none of ours and are answered in one go; after so many of them in a session they are removed without a word.
+_REJECTS_MAX, _REJECTED_KEPT = 64, 1000
 #: Results that nobody fetched are removed after this many seconds: later than any command may take.
 _RESULTS_KEPT = 8 * 86400
+#: Most files of a folder that are looked at for that when a session begins.
+_TIDIED_MAX = 20000
 
 
 class Agent:
@@ -47,6 +55,10 @@ class Agent:
         self._bell = None
         self._lock = None
         self._ended = False
+        #: The listing of the queue that is gone through, and when the folder had changed last as it began; None between two of them.
+        self._names = self._listed = None
+        #: How many names were put aside.
+        self._rejected = 0
 
     def serve(self):
         """Answer until dom0 ends the session.
@@ -122,7 +134,7 @@ class Agent:
         if not isinstance(limits, dict):
             raise PullError("hello without limits")
         lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(limits.items()))
-        write_whole(self._queue.limits, lines.encode("ascii"))
+        self._write(self._queue.limits, lines.encode("ascii"))
         self._tidy()
         return {"v": 2, "agent": __version__, "stream": 1}, b""
 
@@ -133,14 +145,14 @@ class Agent:
         while True:
             self._open_bell()
             now = time.monotonic()
-            before = os.stat(self._queue.pending()).st_mtime_ns
-            if before != seen or now >= list_at:
-                items, cancels = self._scan(room)
-                seen = before if time.time_ns() - before > _SETTLES_AFTER else None
+            changed, items, cancels = os.stat(self._queue.pending()).st_mtime_ns, [], []
+            if changed != seen or now >= list_at or self._names is not None:
+                items, cancels = self._scan(room, changed)
+                seen = self._listed if time.time_ns() - changed > _SETTLES_AFTER else None
                 list_at = now + _LIST_EVERY
             if items or cancels or now >= deadline or self._reader.pending():
                 break
-            ready = wait_readable([self._reader.fileno(), self._bell], min(deadline, now + _SCAN_EVERY))
+            ready = wait_readable([self._reader.fileno(), self._bell], min(deadline, now + (_SCAN_EVERY if self._names is None else 0)))
             if self._bell in ready:
                 os.read(self._bell, 65536)
                 seen = None
@@ -153,23 +165,35 @@ class Agent:
         described, payload = [], b""
         for cid in items:
             sizes = [self._size(cid + suffix) for suffix in REQUEST_PARTS]
-            inline = 0 <= sizes[0] and 0 <= sizes[1] and sizes[0] + sizes[1] <= inline_max - len(payload)
-            if inline:
-                parts = [read_bounded(self._queue.pending(cid + suffix), inline_max) for suffix in REQUEST_PARTS[:2]]
-                if [len(part) for part in parts] == sizes[:2]:
-                    payload += b"".join(parts)
-                else:
-                    inline = False
-            described.append([cid, *sizes, int(inline)])
+            if sizes[0] < 0:
+                # Its client has just taken it back.
+                continue
+            inline = b""
+            if 0 <= sizes[1] and sizes[0] + sizes[1] <= inline_max - len(payload):
+                inline = self._read_request(cid, sizes)
+            payload += inline
+            described.append([cid, *sizes, int(bool(inline))])
         while described and len(json.dumps([described, cancels], separators=(",", ":"))) > HEADER_MAX - 128:
             last = described.pop()
             if last[-1]:
                 payload = payload[: -(last[1] + last[2])]
         return {"items": described, "cancels": cancels}, payload
 
-    def _scan(self, room):
-        items, cancels = [], []
-        for raw in os.listdir(os.fsencode(self._queue.pending())):
+    def _read_request(self, cid, sizes):
+        """Command and token in one; nothing where they can't be read, or are changing: then dom0 asks for them, or refuses."""
+        try:
+            parts = [read_bounded(self._queue.pending(cid + suffix), size) for suffix, size in zip(REQUEST_PARTS[:2], sizes)]
+        except (OSError, PullError):
+            return b""
+        return b"".join(parts) if [len(part) for part in parts] == sizes[:2] else b""
+
+    def _scan(self, room, changed):
+        """Look at the next names of the queue, from the first one again once all were looked at: (commands, cancels)."""
+        if self._names is None:
+            self._names, self._listed = os.scandir(os.fsencode(self._queue.pending())), changed
+        items, cancels, count, rejects = [], [], 0, 0
+        for entry in itertools.islice(self._names, _NAMES_MAX):
+            raw, count = entry.name, count + 1
             if raw.startswith(b"."):
                 continue
             stem, dot, suffix = raw.partition(b".")
@@ -181,6 +205,13 @@ class Agent:
                 items.append(raw.decode("ascii"))
             else:
                 self._reject(raw)
+                rejects += 1
+                if rejects == _REJECTS_MAX:
+                    break
+        else:
+            if count < _NAMES_MAX:
+                self._names.close()
+                self._names = None
         return sorted(items)[:room] if room > 0 else [], sorted(cancels)[:_CANCELS_MAX]
 
     def _is_plain(self, raw):
@@ -191,23 +222,71 @@ class Agent:
 
     def _reject(self, raw):
         """Answer a name that no client makes here: it can't be sent to dom0, and must not hold up the others."""
-        source = os.path.join(os.fsencode(self._queue.pending()), raw)
-        rejected = os.fsencode(self._queue.rejected())
-        os.makedirs(rejected, mode=0o700, exist_ok=True)
+        source = os.path.join(self._queue.pending(), os.fsdecode(raw))
         if not os.path.lexists(source):
             return
-        os.rename(source, os.path.join(rejected, os.urandom(8).hex().encode("ascii")))
+        self._rejected += 1
+        if is_cid(raw):
+            # What came with it belongs to no request now.
+            self._forget(source + ".auth", source + ".in")
+        if self._rejected > _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
+            forget(source)
+            return
+        self._put_aside(source)
         # Room for the dot, the suffix and the temporary name within the 255 bytes of a file name.
         if len(raw) <= 200:
-            target = os.path.join(os.fsencode(self._queue.results()), raw)
-            write_whole(os.fsdecode(target + b".err"), b"qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\n")
-            write_whole(os.fsdecode(target + b".exit"), b"125\n")
+            target = self._queue.results(os.fsdecode(raw))
+            self._write(target + ".err", b"qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\n")
+            self._write(target + ".exit", b"125\n")
+
+    def _put_aside(self, path):
+        """Move away what is none of ours."""
+        rejected = self._queue.rejected().rstrip("/")
+        if os.path.islink(rejected) or not os.path.isdir(rejected):
+            forget(rejected)
+            os.mkdir(rejected, 0o700)
+        os.rename(path, self._queue.rejected(os.urandom(8).hex()))
+
+    def _clear(self, path):
+        """Have nothing lie where a plain file of ours is to be opened, but that file."""
+        try:
+            info = os.lstat(path)
+        except FileNotFoundError:
+            return
+        # A file that has another name as well may be anything of this user's, its key for example.
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            self._put_aside(path)
+
+    def _write(self, path, data):
+        """Write a file, whatever lies there."""
+        try:
+            write_whole(path, data)
+        except IsADirectoryError:
+            self._put_aside(path)
+            write_whole(path, data)
+
+    def _rename(self, source, target):
+        """Rename a file, whatever lies there."""
+        try:
+            os.rename(source, target)
+        except IsADirectoryError:
+            self._put_aside(target)
+            os.rename(source, target)
+
+    def _forget(self, *paths):
+        for path in paths:
+            try:
+                forget(path)
+            except IsADirectoryError:
+                self._put_aside(path)
 
     def _size(self, name):
+        """Size of a file of the queue, bytes; -1 when there is no plain one."""
         try:
-            return os.lstat(self._queue.pending(name)).st_size
+            info = os.lstat(self._queue.pending(name))
         except FileNotFoundError:
             return -1
+        return info.st_size if stat.S_ISREG(info.st_mode) else -1
 
     def _fetch(self, request, payload):
         suffix = {"command": "", "auth": ".auth", "in": ".in"}[request["part"]]
@@ -222,10 +301,10 @@ class Agent:
     def _take(self, request, payload):
         cid = _checked(request["id"])
         try:
-            os.rename(self._queue.pending(cid), self._queue.running(cid))
+            self._rename(self._queue.pending(cid), self._queue.running(cid))
         except FileNotFoundError:
             # Its client gave up in this moment; the marker stays true all the same.
-            write_whole(self._queue.running(cid), b"")
+            self._write(self._queue.running(cid), b"")
         return {}, b""
 
     def _put(self, request, payload):
@@ -234,7 +313,7 @@ class Agent:
         dom0 sends a piece again if it did not see the answer: it must do no harm to store it twice.
         """
         cid, part, offset = _checked(request["id"]), request["part"], int(request["offset"])
-        fd = os.open(self._part(cid, part), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = self._open(self._part(cid, part), os.O_WRONLY)
         try:
             size = os.fstat(fd).st_size
             if size < offset:
@@ -251,8 +330,12 @@ class Agent:
         self._note_piece(cid, f"{int(request['seq'])} {part} {len(payload)} {request['mac']}\n".encode("ascii"))
         return ({} if knock(self._queue.bell(cid)) else {"gone": 1}), b""
 
+    def _open(self, path, how):
+        self._clear(path)
+        return os.open(path, how | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+
     def _note_piece(self, cid, line):
-        fd = os.open(self._queue.stream(cid), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = self._open(self._queue.stream(cid), os.O_WRONLY | os.O_APPEND)
         try:
             written = os.write(fd, line)
             if written < len(line):
@@ -273,14 +356,14 @@ class Agent:
         for part in ("out", "err", "meta"):
             size, path = int(request[part]), self._queue.results(f"{cid}.{part}")
             if request["inline"] or size == 0:
-                write_whole(path, payload[start : start + size])
+                self._write(path, payload[start : start + size])
                 start += size
-            elif os.path.exists(self._part(cid, part)):
+            elif os.path.lexists(self._part(cid, part)):
                 _check_whole(self._part(cid, part), size)
-                os.rename(self._part(cid, part), path)
+                self._rename(self._part(cid, part), path)
             else:
                 _check_whole(path, size)
-        write_whole(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
+        self._write(self._queue.results(f"{cid}.exit"), b"%d\n" % int(request["exit"]))
         self._forget_request(cid)
         if not knock(self._queue.bell(cid)):
             # Its client was killed, and can't take it away.
@@ -301,27 +384,33 @@ class Agent:
         return self._queue.part(cid, part)
 
     def _forget_request(self, cid):
-        forget(*(self._queue.pending(cid + suffix) for suffix in (*REQUEST_PARTS, ".cancel")), self._queue.running(cid))
+        self._forget(*(self._queue.pending(cid + suffix) for suffix in (*REQUEST_PARTS, ".cancel")), self._queue.running(cid))
         # Left where dom0's result is another than what it had streamed, or where the client gave up.
-        forget(self._queue.stream(cid), *(self._queue.part(cid, part) for part in ("out", "err", "meta")))
+        self._forget(self._queue.stream(cid), *(self._queue.part(cid, part) for part in ("out", "err", "meta")))
 
     def _open_bell(self):
         if self._lock is None:
-            self._lock = os.open(self._queue.agent_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = self._open(self._queue.agent_lock, os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         if self._bell is not None:
             try:
-                if os.path.samestat(os.stat(self._queue.doorbell), os.fstat(self._bell)):
+                if os.path.samestat(os.lstat(self._queue.doorbell), os.fstat(self._bell)):
                     return
             except FileNotFoundError:
                 pass
             os.close(self._bell)
+            self._bell = None
+        try:
+            if not stat.S_ISFIFO(os.lstat(self._queue.doorbell).st_mode):
+                self._put_aside(self._queue.doorbell)
+        except FileNotFoundError:
+            pass
         try:
             os.mkfifo(self._queue.doorbell, 0o600)
         except FileExistsError:
             pass
         # Opened for writing too: with no writer left a FIFO would read as closed for ever.
-        self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _hang_up(self):
         """Leave no doorbell behind that nobody hears, but don't take another session's."""
@@ -329,7 +418,7 @@ class Agent:
             return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            forget(self._queue.doorbell)
+            self._forget(self._queue.doorbell)
         except BlockingIOError:
             pass
         for fd in (self._lock, self._bell):
@@ -339,18 +428,24 @@ class Agent:
     def _tidy(self):
         """Remove results whose client is long gone, and what a broken session left half written."""
         now = time.time()
-        for folder in (self._queue.results(), self._queue.pending(), self._queue.running()):
-            for entry in os.scandir(folder):
-                try:
-                    age = now - entry.stat(follow_symlinks=False).st_mtime
-                except FileNotFoundError:
-                    continue
-                half_written = entry.name.startswith(".") and age > 86400 and not self._runs(entry.name[1:])
-                unfetched = folder != self._queue.pending() and age > _RESULTS_KEPT
-                # Of a client that was killed just before it put its command there.
-                alone = folder == self._queue.pending() and age > 86400 and self._is_alone(entry.name)
-                if (half_written or unfetched or alone) and not entry.is_dir(follow_symlinks=False):
-                    forget(entry.path)
+        for folder in (self._queue.results(), self._queue.pending(), self._queue.running(), self._queue.rejected().rstrip("/")):
+            if os.path.islink(folder) or not os.path.isdir(folder):
+                continue
+            with os.scandir(folder) as entries:
+                for entry in itertools.islice(entries, _TIDIED_MAX):
+                    self._tidy_one(folder, entry, now)
+
+    def _tidy_one(self, folder, entry, now):
+        try:
+            age = now - entry.stat(follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            return
+        half_written = entry.name.startswith(".") and age > 86400 and not self._runs(entry.name[1:])
+        unfetched = folder != self._queue.pending() and age > _RESULTS_KEPT
+        # Of a client that was killed just before it put its command there.
+        alone = folder == self._queue.pending() and age > 86400 and self._is_alone(entry.name)
+        if (half_written or unfetched or alone) and not entry.is_dir(follow_symlinks=False):
+            forget(entry.path)
 
     def _is_alone(self, name):
         """Whether a name is that of a part of a request that lacks its command."""
@@ -364,7 +459,8 @@ class Agent:
 
 
 def _check_whole(path, size):
-    if not os.path.exists(path) or os.stat(path).st_size != size:
+    info = os.lstat(path) if os.path.lexists(path) else None
+    if info is None or not stat.S_ISREG(info.st_mode) or info.st_size != size:
         raise PullError("a part of a result is missing")
 
 

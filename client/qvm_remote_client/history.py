@@ -206,13 +206,14 @@ def _unfetched(queue, cid):
 
 
 def _proof(queue, cid, files):
-    from .request import digest_of, load_key
+    from .part import Part
+    from .request import load_key
 
     meta = _read_small(files["meta"], META_MAX)
     if not meta.startswith(_OURS) or meta.startswith(_UNSIGNED):
         return NONE
     try:
-        fields, authentic = read_meta(load_key(queue), cid, digest_of(files["out"]), digest_of(files["err"]), meta)
+        fields, authentic = read_meta(load_key(queue), cid, Part(files["out"]).digest(), Part(files["err"]).digest(), meta)
     except (OSError, PullError):
         return DIFFERS
     is_whole = fields.get("id") == cid and fields.get("exit") == _read_small(files["exit"], 8).decode("ascii", "replace").strip()

@@ -4,9 +4,13 @@
 import os
 import time
 
+from pullrpc.files import read_bounded
+
 #: The log is turned over once it is longer, bytes; one older one is kept.
 _LOG_MAX = 1 << 20
 _COMMAND_SHOWN = 400
+#: Longest log that is read; it is turned over long before, bytes.
+_READ_MAX = 4 * _LOG_MAX
 
 
 def append(queue, cid, form, command, exit_code, status):
@@ -21,7 +25,7 @@ def append(queue, cid, form, command, exit_code, status):
     shown = command[:_COMMAND_SHOWN].decode("utf-8", "replace").encode("unicode_escape").decode("ascii")
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {cid} {form} exit={exit_code} {status} {shown}\n"
     try:
-        fd = os.open(queue.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(queue.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, line.encode("ascii"))
             if os.fstat(fd).st_size > _LOG_MAX:
@@ -47,8 +51,8 @@ def show(queue, count):
         if len(lines) >= count:
             break
         try:
-            with open(path, "rb") as file:
-                lines[:0] = file.readlines()
+            # Other programs of this user may write there, too: no more is read than there can be of ours, and from no FIFO.
+            lines[:0] = read_bounded(path, _READ_MAX).splitlines(keepends=True)
         except FileNotFoundError:
             continue
     put_raw(b"".join(lines[-count:] if count else []))

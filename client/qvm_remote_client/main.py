@@ -22,6 +22,8 @@ EXIT_TIMEOUT, EXIT_FAILED, EXIT_INTERRUPTED = 124, 125, 130
 #: Longest a command may run when -t isn't given, seconds (or dom0's limit, if that is lower).
 _TIMEOUT_DEFAULT = 300
 _STREAMS = {"out": 1, "err": 2}
+#: Most of a refusal without proof that is shown, characters.
+_REASON_MAX = 300
 #: The words that begin a command of ours (table.reserved(), which is not loaded for a command that goes to dom0).
 RESERVED = frozenset(("agent", "cancel", "help", "history", "key", "log", "ping", "queue", "status"))
 
@@ -84,12 +86,23 @@ def _open_closed_streams():
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
+def _keep_out_of_dumps():
+    """Leave no core dump, which had the key in it: neither a file, nor (which takes a limit of 1, and not of 0) one piped to a program."""
+    # Imported here: while dom0 works, it costs nobody time.
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
 def _dispatch(argv):
     options, words, literal = _read_options(argv)
     if words is None:
         return 0
     if words and words[0] in RESERVED and not literal and not (options.script or options.exec):
         from .subcommands import run
+
+        _keep_out_of_dumps()
 
         return run(words, options)
     queue = Queue()
@@ -237,8 +250,10 @@ def _run(queue, options, known, form, command, use_stdin):
     request = requests.Request(queue, form, command, timeout)
     on_signals_give_up(request, progress)
     if use_stdin:
+        _keep_out_of_dumps()
         request.add_stdin(0, known["stdin_max"], progress.tick)
     request.submit()
+    _keep_out_of_dumps()
     if options.verbose:
         sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
     # Imported here: while dom0 works, it costs nobody time.
@@ -250,11 +265,17 @@ def _run(queue, options, known, form, command, use_stdin):
 
     try:
         result = request.wait(progress.tick, show)
+        is_given_up = not result.authentic and request.is_open()
+        if is_given_up:
+            # It was answered by somebody else. What failed here must not run there.
+            request.give_up()
     except (OSError, PullError):
         journal.append(queue, request.cid, form, command, EXIT_FAILED, "no result")
         raise
     finally:
         progress.end()
+    if is_given_up:
+        sys.stderr.write("qvm-remote: what follows did not come from dom0, which has not answered yet; it is asked to kill the command\n")
     exit_code, unread = EXIT_FAILED, True
     try:
         exit_code = _show(result, options)
@@ -281,17 +302,17 @@ def _show(result, options):
             sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, dom0 has none, or it was refused unread)\n")
         return EXIT_FAILED
     if result.shown["out"] is not None:
-        _copy(result.out_path, 1, result.shown["out"])
+        _copy(result.parts["out"], 1, result.shown["out"])
     if None in result.shown.values() and not options.quiet:
         sys.stderr.write("qvm-remote: the output above is incomplete\n")
-    _copy(result.err_path, 2, result.shown["err"] or 0)
+    _copy(result.parts["err"], 2, result.shown["err"] or 0)
     fields = result.fields
     if fields.get("status") == "timeout":
         sys.stderr.write(f"qvm-remote: timed out after {fields.get('timeout')} s; the command was killed\n")
     if not options.quiet:
         for name, stream in (("out", "stdout"), ("err", "stderr")):
             if fields.get(f"{name}-truncated") == "1":
-                kept = os.stat(result.out_path if name == "out" else result.err_path).st_size
+                kept = result.parts[name].size
                 sys.stderr.write(f"qvm-remote: {stream} was cut after {kept} of {fields.get(f'{name}-bytes')} bytes\n")
     return result.exit_code
 
@@ -303,34 +324,20 @@ def reason_of(result):
         result: Result.
 
     Returns:
-        str, one line; empty when there is none.
+        str, one line of printable ASCII, so that it can't look like anything else; empty when there is none.
     """
     from .terminal import one_line
 
-    try:
-        with open(result.err_path, "rb") as file:
-            raw = file.read(1000)
-    except OSError:
-        return ""
+    raw = result.parts["err"].beginning(4 * _REASON_MAX)
     prefix = b"qvm-remote: "
-    return one_line(raw[len(prefix) :] if raw.startswith(prefix) else raw, 1000)
+    text = one_line(raw[len(prefix) :] if raw.startswith(prefix) else raw, _REASON_MAX)
+    return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _copy(path, fd, start):
-    """Write a file's bytes from ``start`` on to a descriptor."""
-    try:
-        source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        os.lseek(source, start, os.SEEK_SET)
-        while True:
-            chunk = os.read(source, 1 << 18)
-            if not chunk:
-                return
-            write_fully(fd, chunk)
-    finally:
-        os.close(source)
+def _copy(part, fd, start):
+    """Write a part of the result on to a descriptor, from ``start`` on."""
+    for block in part.blocks(start):
+        write_fully(fd, block)
 
 
 def on_signals_give_up(request, progress):

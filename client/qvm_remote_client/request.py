@@ -40,17 +40,17 @@ class Result:
     """dom0's answer.
 
     Attributes:
-        exit_code (int), authentic (bool), fields (dict of str to str), out_path, err_path (str).
+        exit_code (int), authentic (bool), fields (dict of str to str).
+        parts (dict of ``out`` and ``err`` to Part): the output, as it was when it was checked.
         shown (dict of ``out`` and ``err`` to int): how many bytes of it have been shown already; None when what was shown
             is not how the result begins.
     """
 
-    def __init__(self, exit_code, authentic, fields, path, shown):
+    def __init__(self, exit_code, authentic, fields, parts, shown):
         self.exit_code = exit_code
         self.authentic = authentic
         self.fields = fields
-        self.out_path = path + ".out"
-        self.err_path = path + ".err"
+        self.parts = parts
         self.shown = shown
 
 
@@ -376,6 +376,14 @@ class Request:
             self.give_up()
             raise
 
+    def is_open(self):
+        """Say whether dom0 has not answered the request yet, as far as the queue shows.
+
+        Returns:
+            bool
+        """
+        return any(map(os.path.lexists, (self._queue.pending(self.cid), self._queue.running(self.cid))))
+
     def give_up(self):
         """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""
         take_back(self._queue, self.cid)
@@ -416,22 +424,29 @@ class Request:
     def _read_result(self):
         path = self._queue.results(self.cid)
         shown = self._stream.shown if self._stream is not None else {}
+        # Imported here: while dom0 works, it costs nobody time.
+        from .part import Part
+
         try:
             exit_code = int(read_bounded(path + ".exit", 8))
             untrusted_meta = read_bounded(path + ".meta", META_MAX) if os.path.exists(path + ".meta") else b""
             # What was shown is taken as how each part begins; if dom0 proves that, no byte of it is hashed twice.
-            digests = [digest_of(f"{path}.{part}", *shown.get(part, ())) for part in ("out", "err")]
+            parts = {part: Part(f"{path}.{part}") for part in ("out", "err")}
+            digests = [parts[part].digest(*shown.get(part, ())) for part in ("out", "err")]
             counts = [shown[part][0] if part in shown else 0 for part in ("out", "err")]
             fields, authentic = self._check(exit_code, digests, untrusted_meta)
             if shown and not authentic:
                 # dom0 may have put a reason in its place.
-                whole = [digest_of(f"{path}.{part}") for part in ("out", "err")]
+                whole = [parts[part].digest() for part in ("out", "err")]
                 fields, authentic = self._check(exit_code, whole, untrusted_meta)
                 counts = [count if digest == other else None for count, digest, other in zip(counts, digests, whole)]
         except (OSError, ValueError, PullError) as err:
+            if self.is_open():
+                # It is none of dom0's. What failed here must not run there.
+                self.give_up()
             self._hang_up()
             raise NoResult(f"the result of {self.cid} is damaged: {err}") from err
-        return Result(exit_code, authentic, fields, path, dict(zip(("out", "err"), counts)))
+        return Result(exit_code, authentic, fields, parts, dict(zip(("out", "err"), counts)))
 
     def _check(self, exit_code, digests, untrusted_meta):
         if None in digests:
@@ -460,34 +475,3 @@ def _wait_for_input(fd, tick):
         tick("stdin")
 
 
-def digest_of(path, begun=0, digest=None):
-    """Hash a part of a result, going on where some of it has been hashed.
-
-    Args:
-        path: str.
-        begun: int, bytes that have been hashed.
-        digest: hash object over these; None for none.
-
-    Returns:
-        bytes, 32; None when there is less than was hashed. What does not exist is empty.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return hasher(0).digest() if begun == 0 else None
-    try:
-        size = os.fstat(fd).st_size
-        if size < begun:
-            return None
-        digest = digest.copy() if digest else hasher(size)
-        os.lseek(fd, begun, os.SEEK_SET)
-        while True:
-            chunk = os.read(fd, _CHUNK)
-            if not chunk:
-                return digest.digest()
-            digest.update(chunk)
-    finally:
-        os.close(fd)

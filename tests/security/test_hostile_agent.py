@@ -4,37 +4,8 @@
 import time
 
 import pytest
+from attackers import be_agent, be_itself
 
-_HEAD = """\
-#!/usr/bin/python3 -IS
-import json, os, sys, time
-def read(size):
-    data = b""
-    while len(data) < size:
-        chunk = os.read(0, size - len(data))
-        if not chunk:
-            sys.exit(0)
-        data += chunk
-    return data
-def request():
-    head = read(8)
-    header = json.loads(read(int.from_bytes(head[:4], "big")))
-    read(int.from_bytes(head[4:], "big"))
-    return header
-def frame(header, payload=b""):
-    raw = json.dumps(header).encode() if isinstance(header, dict) else header
-    return len(raw).to_bytes(4, "big") + len(payload).to_bytes(4, "big") + raw + payload
-def write(data):
-    while data:
-        data = data[os.write(1, data):]
-def answer(header, payload=b""):
-    write(frame({**header, "n": request()["n"]}, payload))
-def greet():
-    answer({"v": 2})
-    answer({"fingerprint": None, "problems": []})
-if sys.argv[1:] != ["agent"]:
-    sys.exit(1)
-"""
 _ID = "20261124-000000-1-0badcafe"
 _ATTACKS = {
     "endless-output": "while True: write(bytes(65536))",
@@ -78,17 +49,14 @@ def _memory(dom0):
 @pytest.mark.parametrize("attack", sorted(_ATTACKS))
 def test_a_hostile_agent_harms_its_own_session_only(dom0, attack):
     before = _memory(dom0)
-    program = (_HEAD + _ATTACKS[attack] + "\n").encode()
-    dom0.vm("dev", "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=program)
+    be_agent(dom0, "dev", _ATTACKS[attack])
     end = time.monotonic() + 1
     while time.monotonic() < end:
         assert dom0.remote("hostname").stdout == b"dom0\n"
     assert dom0.dom0("pgrep", "-f", "salt-minion").returncode == 0
     assert _memory(dom0) - before < 64 * 1024
     # Its template's own agent is back with the next start: so is the service.
-    dom0.shutdown("dev")
-    dom0.start("dev")
-    dom0.wait_served("dev", seconds=30)
+    be_itself(dom0, "dev")
 
 
 def test_refusals_do_not_fill_the_audit_log(dom0):
@@ -96,9 +64,8 @@ def test_refusals_do_not_fill_the_audit_log(dom0):
         return int(dom0.dom0("sh", "-c", "grep -c refused /var/log/qvm-remote/audit.log || :").stdout)
 
     before = lines()
-    program = (_HEAD + _ATTACKS["refusal-flood"] + "\n").encode()
     # Another VM than that of the attacks above, whose floods have used up what it may write in this minute.
-    dom0.vm("work", "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=program)
+    be_agent(dom0, "work", _ATTACKS["refusal-flood"])
     end = time.monotonic() + 30
     while lines() == before:
         assert time.monotonic() < end
@@ -108,9 +75,7 @@ def test_refusals_do_not_fill_the_audit_log(dom0):
         # Sixty a minute are written, and the flood may lie in two of them.
         assert 50 < lines() - before <= 120
     finally:
-        dom0.shutdown("work")
-        dom0.start("work")
-        dom0.wait_served("work", seconds=30)
+        be_itself(dom0, "work")
 
 
 def test_a_vm_without_agent_and_shell_does_not_keep_dom0_busy(dom0):

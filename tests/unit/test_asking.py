@@ -256,7 +256,7 @@ def test_one_that_is_withdrawn_is_not_asked_any_more_and_never_runs(world):
     _until(lambda: os.path.exists(world.folder / f"asked.{first}"))
     assert world.lines.withdraw("work", second)
     assert world.lines.withdraw("work", first)
-    _until(world.lines.is_idle)
+    _until(lambda: world.lines.is_done("work"))
     assert world.ended == {}
     # A question that nobody answered, since nobody waited for it, is no no.
     third = world.submit(b"printf c")
@@ -268,7 +268,7 @@ def test_what_is_not_answered_when_the_service_ends_is_given_back_and_not_run(wo
     first, second = world.submit(b"printf a"), world.submit(b"printf b")
     _until(lambda: os.path.exists(world.folder / f"asked.{first}"))
     assert sorted(world.lines.close()) == sorted([("work", first), ("work", second)])
-    _until(world.lines.is_idle)
+    _until(lambda: world.lines.is_done("work"))
     assert world.ended == {}
 
 

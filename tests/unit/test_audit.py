@@ -525,11 +525,12 @@ def test_lines_are_found_by_vm_time_and_word(path):
 
 def test_nothing_in_a_log_reaches_a_terminal_as_it_is(path):
     log = AuditLog(path)
-    log.write("accepted", "work", CID, command="a\x1b[2J\x7f\u202e\x9bé\ud800\n")
+    log.write("accepted", "work", CID, command="a\x1b[2J\x7f\u202e\x9bé\ud800\n\u0430\u200b\\n")
     raw = _read(path)
     assert all(byte == 10 or 32 <= byte < 127 for byte in raw)
     (line,) = audit_read.query(path)
-    assert line["command"] == "a\\x1b[2J\\x7f\\u202e\\x9bé\\ud800\\n"
+    # Nor does what looks like another character, or like nothing; and what was written is known from what was escaped.
+    assert line["command"] == "a\\x1b[2J\\x7f\\u202e\\x9b\\xe9\\ud800\\n\\u0430\\u200b\\\\n"
 
 
 def test_the_systems_log_gets_a_copy_and_never_holds_anything_up(path, tmp_path, monkeypatch):

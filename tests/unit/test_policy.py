@@ -9,6 +9,7 @@ import time
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
+from pullrpc import ledger as ledger_module
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import ConfigError, LedgerError, Refused, TransportError
@@ -221,6 +222,32 @@ def test_a_clock_that_goes_back_does_not_prolong_it(ledger, tmp_path):
         check_policy(config, again, _tagged, _request("true"), now=80000.0)
 
 
+def test_a_clock_that_is_held_or_lies_a_little_each_time_does_not_prolong_it(ledger):
+    # Whoever tells dom0 the time lets none pass, or takes back a little now and then. The kernel counts all the same.
+    assert ledger.saw_clock("work", 100000, 90000.0, uptime=50.0) == 90000.0
+    assert ledger.saw_clock("work", 100000, 90000.0, uptime=51.0) == 90001.0
+    for minute in range(1, 170):
+        latest = ledger.saw_clock("work", 100000, 90000.0 + minute % 2, uptime=50.0 + 60 * minute)
+        assert latest >= 90000 + 60 * minute
+    assert latest >= 100000
+
+
+def test_a_clock_that_is_held_over_reboots_does_not_prolong_it(ledger, monkeypatch):
+    for boot in range(20):
+        monkeypatch.setattr(ledger_module, "boot_id", lambda boot=boot: f"boot {boot}")
+        for uptime in (10.0, 20.0, 610.0):
+            latest = ledger.saw_clock("work", 100000, 90000.0, uptime)
+    assert latest >= 100000
+
+
+def test_access_that_was_seen_to_end_does_not_begin_again(ledger):
+    config = _config(until=100000)
+    for now in (100000.5, 90000.0):
+        with pytest.raises(Refused) as caught:
+            check_policy(config, ledger, _tagged, _request("true"), now=now)
+        assert caught.value.code == "ended"
+
+
 def test_without_a_ledger_there_is_no_access_for_a_time(ledger):
     ledger.close()
     with pytest.raises((Refused, LedgerError)):
@@ -260,6 +287,15 @@ def test_a_command_whose_rule_is_gone_when_its_turn_comes_is_not_run(dom0):
     assert dom0.execute("work", cid)["status"] == "refused"
     err = b"".join(dom0.result("work", cid)[1]["err"][1](0))
     assert b"lets this qube run nothing" in err
+
+
+def test_time_passes_for_a_vm_that_asks_for_nothing(dom0):
+    until = int(time.time()) + 3600
+    dom0.config = make_config({**dom0.folders, "vms": {"work": {"until": until}, "dev": {}}})
+    dom0.note_time()
+    with pytest.raises(Refused) as caught:
+        check_policy(dom0.config.for_vm("work"), dom0.ledger, _tagged, _request("true"), now=time.time() - 100)
+    assert caught.value.code == "clock"
 
 
 def test_a_command_whose_time_is_over_when_its_turn_comes_is_not_run(dom0):

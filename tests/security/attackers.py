@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the attacks share: programs of a VM's user that reach into its queue, and agents that are an attacker's."""
+
+import time
+
+#: Stands before a program that runs in a VM (see ``Dom0.python`` of the tests): its queue, its key, requests made by hand.
+LIB = '''
+import contextlib, json, os, signal, socket, stat, subprocess, sys, threading, time
+from pullrpc.files import knock, write_whole
+from pullrpc.ids import new_cid
+from pullrpc.tokens import make_token, parse_key
+
+BASE = os.path.expanduser("~/.qvm-remote")
+QUEUE = BASE + "/queue"
+
+def key():
+    with open(BASE + "/auth.key", "rb") as file:
+        return parse_key(file.read())
+
+def token(cid, command, key=None):
+    return make_token(key or globals()["key"](), os.uname().nodename, cid, 60, "shell", command)
+
+def put(cid, command, line=None):
+    """Make a request as the client does, with that token line or a true one."""
+    write_whole(f"{QUEUE}/pending/{cid}.auth", token(cid, command) if line is None else line)
+    write_whole(f"{QUEUE}/pending/{cid}", command)
+    knock(BASE + "/doorbell")
+
+def wait(condition):
+    end = time.monotonic() + 40
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+def exit_of(cid):
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"{QUEUE}/results/{cid}.exit") as file:
+            return int(file.read())
+
+def plant(kind, path):
+    """Have something else than a plain file of the queue's own lie there."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "fifo that is held open":
+        os.mkfifo(path)
+        subprocess.Popen(["sleep", "7654340"], stdin=os.open(path, os.O_RDWR), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    elif kind == "folder":
+        os.makedirs(path + "/inside")
+    elif kind == "link to what never ends":
+        os.symlink("/dev/zero", path)
+    elif kind == "link to itself":
+        os.symlink(os.path.basename(path), path)
+    elif kind == "link to the key":
+        os.symlink(BASE + "/auth.key", path)
+    elif kind == "hard link to the key":
+        os.link(BASE + "/auth.key", path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(path)
+    elif kind == "nobody may read":
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o000))
+    else:
+        raise ValueError(kind)
+'''
+KINDS = (
+    *("fifo", "fifo that is held open", "folder", "link to what never ends", "link to itself", "link to the key", "hard link to the key"),
+    *("socket", "nobody may read"),
+)
+#: Before a program that stands in the agent's place. It answers what it is asked, as wrongly as its author wants.
+AGENT = """\
+#!/usr/bin/python3 -IS
+import json, os, sys, time
+def read(size):
+    data = b""
+    while len(data) < size:
+        chunk = os.read(0, size - len(data))
+        if not chunk:
+            sys.exit(0)
+        data += chunk
+    return data
+def request():
+    head = read(8)
+    header = json.loads(read(int.from_bytes(head[:4], "big")))
+    read(int.from_bytes(head[4:], "big"))
+    open("/tmp/asked-" + header["op"], "w").close()
+    return header
+def frame(header, payload=b""):
+    raw = json.dumps(header).encode() if isinstance(header, dict) else header
+    return len(raw).to_bytes(4, "big") + len(payload).to_bytes(4, "big") + raw + payload
+def write(data):
+    while data:
+        data = data[os.write(1, data):]
+def answer(header, payload=b""):
+    write(frame({**header, "n": request()["n"]}, payload))
+def greet():
+    answer({"v": 2})
+    answer({"fingerprint": None, "problems": []})
+if sys.argv[1:] != ["agent"]:
+    sys.exit(1)
+"""
+
+
+def wait(condition, seconds=40):
+    """Wait until something is so; give what the condition gave."""
+    end = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def agents(dom0, vm="work"):
+    """The pids of the agents in a VM: the same after an attack if that harmed no session."""
+    return dom0.vm(vm, "pgrep", "-f", "qvm-remote agent").stdout.split()
+
+
+def be_agent(dom0, vm, program):
+    """Put a program in the place of a VM's agent, and have dom0 meet it."""
+    dom0.vm(vm, "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=(AGENT + program + "\n").encode())
+
+
+def be_itself(dom0, vm):
+    """Bring a VM back as its template has it."""
+    dom0.shutdown(vm)
+    dom0.start(vm)
+    dom0.wait_served(vm)

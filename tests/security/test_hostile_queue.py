@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Another program of a VM's user puts into the queue what does not belong there. Neither dom0 nor the VM's agent hangs, no session
+ends, nothing is written to where a link points, and whoever asks for something else meanwhile, in this VM or in another, is served.
+"""
+
+import json
+
+import pytest
+from attackers import KINDS, LIB, agents, wait
+
+_BASE = "/home/user/.qvm-remote"
+_KEY = f"{_BASE}/auth.key"
+
+
+@pytest.fixture
+def attacked(dom0):
+    """The stand; what an attack left is gone after the test, and what it must not have done is looked at."""
+    dom0.wait_served("work", "dev")
+    key, before = dom0.vm("work", "cat", _KEY).stdout, agents(dom0)
+    yield dom0
+    dom0.vm("work", "pkill", "-KILL", "-f", "sleep 7654340|qvm-remote -n")
+    dom0.vm("work", "sh", "-c", f"rm -rf {_BASE}/queue/rejected {_BASE}/queue/*/[!.]*")
+    assert dom0.vm("work", "cat", _KEY).stdout == key
+    assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
+    assert agents(dom0) == before, "the session broke"
+
+
+def _assert_all_are_served(dom0):
+    assert dom0.remote("hostname").stdout == b"dom0\n"
+    assert dom0.remote("hostname", vm="dev").stdout == b"dom0\n"
+
+
+_REQUESTS = """
+planted = {}
+for kind, suffix in [(kind, suffix) for kind in sys.argv[1:] for suffix in ("", ".auth", ".in", ".cancel")]:
+    cid = new_cid()
+    planted[f"{cid}{suffix}"] = kind
+    plant(kind, f"{QUEUE}/pending/{cid}{suffix}")
+    if suffix in ("", ".in"):
+        write_whole(f"{QUEUE}/pending/{cid}.auth", token(cid, b"true"))
+    if suffix in (".auth", ".in"):
+        # It comes last, as the client's does: from now on the request is complete.
+        write_whole(f"{QUEUE}/pending/{cid}", b"touch /srv/attacked" if suffix == ".auth" else b"true")
+knock(BASE + "/doorbell")
+print(json.dumps(planted))
+"""
+
+
+def test_what_is_no_plain_file_among_the_requests_holds_nobody_up(attacked):
+    planted = attacked.python(LIB + _REQUESTS, *KINDS)
+    _assert_all_are_served(attacked)
+    # Each is answered, and gone: not looked at again and again.
+    wait(lambda: attacked.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
+    answers = attacked.vm("work", "sh", "-c", f"cd {_BASE}/queue/results && grep . *.exit").stdout.decode().split()
+    codes = dict(line.split(".exit:") for line in answers)
+    assert {name: kind for name, kind in planted.items() if name.partition(".")[0] not in codes and not name.endswith(".cancel")} == {}
+    assert {name: kind for name, kind in planted.items() if name.endswith(".auth") and codes[name.partition(".")[0]] != "125"} == {}
+
+
+_RESULTS = """
+kind, command = sys.argv[1:]
+client = subprocess.Popen(["qvm-remote", "-n", command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+cid = wait(lambda: os.listdir(f"{QUEUE}/running"))[0]
+# It waits for its answer, and does not look: this is about who brings that.
+client.send_signal(signal.SIGSTOP)
+names = [f".{cid}.{part}.part" for part in ("out", "err", "meta")] + [f".{cid}.stream"] + [f"{cid}.{part}" for part in ("out", "err", "meta", "exit")]
+for name in names:
+    plant(kind, f"{QUEUE}/results/{name}")
+os.unlink(f"{QUEUE}/running/{cid}")
+plant(kind, f"{QUEUE}/running/{cid}")
+print(json.dumps(cid))
+"""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "fifo that is held open", "folder", "hard link to the key"])
+def test_what_lies_where_a_result_belongs_holds_nobody_up(attacked, kind):
+    attacked.dom0("mkfifo", "/tmp/squatted", check=True)
+    try:
+        # More than one frame holds, so that it comes in pieces.
+        cid = attacked.python(LIB + _RESULTS, kind, "cat /tmp/squatted; head -c 600000 /dev/zero")
+        _assert_all_are_served(attacked)
+        attacked.dom0("sh", "-c", ": > /tmp/squatted", check=True)
+        # dom0 has handed it over, and keeps nothing of it.
+        wait(lambda: attacked.dom0("test", "-e", f"/var/lib/qvm-remote/spool/work/{cid}").returncode)
+        assert attacked.vm("work", "stat", "-c", "%F", f"{_BASE}/queue/results/{cid}.exit").stdout == b"regular file\n"
+        _assert_all_are_served(attacked)
+    finally:
+        attacked.dom0("rm", "-f", "/tmp/squatted")
+
+
+_FOLDER = """
+kind = sys.argv[1]
+for name in ("doorbell", "agent.lock", "dom0-limits", "queue/rejected"):
+    subprocess.run(["rm", "-rf", f"{BASE}/{name}"], check=True)
+    plant(kind, f"{BASE}/{name}")
+os.close(os.open(f"{QUEUE}/pending/no id", os.O_CREAT, 0o600))
+subprocess.run(["pkill", "-f", "qvm-remote agent"], check=True)
+print("1")
+"""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to what never ends", "link to itself"])
+def test_what_lies_where_the_agents_own_files_belong_keeps_no_session_from_beginning(dom0, kind):
+    dom0.python(LIB + _FOLDER, kind)
+    dom0.wait_served("work")
+    assert dom0.remote("hostname").stdout == b"dom0\n"
+    # Rung by clients, heard by the agent, and nothing that it would read without end.
+    assert dom0.vm("work", "stat", "-c", "%F", f"{_BASE}/doorbell").stdout == b"fifo\n"
+    assert dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b""
+
+
+_GROWING = """
+cids, done = [new_cid() for _ in range(4)], threading.Event()
+
+def grow(cid, size):
+    line = token(cid, b"x" * size)
+    write_whole(f"{QUEUE}/pending/{cid}.auth", line)
+    with open(f"{QUEUE}/pending/.{cid}", "wb", buffering=0) as file, open(f"{QUEUE}/pending/{cid}.auth", "ab", buffering=0) as auth:
+        file.write(b"x" * size)
+        os.rename(f"{QUEUE}/pending/.{cid}", f"{QUEUE}/pending/{cid}")
+        while not done.is_set():
+            file.write(b"y" * 4096)
+            if size == 2:
+                auth.write(b"z")
+            # Shorter again, from time to time, so that it does not come to its bound.
+            if os.fstat(file.fileno()).st_size > 900_000:
+                os.ftruncate(file.fileno(), 0)
+
+threads = [threading.Thread(target=grow, args=(cid, size)) for cid, size in zip(cids, (1, 2, 60_000, 200_000))]
+for thread in threads:
+    thread.start()
+knock(BASE + "/doorbell")
+codes = wait(lambda: (codes := [exit_of(cid) for cid in cids]) and None not in codes and codes)
+done.set()
+print(json.dumps(codes))
+"""
+
+
+def test_files_that_grow_and_shrink_while_they_are_read_are_refused_and_nobody_waits(attacked):
+    assert attacked.python(LIB + _GROWING) == [125] * 4
+    _assert_all_are_served(attacked)
+
+
+#: Names that are none of an id, and want to look like one, or like a line of a log, on whatever shows them.
+_TRICKS = (
+    *("20261124-000000-1-0badf00d\u200b", "\u202e20261124-000000-1-0badf00d", "\uff12\uff10261124-000000-1-0badf00d", "20261124-000000-1-0badf\u04300d"),
+    *('x\n{"what":"accepted","vm":"dom0"}', "\x1b]0;owned\x07\x1b[2J", "\u009b31m", "a\rb", "\udcff\udcc2\udc9b", "..", "-rf", "a" * 250),
+    *("20261124-000000-1-0badf00d.meta", "20261124-000000-1-0badf00d.in.exit"),
+)
+_NAMES = """
+for name in json.loads(sys.argv[1]):
+    if name != "..":
+        os.close(os.open(os.path.join(f"{QUEUE}/pending".encode(), name.encode("utf-8", "surrogateescape")), os.O_CREAT, 0o600))
+    with contextlib.suppress(OSError):
+        os.mkdir(os.path.join(f"{QUEUE}/pending".encode(), b"." + name.encode("utf-8", "surrogateescape")))
+knock(BASE + "/doorbell")
+print("1")
+"""
+
+
+def test_names_that_play_tricks_stay_in_the_vm(attacked):
+    attacked.python(LIB + _NAMES, json.dumps(_TRICKS))
+    _assert_all_are_served(attacked)
+    wait(lambda: attacked.vm("work", "sh", "-c", f"ls {_BASE}/queue/pending").stdout == b"")
+    logs = attacked.dom0("sh", "-c", "cat /var/log/qvm-remote/*.log").stdout
+    assert b"0badf00d" not in logs
+    assert b"owned" not in logs
+    attacked.vm("work", "sh", "-c", f"rm -rf {_BASE}/queue/pending/.[!.]*")
+
+
+_MANY = """
+# Half of them are none of an id; the others are requests without a token.
+for number in range(20_000):
+    cid = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-1-{number:08x}"
+    os.close(os.open(f"{QUEUE}/pending/{cid if number % 2 else f'no id {number}'}", os.O_CREAT, 0o600))
+knock(BASE + "/doorbell")
+print(len(os.listdir(f"{QUEUE}/pending")))
+"""
+
+
+def test_twenty_thousand_names_in_one_vm_delay_no_other_vm_and_break_no_session(attacked):
+    before = agents(attacked, "dev")
+    attacked.python(LIB + _MANY, vm="dev")
+    for _ in range(10):
+        assert attacked.remote("hostname").stdout == b"dom0\n"
+    left = "ls -U {} | wc -l"
+    # The others were served before it was done with, not after.
+    assert int(attacked.vm("dev", "sh", "-c", left.format(f"{_BASE}/queue/pending")).stdout) > 0
+    # What is none of an id is put aside, and kept in small numbers.
+    wait(lambda: b"no id" not in attacked.vm("dev", "sh", "-c", f"ls -U {_BASE}/queue/pending").stdout)
+    assert int(attacked.vm("dev", "sh", "-c", left.format(f"{_BASE}/queue/rejected")).stdout) <= 1000
+    attacked.vm("dev", "sh", "-c", f"rm -rf {_BASE}/queue/rejected; find {_BASE}/queue/pending {_BASE}/queue/results -type f -delete")
+    assert attacked.remote("hostname", vm="dev").stdout == b"dom0\n"
+    assert agents(attacked, "dev") == before
+
+
+_SEEN = """
+plant(sys.argv[1], BASE + "/planted")
+subprocess.run(["rm", "-rf", BASE + "/dom0-seen"], check=True)
+os.rename(BASE + "/planted", BASE + "/dom0-seen")
+print("1")
+"""
+
+
+def test_a_vm_without_the_agent_is_served_whatever_lies_in_its_queue(dom0):
+    # As with a template that has no client: nothing named qvm-remote is in the PATH of qvm-run's shell.
+    dom0.vm("work", "sh", "-c", "mv /usr/bin/qvm-remote /usr/lib/qvm-remote/launcher; pkill -f 'qvm-remote agent'", user="root")
+    program = "/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher"
+    try:
+        dom0.python(LIB + _REQUESTS, *KINDS)
+        for kind in ("folder", "fifo that is held open", "nobody may read"):
+            dom0.python(LIB + _SEEN, kind)
+            assert dom0.vm("work", *program, "hostname").stdout == b"dom0\n"
+            wait(lambda: dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
+        assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
+    finally:
+        dom0.vm("work", "sh", "-c", f"pkill -f 'sleep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen")
+        dom0.shutdown("work")
+        dom0.start("work")
+        dom0.wait_served("work")

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What one VM does with its ids, its agents and dom0's time is its own matter: another VM is served meanwhile, and gets its own answers."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from attackers import LIB, agents, be_agent, be_itself, wait
+
+
+def _audit(dom0):
+    return [json.loads(line) for line in dom0.dom0("cat", "/var/log/qvm-remote/audit.log").stdout.splitlines()]
+
+
+def _assert_served_meanwhile(dom0, times=5):
+    for number in range(times):
+        assert dom0.remote("-n", f"echo {number}").stdout == f"{number}\n".encode()
+
+
+_JOBS = """
+for _ in range(8):
+    subprocess.Popen(["qvm-remote", "-n", "cat /tmp/long-job"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+wait(lambda: len(os.listdir(f"{QUEUE}/running")) == 8)
+print("1")
+"""
+
+
+def test_eight_long_jobs_of_one_vm_delay_no_other(dom0):
+    dom0.dom0("mkfifo", "/tmp/long-job", check=True)
+    try:
+        dom0.python(LIB + _JOBS, vm="dev")
+        _assert_served_meanwhile(dom0)
+        # Not one of them had ended.
+        assert dom0.vm("dev", "sh", "-c", "ls ~/.qvm-remote/queue/running | wc -l").stdout == b"8\n"
+    finally:
+        dom0.vm("dev", "pkill", "-TERM", "-f", "qvm-remote -n")
+        wait(lambda: dom0.dom0("pgrep", "-f", "cat /tmp/long-job").returncode)
+        dom0.dom0("rm", "-f", "/tmp/long-job")
+
+
+def test_an_agent_that_hangs_in_mid_answer_delays_no_other(dom0):
+    dom0.vm("dev", "pkill", "-STOP", "-f", "qvm-remote agent")
+    client = dom0.popen_vm("dev", "qvm-remote", "-q", "-n", "echo late")
+    try:
+        _assert_served_meanwhile(dom0)
+        assert client.poll() is None
+    finally:
+        dom0.vm("dev", "pkill", "-CONT", "-f", "qvm-remote agent")
+    assert client.wait(60) == 0
+
+
+_FLOOD = """
+wrong, cids = os.urandom(32), []
+for _ in range(400):
+    cids.append(new_cid())
+    put(cids[-1], b"touch /srv/attacked", token(cids[-1], b"touch /srv/attacked", wrong))
+print(json.dumps(len(os.listdir(f"{QUEUE}/pending"))))
+"""
+
+
+def test_a_flood_of_wrong_tokens_delays_no_other_vm_and_fills_no_log(dom0):
+    def sizes():
+        return [int(word) for word in dom0.dom0("sh", "-c", "stat -c %s /var/log/qvm-remote/*.log").stdout.split()]
+
+    before, logs = len(_audit(dom0)), sizes()
+    dom0.python(LIB + _FLOOD, vm="dev")
+    _assert_served_meanwhile(dom0, 10)
+    left = int(dom0.vm("dev", "sh", "-c", "ls -U ~/.qvm-remote/queue/pending | wc -l").stdout)
+    # Served before the flood was through, not after it.
+    assert left > 0
+    dom0.vm("dev", "sh", "-c", "rm -rf ~/.qvm-remote/queue/pending/* ~/.qvm-remote/queue/results/*")
+    assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
+    refused = [line for line in _audit(dom0)[before:] if line["vm"] == "dev" and line["what"] == "refused"]
+    # Sixty a minute, and the flood may lie in two of them; each line is short.
+    assert 0 < len(refused) <= 120
+    assert sum(sizes()) - sum(logs) < 100_000
+    dom0.wait_served("dev")
+
+
+_SAME_ID = """
+cid, word = sys.argv[1:]
+put(cid, f"echo {word}".encode())
+code = wait(lambda: os.path.exists(f"{QUEUE}/results/{cid}.exit") and exit_of(cid) is not None and [exit_of(cid)])[0]
+with open(f"{QUEUE}/results/{cid}.out") as out, open(f"{QUEUE}/results/{cid}.err") as err:
+    print(json.dumps([code, out.read(), err.read()]))
+for part in ("out", "err", "meta", "exit"):
+    os.unlink(f"{QUEUE}/results/{cid}.{part}")
+"""
+
+
+def test_the_same_id_from_two_vms_is_two_commands_and_twice_from_one_it_is_one(dom0):
+    cid = dom0.python(LIB + "print(json.dumps(new_cid()))")
+    assert dom0.python(LIB + _SAME_ID, cid, "of-work") == [0, "of-work\n", ""]
+    assert dom0.python(LIB + _SAME_ID, cid, "of-dev", vm="dev") == [0, "of-dev\n", ""]
+    for word in ("of-work", "another"):
+        code, out, err = dom0.python(LIB + _SAME_ID, cid, word)
+        assert (code, out) == (125, "")
+        assert "used before" in err
+    assert [line["vm"] for line in _audit(dom0) if line["what"] == "run" and line["id"] == cid] == ["work", "dev"]
+
+
+_TWO_AGENTS = """
+from pullrpc.frames import encode_frame
+other = subprocess.Popen(["qvm-remote", "agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+limits = {"timeout_max": 300, "command_max": 1 << 20, "stdin_max": 1 << 24, "max_age": 60}
+other.stdin.write(encode_frame({"op": "hello", "v": 2, "limits": limits, "n": 1}))
+# It hears the bell as well, and tells nobody.
+other.stdin.write(encode_frame({"op": "poll", "wait": 300, "max": 0, "inline": 0, "n": 2}))
+outs = [subprocess.run(["qvm-remote", "-n", f"echo {n}"], stdout=subprocess.PIPE).stdout.decode() for n in range(4)]
+other.stdin.close()
+other.wait(20)
+outs.append(subprocess.run(["qvm-remote", "-n", "echo 4"], stdout=subprocess.PIPE).stdout.decode())
+print(json.dumps(outs))
+"""
+
+
+def test_a_second_agent_in_a_vm_takes_nothing_from_the_first(dom0):
+    before = agents(dom0)
+    assert dom0.python(LIB + _TWO_AGENTS) == [f"{n}\n" for n in range(5)]
+    assert agents(dom0) == before
+
+
+#: Agents of dev, which know what runs for work: its id, and its whole request.
+_FOREIGN = {
+    "cancels it": """greet()
+while True:
+    asked = request()
+    write(frame({{'items': [], 'cancels': ['{cid}'], 'n': asked['n']}}))""",
+    "shows it as its own": """greet()
+while True:
+    asked = request()
+    items = [['{cid}', {command}, {token}, -1, 1]] if asked['op'] == 'poll' else []
+    write(frame({{'items': items, 'cancels': [], 'n': asked['n']}}, bytes.fromhex('{payload}') if items else b''))""",
+    "says that nobody waits": """greet()
+while True:
+    asked = request()
+    write(frame({{'items': [], 'cancels': [], 'gone': 1, 'n': asked['n']}}))""",
+    "answers each question twice": """greet()
+while True:
+    asked = request()
+    write(frame({{'items': [], 'cancels': [], 'n': asked['n']}}) * 2)""",
+    "answers a byte a second": """greet()
+asked = request()
+for byte in frame({{'items': [], 'cancels': ['{cid}'], 'n': asked['n']}}): write(bytes([byte])); time.sleep(1)""",
+}
+_OF_WORK = """
+client = subprocess.Popen(["qvm-remote", "-n", "cat /tmp/of-work; echo mine"], stdin=subprocess.DEVNULL, stdout=open("/tmp/of-work.out", "w"), stderr=subprocess.DEVNULL)
+cid = wait(lambda: os.listdir(f"{QUEUE}/running"))[0]
+with open(f"{QUEUE}/running/{cid}", "rb") as command, open(f"{QUEUE}/pending/{cid}.auth", "rb") as token:
+    print(json.dumps([cid, command.read().hex(), token.read().hex()]))
+"""
+
+
+@pytest.mark.parametrize("how", sorted(_FOREIGN))
+def test_an_agent_that_speaks_of_another_vms_command_does_nothing_to_it(dom0, how):
+    dom0.dom0("mkfifo", "/tmp/of-work", check=True)
+    try:
+        cid, command, token = dom0.python(LIB + _OF_WORK)
+        sizes = {"command": len(command) // 2, "token": len(token) // 2, "payload": command + token}
+        before = len(_audit(dom0))
+        be_agent(dom0, "dev", _FOREIGN[how].format(cid=cid, **sizes))
+        _assert_served_meanwhile(dom0, 8)
+        # dom0 has met this agent; what it showed as its own was refused.
+        asked = "/tmp/asked-result" if how == "shows it as its own" else "/tmp/asked-poll"
+        wait(lambda: dom0.vm("dev", "test", "-e", asked).returncode == 0)
+        assert dom0.dom0("pgrep", "-f", "cat /tmp/of-work").returncode == 0
+        dom0.dom0("sh", "-c", ": > /tmp/of-work", check=True)
+        wait(lambda: dom0.vm("work", "cat", "/tmp/of-work.out").stdout == b"mine\n")
+        assert [line["vm"] for line in _audit(dom0)[before:] if line["id"] == cid and line["what"] == "ended"] == ["work"]
+    finally:
+        dom0.dom0("rm", "-f", "/tmp/of-work")
+        be_itself(dom0, "dev")
+
+
+#: What a command holds to look like something else on the terminal of whoever reads of it in dom0.
+_TRICKS = "echo '\u202eevil\u202c \u200bx \u0430\u0301 \u3164 \r\n{\"what\":\"accepted\"}\t\\u0061'"
+
+
+def test_nothing_that_dom0_shows_of_a_command_does_something_on_a_terminal(dom0):
+    folder = os.path.dirname(dom0.factory.config["conf_file"])
+    assert dom0.remote("-n", _TRICKS).returncode == 0
+    for words in (["qvm_remote.history", "work", "limit=3"], ["qvm_remote.status"]):
+        # As a person sees it, and not as JSON.
+        shown = dom0.dom0("salt-call", "--local", "--no-color", "-c", folder, *words).stdout
+        assert b"work" in shown
+        assert b"\\u202eevil" in shown or words != ["qvm_remote.history", "work", "limit=3"]
+        assert all(byte == 10 or 32 <= byte < 127 for byte in shown), shown
+    # Terminals obey these in UTF-8, too: nothing with them in it runs.
+    done = dom0.remote("-n", "echo '\u009b2J\u009d0;owned\u009c'")
+    assert (done.returncode, b"control characters" in done.stderr) == (125, True)
+    done = dom0.remote("--exec", "echo", "\u009b2J")
+    assert (done.returncode, b"control characters" in done.stderr) == (125, True)
+    for path in ("/var/log/qvm-remote/audit.log", dom0.factory.config["log_file"]):
+        assert all(byte in (9, 10) or 32 <= byte < 127 for byte in dom0.dom0("cat", path).stdout), path
+
+
+def test_without_an_engine_too_a_long_job_of_one_vm_delays_no_other(dom0):
+    dom0.stop_engine()
+    dom0.dom0("mkfifo", "/tmp/long-job", check=True)
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    dev, work = (dom0.popen_vm(vm, "qvm-remote", "-n", line, **quiet) for vm, line in (("dev", "cat /tmp/long-job"), ("work", "hostname")))
+    for vm in ("dev", "work"):
+        wait(lambda vm=vm: b".auth" in dom0.vm(vm, "ls", "/home/user/.qvm-remote/queue/pending").stdout)
+    once = dom0.popen_dom0("salt-call", "--local", "-c", os.path.dirname(dom0.factory.config["conf_file"]), "qvm_remote.run_once", **quiet)
+    try:
+        # The VMs come in the order of their names.
+        assert work.communicate(timeout=60)[0] == b"dom0\n"
+        assert dom0.dom0("pgrep", "-f", "cat /tmp/long-job").returncode == 0
+        assert once.poll() is None
+    finally:
+        dom0.dom0("sh", "-c", "timeout 20 sh -c ': > /tmp/long-job'; rm /tmp/long-job")
+    assert dev.wait(60) == 0
+    assert b"served" in once.communicate(timeout=60)[0]
