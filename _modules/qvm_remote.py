@@ -25,6 +25,7 @@ import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.files
 import pullrpc.ids
+import pullrpc.ledger_report
 import pullrpc.lock
 import pullrpc.note
 import pullrpc.overview
@@ -1270,37 +1271,15 @@ def ledger_check(set_aside=False, config=None):
     """
     with _told():
         dom0 = _dom0(config)
-        found = _look_at_ledger(dom0)
+        found = pullrpc.ledger_report.look(dom0)
         if set_aside:
             if not found["problems"]:
                 raise pullrpc.errors.LedgerError("the ledger is sound, and stays where it is")
             with pullrpc.lock.EngineLock(dom0.config.run_dir):
                 aside = dom0.renew_ledger()
-            found = {**_look_at_ledger(dom0), "set_aside": aside}
+            found = {**pullrpc.ledger_report.look(dom0), "set_aside": aside}
     if found["problems"]:
         __context__["retcode"] = 1
-    return found
-
-
-def _look_at_ledger(dom0):
-    found = {"ledger": dom0.ledger_path, "problems": [], "commands": {}, "next": "nothing is to be done"}
-    try:
-        dom0.check_ledger()
-        ahead = dom0.ledger_ahead()
-        if ahead:
-            text = "by dom0's clock it was made {:.0f} s from now, and takes no id until then: mend dom0's clock, or set the ledger aside"
-            found["problems"] = [text.format(ahead)]
-        found["commands"] = dom0.ledger_counts() or {}
-    except pullrpc.errors.LedgerDamaged as err:
-        found["problems"] = [err.what]
-    except pullrpc.errors.LedgerError as err:
-        found.update(problems=[str(err)], next="mend that (is the disk full, or read-only?), and look again")
-        return found
-    if found["problems"]:
-        found["next"] = (
-            "systemctl stop qvm-remote.service; salt-call --local -c /etc/qubes/remote qvm_remote.ledger_check set_aside=True; "
-            "systemctl start qvm-remote.service"
-        )
     return found
 
 

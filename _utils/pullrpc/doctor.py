@@ -14,7 +14,7 @@ import stat
 import subprocess
 import time
 
-from . import __version__, audit_read, note
+from . import __version__, audit_read, ledger_report, note
 from .audit_tail import recent
 from .config import digest, engine_settings, make_config
 from .dom0 import shared
@@ -216,9 +216,11 @@ class _Examination:
         self._ok(f"{len(asked)} running VMs have version {__version__}" if asked else "no VM that has a key runs")
 
     def ledger(self):
-        """Can the ledger be read."""
-        counts = self._dom0.ledger_counts()
-        self._ok("there is none yet" if counts is None else f"{sum(counts.values())} commands are known")
+        """Is the ledger sound."""
+        found = ledger_report.look(self._dom0)
+        for text in found["problems"]:
+            self._problem(text, found["next"])
+        self._ok(f"it is sound and knows {sum(found['commands'].values())} commands")
 
     def audit_log(self):
         """Is the audit log whole."""

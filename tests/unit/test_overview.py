@@ -140,3 +140,28 @@ def test_a_ledger_that_can_not_be_read_hides_nothing_else(tmp_path):
     found = overview(dom0)
     assert "ledger" in found["ledger"]
     assert (found["commands"], list(found["vms"])) == ({}, ["work"])
+
+
+def test_follow_that_begins_within_a_line_tells_all_of_it(tmp_path):
+    path = str(tmp_path / "audit.log")
+    log = AuditLog(path)
+    for number in (1, 2):
+        log.write("accepted", "work", number=number)
+    with open(path, "rb") as file:
+        whole = file.read()
+    with open(path, "wb") as file:
+        file.write(whole[:-20])
+
+    def steps():
+        with open(path, "ab") as file:
+            file.write(whole[-20:])
+        yield
+
+    happening = steps()
+    told = []
+    try:
+        for line in follow(path, 5, lambda: next(happening)):
+            told.append(line["number"])
+    except RuntimeError:
+        assert next(happening, None) is None
+    assert told == [1, 2]
