@@ -17,6 +17,7 @@ import signal
 import time
 
 import pullrpc
+import pullrpc.accounts
 import pullrpc.audit_files
 import pullrpc.audit_read
 import pullrpc.config
@@ -296,7 +297,7 @@ def _pillar_key(vm):
 
 
 def explain(vm, command, config=None):
-    """Say whether a VM's policy lets it run a command, and which rule decides.
+    """Say whether a VM's policy lets it run a command, which rule decides, and as whom it would run.
 
     Args:
         vm: name of the VM.
@@ -305,7 +306,7 @@ def explain(vm, command, config=None):
 
     Returns:
         dict: ``allowed`` (bool), ``asks`` (bool: dom0's user decides), ``reason``, ``rule`` (empty when none decided), ``words`` (list;
-        of lists for a script of several lines; None where a shell reads it).
+        of lists for a script of several lines; None where a shell reads it), ``as`` (dom0's user that would run it).
 
     Raises:
         CommandExecutionError: the VM's name or the settings can't be used, or the VMs of a tag can't be listed.
@@ -317,12 +318,13 @@ def explain(vm, command, config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
     with _told():
-        policy = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force
-        return pullrpc.policy.explain(policy, command, pullrpc.transport.vms_with_tag)
+        own = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm))
+        shown = pullrpc.policy.explain(own.policy_in_force, command, pullrpc.transport.vms_with_tag)
+        return {**shown, "as": pullrpc.accounts.describe_account(own.run_as)}
 
 
 def access(vm, config=None):
-    """Say in one line what a VM may have run, and until when.
+    """Say in one line what a VM may have run, as whom, and until when.
 
     Args:
         vm: name of the VM.

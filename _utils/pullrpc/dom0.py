@@ -18,6 +18,7 @@ import threading
 import time
 
 from . import __version__, ledger_file, sandbox
+from .accounts import ROOT, find_account
 from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
 from .errors import AuditError, ConfigError, KeyringError, LedgerDamaged, LedgerError, PullError, Refused, SandboxError, SpoolError
@@ -390,6 +391,7 @@ class Dom0:
             request = authenticate(config, functools.partial(self.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
             key = request.key
             request = self._answered(check_policy(config, self.ledger, vms_with_tag, request))
+            account = find_account(config.run_as)
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -401,8 +403,9 @@ class Dom0:
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
-            self.audit.write("run", vm, cid, by=describe_rule(request.by))
-            outcome = self._run(config, request, stdin_path)
+            # Not the name alone: one that is root's second name is root.
+            self.audit.write("run", vm, cid, by=describe_rule(request.by), **{"as": account.name if account else ROOT})
+            outcome = self._run(config, request, stdin_path, account)
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
@@ -745,7 +748,7 @@ class Dom0:
             self.audit.write("revoked", vm, forgotten=count)
         return bool(had_key or count)
 
-    def _run(self, config, request, stdin_path):
+    def _run(self, config, request, stdin_path, account):
         vm, cid = request.vm, request.cid
         script = request.command.encode("utf-8") if request.form == "script" else None
         argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}.get(request.form)
@@ -762,6 +765,7 @@ class Dom0:
             out_path=self.spool.path(vm, cid, OUT),
             err_path=self.spool.path(vm, cid, ERR),
             timeout=request.timeout,
+            account=account,
         )
         on_output = functools.partial(self.on_output, vm, cid) if self.on_output else None
         running = _Running(sandbox.start(job, _limits(config), on_output), request.key)
@@ -864,6 +868,7 @@ def _limits(config):
         cpu_weight=config.cpu_weight,
         nofile=config.nofile,
         path=config.path,
+        work_max=config.work_max,
     )
 
 
