@@ -204,8 +204,7 @@ def sweep(run_dir):
         for name in {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(folder)}:
             vm, *cid = name.rsplit("-", 4)
             _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
-        for problem in supervisor.remove_place(folder):
-            log.warning("%s: could not be removed: %s", folder, problem)
+        sandbox_slots.remove_folder(folder, sandbox_slots.choose_backend())
     return len(left)
 
 

@@ -225,12 +225,9 @@ class Slot:
         self._clear()
 
     def _clear(self):
-        if not os.path.lexists(self.folder):
-            return
-        problems = supervisor.remove_place(self.folder)
-        # What may only be unmounted from its unit is, when that ends.
-        if problems and not self.backend.IN_UNIT:
-            log.warning("%s could not be removed: %s", self.folder, problems[0])
+        # A unit that ends does that by itself.
+        if not self.backend.IN_UNIT and os.path.lexists(self.folder):
+            remove_folder(self.folder, self.backend)
 
     def disown(self):
         """In a forked process: drop what belongs to the one that started it."""
@@ -384,6 +381,17 @@ def jobs_folder(run_dir):
         str
     """
     return os.path.join(run_dir, "jobs")
+
+
+def remove_folder(folder, backend):
+    """Remove what a supervisor that was killed left.
+
+    Args:
+        folder: str.
+        backend: module, see :func:`choose_backend`.
+    """
+    for problem in supervisor.remove_place(folder, unmount=not backend.IN_UNIT):
+        log.warning("%s could not be removed: %s", folder, problem)
 
 
 def folders():

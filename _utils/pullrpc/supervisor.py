@@ -200,7 +200,7 @@ class Place:
     def leave(self):
         """Remove it."""
         os.close(self.fd)
-        remove_place(self.path)
+        remove_place(self.path, unmount=True)
 
     def _look(self):
         info = os.stat(self.path, follow_symlinks=False)
@@ -732,16 +732,18 @@ def remove_job(jobs_fd, name):
     return problems
 
 
-def remove_place(path):
-    """Remove a :class:`Place`, whatever is in it or mounted on it; where that may not be unmounted it stays.
+def remove_place(path, unmount):
+    """Remove a :class:`Place`, whatever is in it.
 
     Args:
         path: str.
+        unmount: bool, whether what is mounted on it is unmounted; else it stays if there is something. The service's unit has whoever
+            tries killed.
 
     Returns:
         list of str: what could not be removed, and why; the first few.
     """
-    for _ in range(_MOUNTS_MAX):
+    for _ in range(_MOUNTS_MAX if unmount else 0):
         if _libc.umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW):
             break
     parent, name = os.path.split(path)

@@ -7,7 +7,7 @@ import time
 import types
 
 import pytest
-from pullrpc import sandbox, sandbox_slots
+from pullrpc import sandbox, sandbox_slots, supervisor
 from pullrpc.accounts import find_account
 
 MIB = 1 << 20
@@ -32,7 +32,8 @@ class Box:
 
     def start(self, *argv, timeout=60, script=None, stdin=None, cid=None, out_dir=None, on_output=None, run_as="root", **limits):
         """Start a command."""
-        cid = cid or f"20260101-000000-1-{next(self._numbers):08x}"
+        # Another test run may be at work here: by a command's id its processes are found.
+        cid = cid or f"20260101-000000-{os.getpid()}-{next(self._numbers):08x}"
         files = [str((out_dir or self.folder) / f"{cid}.{part}") for part in ("out", "err")]
         job = sandbox.Job("work", cid, argv, script, stdin, *files, timeout, find_account(run_as))
         handle = sandbox.start(job, self.limits(**limits), on_output)
@@ -67,10 +68,12 @@ class Box:
 in_unit_too = pytest.mark.parametrize("box", ["elsewhere", "in_unit"], indirect=True)
 
 
-def put_in_unit(monkeypatch):
+def put_in_unit(monkeypatch, run_dir):
     """Have commands started as they are in a unit of systemd's."""
-    plain = sandbox_slots.sandbox_subreaper
-    unit = types.SimpleNamespace(**{**vars(plain), "IN_UNIT": True, "data_max": lambda _: 0, "processes_max": lambda _: 0})
+    own = {"IN_UNIT": True, "data_max": lambda _: 0, "processes_max": lambda _: 0}
+    # What systemd does when a unit ends.
+    own["kill"] = lambda name: supervisor.remove_place(os.path.join(run_dir, "jobs", name), unmount=True)
+    unit = types.SimpleNamespace(**{**vars(sandbox_slots.sandbox_subreaper), **own})
     monkeypatch.setattr(sandbox_slots, "choose_backend", lambda: unit)
     # There is no unit, so what the tests' own group holds must not count.
     program = sandbox_slots._SOURCE.replace(b"(spec[\"in_unit\"] and _unit_holds_memory())", b"False")

@@ -23,7 +23,7 @@ _NAMES = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "TMPDIR", 
 @pytest.fixture
 def box(tmp_path, request, monkeypatch):
     if getattr(request, "param", "elsewhere") == "in_unit":
-        put_in_unit(monkeypatch)
+        put_in_unit(monkeypatch, str(tmp_path / "run"))
     return Box(tmp_path)
 
 
@@ -403,8 +403,9 @@ def fake_systemd(box, monkeypatch):
     folder = box.folder / "bin"
     folder.mkdir()
     note = f'printf "%s\\n" "${{0##*/}}" "$@" >> {box.folder}/notes\n'
-    (folder / "systemd-run").write_text(f'#!/bin/sh\n{note}while [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
-    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}")
+    keep = f'case "$1" in *ExecStopPost=-*) echo "${{1#*ExecStopPost=-}}" > {box.folder}/post;; esac'
+    (folder / "systemd-run").write_text(f'#!/bin/sh\n{note}while [ "$1" != -- ]; do {keep}; shift; done\nshift\nexec "$@"\n')
+    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}. {box.folder}/post\n")
     for program in folder.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{PATH}")
@@ -436,6 +437,8 @@ def test_unit_of_a_broken_supervisor_is_killed(box, fake_systemd):
     words = fake_systemd()
     unit = next(word for word in words if word.startswith("--unit=")).partition("=")[2]
     assert words[words.index("systemctl") :] == ["systemctl", "kill", "--signal=KILL", unit, ""]
+    # What it is to do when its unit ends, since the engine may unmount nothing.
+    assert box.mounts() == [] and os.listdir(os.path.join(box.run_dir, "jobs")) == []
 
 
 _PROBE = """

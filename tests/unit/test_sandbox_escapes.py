@@ -28,11 +28,11 @@ USER, OTHER = "games", "nobody"
 @pytest.fixture
 def box(request, monkeypatch):
     """A place that other users can get to, with a folder ``common`` that they can write to."""
-    if getattr(request, "param", "elsewhere") == "in_unit":
-        put_in_unit(monkeypatch)
     with tempfile.TemporaryDirectory(prefix="qvm-remote-") as folder:
         os.chmod(folder, 0o711)
         one = Box(pathlib.Path(folder))
+        if getattr(request, "param", "elsewhere") == "in_unit":
+            put_in_unit(monkeypatch, one.run_dir)
         one.common = one.folder / "common"
         one.common.mkdir()
         one.common.chmod(0o777)
