@@ -36,7 +36,9 @@ from .validate import check_size
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
-_RUN_STEPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py")
+#: Read once, and given as text: whoever runs it may not read Salt's cache, where this package lies.
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py"), encoding="utf-8") as _file:
+    _RUN_STEPS = _file.read()
 #: How long a request counts as verified: from the execution module's check to the engine's next step, seconds.
 _VERIFIED_HOLDS = 0.5
 _NONE_VERIFIED = (float("-inf"), None, None, None)
@@ -753,7 +755,7 @@ class Dom0:
         script = request.command.encode("utf-8") if request.form == "script" else None
         argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}.get(request.form)
         if request.form == "steps":
-            argv, script = (sys.executable, "-I", "-S", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
+            argv, script = (sys.executable, "-I", "-S", "-c", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
         for part in (OUT, ERR):
             self.spool.remove_part(vm, cid, part)
         job = sandbox.Job(
