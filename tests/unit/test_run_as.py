@@ -108,6 +108,8 @@ def test_without_the_user_nothing_runs_and_one_line_says_why(dom0):
     assert (status, out) == ("refused", b"")
     assert err == b"qvm-remote: dom0 has no user no-such-user; in dom0's pillar, run_as says as whom this qube's commands are run\n"
     assert not os.path.exists(f"{dom0.folder}/ran")
+    # A ping runs nothing, and says that the key fits.
+    assert _run(dom0, b"ping", form="ping") == ("done", b"pong\n", b"")
 
 
 @as_root
