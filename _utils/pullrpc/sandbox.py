@@ -201,11 +201,20 @@ def sweep(run_dir):
     _end_supervisors(jobs)
     left = {os.path.join(jobs, name) for name in os.listdir(jobs)} - sandbox_slots.folders()
     for folder in left:
-        for name in {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(folder)}:
+        for name in _jobs_in(folder):
             vm, *cid = name.rsplit("-", 4)
             _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
         sandbox_slots.remove_folder(folder, sandbox_slots.choose_backend())
     return len(left)
+
+
+def _jobs_in(folder):
+    """Names of the commands of which something is left in a supervisor's folder."""
+    try:
+        return {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(folder)}
+    except FileNotFoundError:
+        # That supervisor was just removing it.
+        return set()
 
 
 def _end_supervisors(jobs):
