@@ -17,6 +17,7 @@ import signal
 import time
 
 import pullrpc
+import pullrpc.accounts
 import pullrpc.audit_files
 import pullrpc.audit_read
 import pullrpc.config
@@ -297,7 +298,7 @@ def _pillar_key(vm):
 
 
 def explain(vm, command, config=None):
-    """Say whether a VM's policy lets it run a command, and which rule decides.
+    """Say whether a VM's policy lets it run a command, which rule decides, and as whom it would run.
 
     Args:
         vm: name of the VM.
@@ -306,7 +307,7 @@ def explain(vm, command, config=None):
 
     Returns:
         dict: ``allowed`` (bool), ``asks`` (bool: dom0's user decides), ``reason``, ``rule`` (empty when none decided), ``words`` (list;
-        of lists for a script of several lines; None where a shell reads it).
+        of lists for a script of several lines; None where a shell reads it), ``as`` (dom0's user that would run it).
 
     Raises:
         CommandExecutionError: the VM's name or the settings can't be used, or the VMs of a tag can't be listed.
@@ -318,12 +319,13 @@ def explain(vm, command, config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
     with _told():
-        policy = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force
-        return pullrpc.policy.explain(policy, command, pullrpc.transport.vms_with_tag)
+        own = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm))
+        shown = pullrpc.policy.explain(own.policy_in_force, command, pullrpc.transport.vms_with_tag)
+        return {**shown, "as": pullrpc.accounts.describe_account(own.run_as)}
 
 
 def access(vm, config=None):
-    """Say in one line what a VM may have run, and until when.
+    """Say in one line what a VM may have run, as whom, and until when.
 
     Args:
         vm: name of the VM.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
+from .accounts import describe_account
 from .audit import describe_rule
 from .errors import AuditError, Refused
 from .question import FAILED, NO, TIMEOUT, WITHDRAWN, YES, Answer, Question, text_of
@@ -174,7 +175,7 @@ class Asker:
         return answer, None
 
     def _as_whom(self, vm):
-        return getattr(self._dom0.config.for_vm(vm), "run_as", "root")
+        return describe_account(self._dom0.config.for_vm(vm).run_as)
 
     def _note(self, vm, word):
         with self._lock:

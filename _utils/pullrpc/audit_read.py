@@ -113,7 +113,7 @@ def history(path, vm=None, since=None, outcome=None, limit=20):
 
     Returns:
         list of dict, oldest first: ``time``, ``vm``, ``id``, ``outcome``, and what is known of ``command`` (its beginning),
-        ``size``, ``sha256``, ``by`` (who decided), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` (of a refusal).
+        ``size``, ``sha256``, ``by`` (who decided), ``as`` (dom0's user that ran it), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` (of a refusal).
 
     Raises:
         PullError: an argument can't be; AuditError: the log can't be read.
@@ -135,7 +135,7 @@ def history(path, vm=None, since=None, outcome=None, limit=20):
             if len(begun) > _OPEN_MAX:
                 del begun[next(iter(begun))]
         elif what == "run" and name in begun:
-            begun[name]["outcome"] = _RUNNING
+            begun[name].update({"outcome": _RUNNING, **{word: line[word] for word in ("as",) if word in line}})
         elif what in ("ended", "refused"):
             row = begun.pop(name, None) or _row(line, _REFUSED)
             row.update({word: line[word] for word in ("exit", "seconds", "out", "err", "signal", "code") if word in line})

@@ -12,7 +12,7 @@ import threading
 import time
 
 from .errors import AuditError
-from .files import forget, write_durably
+from .files import forget, make_private, write_durably
 
 #: A file takes whole blocks of the disk.
 _BLOCK = 4096
@@ -61,7 +61,7 @@ class Commands:
                 self._look()
                 # Before it is written: it must not be pruned itself, and the disk may have room only then.
                 self._prune(bytes_max - _size(len(raw)), days)
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                make_private(os.path.dirname(path))
                 write_durably(path, raw)
                 self._known.append((time.time(), _size(len(raw)), path))
                 self._total += _size(len(raw))

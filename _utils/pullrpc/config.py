@@ -42,6 +42,8 @@ _BOUNDS = {
     "tasks_max": (8, 1 << 20),
     "cpu_weight": (1, 10000),
     "nofile": (64, 1 << 20),
+    # A script has to fit in, too.
+    "work_max": (2 * _MIB, 1 << 40),
     "until": (0, 1 << 40),
     "ask_timeout": (5, 3600),
     "rate": (1, 1000000),
@@ -55,7 +57,7 @@ _PATH = re.compile(r"/[A-Za-z0-9_.+/-]*\Z")
 #: Folders that are made, kept and removed with qvm-remote, and so must be its own.
 _OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
-_ONLY_PER_VM = ("accept_v1", "key", "policy", "until", "user")
+_ONLY_PER_VM = ("accept_v1", "key", "policy", "run_as", "until", "user")
 _PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "rate", *_ONLY_PER_VM)
 
 
@@ -91,12 +93,13 @@ class Config:
         ask_timeout: how long that user has to answer.
         events: ``ends`` (how commands ended, sessions, keys) or ``all`` (each step of a command, too).
         stop_grace: how long running commands may go on once the engine is told to stop.
-        memory_max, tasks_max, cpu_weight, nofile: limits of one command.
+        memory_max, tasks_max, cpu_weight, nofile, work_max: limits of one command.
         path: PATH of commands.
         accept_v1: take the tokens of qvm-remote 1.x, which do not bind the command; per VM only.
         key: where the VM's key comes from: ``own`` (the VM made it), ``given`` (from pillar), ``generate`` (dom0 makes it, and
             the engine hands it over again when the VM lost it); per VM only.
         user: who runs the agent in the VM, and whose home has the queue; per VM only.
+        run_as: dom0's user as whom the VM's commands are run (see pullrpc.accounts); per VM only.
         default_policy: ``full`` or ``none``, for VMs without a policy.
         policy: what the VM may have run (see pullrpc.policy), empty for the default; per VM only.
         until: when the VM's access ends, seconds since the epoch, 0 for never; per VM only.
@@ -138,10 +141,12 @@ class Config:
     tasks_max: int = 512
     cpu_weight: int = 100
     nofile: int = 4096
+    work_max: int = 256 * _MIB
     path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     accept_v1: bool = False
     key: str = "own"
     user: str = "user"
+    run_as: str = "root"
     default_policy: str = FULL
     policy: str | dict = ""
     until: int = 0
@@ -278,6 +283,8 @@ def check_setting(name, value):
         raise ConfigError(f"must be one of {', '.join(_CHOICES[name])}")
     if name == "user" and not _USER.match(value):
         raise ConfigError("must be the name of a user in the qube (small letters, digits, - and _)")
+    if name == "run_as" and not _USER.match(value):
+        raise ConfigError("must be the name of a user of dom0 (small letters, digits, - and _)")
     if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
         raise ConfigError("must be one line of text")
     if name == "ask_helper" and value != SCREEN and not _PATH.match(value):

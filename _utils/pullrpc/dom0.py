@@ -18,6 +18,7 @@ import threading
 import time
 
 from . import __version__, ledger_file, sandbox
+from .accounts import ROOT, find_account
 from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
 from .errors import AuditError, ConfigError, KeyringError, LedgerDamaged, LedgerError, PullError, Refused, SandboxError, SpoolError
@@ -35,7 +36,9 @@ from .validate import check_size
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
 _SHELL = "/bin/bash"
-_RUN_STEPS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py")
+#: Read once, and given as text: whoever runs it may not read Salt's cache, where this package lies.
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py"), encoding="utf-8") as _file:
+    _RUN_STEPS = _file.read()
 #: How long a request counts as verified: from the execution module's check to the engine's next step, seconds.
 _VERIFIED_HOLDS = 0.5
 _NONE_VERIFIED = (float("-inf"), None, None, None)
@@ -390,6 +393,7 @@ class Dom0:
             request = authenticate(config, functools.partial(self.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
             key = request.key
             request = self._answered(check_policy(config, self.ledger, vms_with_tag, request))
+            account = None if request.form == "ping" else find_account(config.run_as)
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -401,8 +405,9 @@ class Dom0:
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
-            self.audit.write("run", vm, cid, by=describe_rule(request.by))
-            outcome = self._run(config, request, stdin_path)
+            # Not the name alone: one that is root's second name is root.
+            self.audit.write("run", vm, cid, by=describe_rule(request.by), **{"as": account.name if account else ROOT})
+            outcome = self._run(config, request, stdin_path, account)
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
@@ -756,12 +761,12 @@ class Dom0:
             self.audit.write("revoked", vm, forgotten=count)
         return bool(had_key or count)
 
-    def _run(self, config, request, stdin_path):
+    def _run(self, config, request, stdin_path, account):
         vm, cid = request.vm, request.cid
         script = request.command.encode("utf-8") if request.form == "script" else None
         argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}.get(request.form)
         if request.form == "steps":
-            argv, script = (sys.executable, "-I", "-S", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
+            argv, script = (sys.executable, "-I", "-S", "-c", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
         for part in (OUT, ERR):
             self.spool.remove_part(vm, cid, part)
         job = sandbox.Job(
@@ -773,6 +778,7 @@ class Dom0:
             out_path=self.spool.path(vm, cid, OUT),
             err_path=self.spool.path(vm, cid, ERR),
             timeout=request.timeout,
+            account=account,
         )
         on_output = functools.partial(self.on_output, vm, cid) if self.on_output else None
         running = _Running(sandbox.start(job, _limits(config), on_output), request.key)
@@ -875,6 +881,7 @@ def _limits(config):
         cpu_weight=config.cpu_weight,
         nofile=config.nofile,
         path=config.path,
+        work_max=config.work_max,
     )
 
 

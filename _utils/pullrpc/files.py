@@ -93,6 +93,25 @@ def write_fully(fd, data):
             poller.poll()
 
 
+def make_private(path):
+    """Make a folder for nobody but its owner, and the same of each one above it that is missing.
+
+    Args:
+        path: str, absolute.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        # os.makedirs gives its mode to the last one alone.
+        make_private(os.path.dirname(path))
+        make_private(path)
+
+
 def forget(*paths):
     """Remove files; one that isn't there is as good as removed.
 

@@ -31,12 +31,13 @@ _LIMITS = {
     "tasks": "tasks_max",
     "cpu_weight": "cpu_weight",
     "files": "nofile",
+    "work": "work_max",
 }
 #: The same for one VM.
 _VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel", "rate": "rate"}
 #: Pillar's words for how dom0's user is asked.
 _ASK = {"helper": "ask_helper", "timeout": "ask_timeout"}
-_SIZES = ("command", "stdin", "output", "memory")
+_SIZES = ("command", "stdin", "output", "memory", "work")
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)\Z")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 #: Settings that pillar names directly under ``engine``.
@@ -66,7 +67,7 @@ _TOP = (
     *("service", "minion", "transport", "max_age", "default_policy", "ask", "limits", "client", "defaults", "select", "vms"),
     *("unlisted", "clean", "engine"),
 )
-_VM = ("state", "key", "user", "policy", "until", "accept_v1", "rotate_days", *_VM_LIMITS)
+_VM = ("state", "key", "user", "run_as", "policy", "until", "accept_v1", "rotate_days", *_VM_LIMITS)
 _DAYS = (1, 3650)
 #: Ways to select VMs that are not named under ``vms``.
 _SELECTORS = ("tag", "template", "name")
@@ -292,8 +293,9 @@ def _vm_mapping(own, path, allowed):
     _choice(own.get("state", "present"), f"{path}:state", ("present", "absent"))
     if "key" in own:
         _check_key(own["key"], f"{path}:key")
-    if "user" in own:
-        _setting("user", own["user"], f"{path}:user")
+    for name in ("user", "run_as"):
+        if name in own:
+            _setting(name, own[name], f"{path}:{name}")
     if "accept_v1" in own:
         _flag(own["accept_v1"], f"{path}:accept_v1")
     if "policy" in own:
@@ -306,7 +308,7 @@ def _vm_mapping(own, path, allowed):
 
 
 def _vm_settings(own, path=""):
-    settings = {name: own[name] for name in ("user", "accept_v1", "policy") if name in own}
+    settings = {name: own[name] for name in ("user", "run_as", "accept_v1", "policy") if name in own}
     if own.get("until") is not None:
         settings["until"] = _moment(own["until"], f"{path}:until")
     for word, name in _VM_LIMITS.items():

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import time
 
+from .accounts import describe_account
 from .errors import ConfigError, Refused
 
 FULL, NONE = "full", "none"
@@ -215,7 +216,7 @@ def _word_matches(word, given, tagged):
 
 
 def describe(config, now=None):
-    """Say in one line what a VM may have run.
+    """Say in one line what a VM may have run, and as whom.
 
     Args:
         config: Config that holds for the VM.
@@ -226,11 +227,11 @@ def describe(config, now=None):
     """
     policy = config.policy_in_force
     if policy == FULL:
-        text = "may run anything in dom0, as root (policy: full)"
+        text = f"may run anything in dom0, as {describe_account(config.run_as)} (policy: full)"
     elif policy == NONE:
         text = "may run nothing (policy: none)"
     else:
-        text = f"may run what {len(policy.get('allow', ()))} rules allow and {len(policy.get('deny', ()))} do not forbid"
+        text = f"may run what {len(policy.get('allow', ()))} rules allow and {len(policy.get('deny', ()))} do not forbid, as {describe_account(config.run_as)}"
         if policy.get("ask"):
             text += f"; dom0's user is asked about what {len(policy['ask'])} others name"
     if not config.until:

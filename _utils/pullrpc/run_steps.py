@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run single commands one after the other, without a shell, up to the first that fails: what a script is under rules.
 
-A program of its own, started in the sandbox: ``python3 -I -S run_steps.py FILE``; the file holds a JSON array of arrays of
-words. Imports little, and nothing of this package. Its exit code is that of the last command that ran.
+A program of its own, started in the sandbox with the path of a file that holds a JSON array of arrays of words; it comes as text,
+by ``python3 -I -S -c``. Imports little, and nothing of this package. Its exit code is that of the last command that ran.
 """
 
 import json

@@ -2,9 +2,9 @@
 """The sandbox: runs one command with a clean environment, bounded output and a time limit, and ends all it started.
 
 A program of ours (supervisor) stands between the engine and the command; it serves one after another (see sandbox_slots).
-Where systemd is PID 1 it runs in a transient unit with resource limits. A command that can't be confined is not run. Since
-commands run as root, this keeps order and bounds mistakes; it is no wall against a command that means to break out: whom
-dom0 authorizes, it trusts.
+Where systemd is PID 1 it runs in a transient unit with resource limits. A command that can't be confined is not run. For commands
+that run as root, this keeps order and bounds mistakes; it is no wall against one that means to break out: whom dom0 authorizes,
+it trusts. For those that run as another user (``run_as``) it is one, as far as docs/security.rst says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import stat
 import time
 
 from . import sandbox_slots, supervisor
+from .accounts import Account
 from .errors import PullError, SandboxError
 from .ids import check_cid, check_vm_name
 
@@ -49,6 +50,7 @@ class Job:
         stdin_path: str, file that becomes stdin; None for an empty one.
         out_path, err_path: str, files to be made for the output.
         timeout: int, seconds.
+        account: accounts.Account that runs it; None for the engine's own user, which is root.
     """
 
     vm: str
@@ -59,6 +61,7 @@ class Job:
     out_path: str
     err_path: str
     timeout: int
+    account: Account | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,11 @@ class Limits:
         run_dir: str; the sandboxes are made under ``<run_dir>/jobs``.
         output_max: int, bytes kept of stdout and of stderr each.
         memory_max: int, bytes: of all its processes under systemd, else of each one's data.
-        tasks_max, cpu_weight: int, as systemd has them; not enforced elsewhere (the kernel counts no processes for root).
+        tasks_max, cpu_weight: int, as systemd has them. Elsewhere the first is for all processes of a user who isn't root (the kernel
+            counts no processes for root), and the other is not enforced.
         nofile: int, open files of one process.
         path: str, PATH.
+        work_max: int, bytes that fit into the working directory; not enforced where the engine may not mount.
         kill_grace: float, seconds that killing may take.
     """
 
@@ -82,6 +87,7 @@ class Limits:
     cpu_weight: int
     nofile: int
     path: str
+    work_max: int = 256 << 20
     kill_grace: float = 2.0
 
 
@@ -130,28 +136,19 @@ def start(job, limits, on_output=None):
         check_cid(job.cid)
     except PullError as err:
         raise SandboxError(str(err)) from err
-    jobs = _jobs_folder(limits.run_dir)
+    _check_folders(limits.run_dir)
+    slot = sandbox_slots.pool().take(limits)
     name = f"{job.vm}-{job.cid}"
-    try:
-        os.mkdir(os.path.join(jobs, name), 0o700)
-    except OSError as err:
-        # Not removed here: a folder that is there already belongs to a command that runs.
-        raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
-    try:
-        argv = _with_script(jobs, name, job)
-        slot = sandbox_slots.pool().take(limits)
-    except OSError as err:
-        _remove_job(jobs, name)
-        raise SandboxError(f"the sandbox could not be set up: {err.strerror}") from err
-    except SandboxError:
-        _remove_job(jobs, name)
-        raise
+    # To another user than root, the slot's folder is shown in the place of all that is the engine's there.
+    work = os.path.join(limits.run_dir if job.account else slot.folder, name)
     spec = {
         "number": next(_numbers),
-        "jobs": jobs,
         "name": name,
-        "argv": argv,
-        "env": _environment(job, limits, os.path.join(jobs, name)),
+        "argv": [*job.argv, *([work + supervisor.SCRIPT] if job.script is not None else [])],
+        "script": None if job.script is None else job.script.decode("utf-8", "surrogateescape"),
+        "env": _environment(job, limits, work),
+        "account": dataclasses.asdict(job.account) if job.account else None,
+        "view": (slot.folder, limits.run_dir),
         "stdin": job.stdin_path,
         "out": job.out_path,
         "err": job.err_path,
@@ -160,6 +157,7 @@ def start(job, limits, on_output=None):
         "grace": limits.kill_grace,
         "nofile": limits.nofile,
         "data_max": slot.backend.data_max(limits),
+        "nproc": slot.backend.processes_max(limits),
         "in_unit": slot.backend.IN_UNIT,
         "progress": on_output is not None,
     }
@@ -177,6 +175,7 @@ def warm(limits):
     Raises:
         SandboxError: none can be started.
     """
+    _check_folders(limits.run_dir)
     sandbox_slots.pool().warm(limits)
 
 
@@ -192,19 +191,30 @@ def sweep(run_dir):
         run_dir: str.
 
     Returns:
-        int, how many there were.
+        int, how many supervisors had not cleaned up.
 
     Raises:
         SandboxError: the folder can't be used, or a command can't be ended.
     """
-    jobs = _jobs_folder(run_dir)
+    _check_folders(run_dir)
+    jobs = sandbox_slots.jobs_folder(run_dir)
     _end_supervisors(jobs)
-    left = {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(jobs)}
-    for name in left:
-        vm, *cid = name.rsplit("-", 4)
-        _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
-        _remove_job(jobs, name)
+    left = {os.path.join(jobs, name) for name in os.listdir(jobs)} - sandbox_slots.folders()
+    for folder in left:
+        for name in _jobs_in(folder):
+            vm, *cid = name.rsplit("-", 4)
+            _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
+        sandbox_slots.remove_folder(folder, sandbox_slots.choose_backend())
     return len(left)
+
+
+def _jobs_in(folder):
+    """Names of the commands of which something is left in a supervisor's folder."""
+    try:
+        return {name.removesuffix(supervisor.SCRIPT) for name in os.listdir(folder)}
+    except FileNotFoundError:
+        # That supervisor was just removing it.
+        return set()
 
 
 def _end_supervisors(jobs):
@@ -372,7 +382,6 @@ class Handle:
         """Kill what a broken supervisor left: its unit, the command's session, and whoever left it but has the command's environment."""
         self._slot.kill()
         _kill_marked(self._spec["env"], self._pid)
-        _remove_job(self._spec["jobs"], self._spec["name"])
 
 
 def _has_environment(pid, marks):
@@ -391,8 +400,8 @@ def _kill(pid):
         return
 
 
-def _jobs_folder(run_dir):
-    jobs = os.path.join(run_dir, "jobs")
+def _check_folders(run_dir):
+    jobs = sandbox_slots.jobs_folder(run_dir)
     try:
         for folder in (run_dir, jobs):
             info = _look_or_make(folder)
@@ -400,7 +409,6 @@ def _jobs_folder(run_dir):
                 raise SandboxError(f"{folder} must be a folder that only root can write to")
     except OSError as err:
         raise SandboxError(f"can't create {jobs}: {err.strerror}") from err
-    return jobs
 
 
 def _look_or_make(folder):
@@ -411,33 +419,12 @@ def _look_or_make(folder):
         return os.lstat(folder)
 
 
-def _with_script(jobs, name, job):
-    """The command's argument vector; its script is written beside (not into) its working directory."""
-    if job.script is None:
-        return list(job.argv)
-    path = os.path.join(jobs, name + supervisor.SCRIPT)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(job.script)
-    return [*job.argv, path]
-
-
-def _remove_job(jobs, name):
-    try:
-        fd = os.open(jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        for problem in supervisor.remove_job(fd, name):
-            log.warning("%s: could not be removed: %s", name, problem)
-    finally:
-        os.close(fd)
-
-
 def _environment(job, limits, work):
     """The whole environment of a command; README.rst lists it."""
-    home = "/root" if os.geteuid() == 0 else work
-    user = "root" if os.geteuid() == 0 else str(os.geteuid())
+    if job.account:
+        home, user = job.account.home, job.account.name
+    else:
+        home, user = ("/root", "root") if os.geteuid() == 0 else (work, str(os.geteuid()))
     return {
         "PATH": limits.path,
         "HOME": home,

@@ -67,6 +67,7 @@ class Slot:
 
     Attributes:
         backend, key: what it was started with, see :func:`_key`.
+        folder: str, where its commands work; the supervisor makes and removes it.
         served: int, commands that were given to it.
         idle_since: float, when it was last given back, by the monotonic clock.
 
@@ -80,14 +81,15 @@ class Slot:
         self.served = 0
         self.idle_since = 0.0
         self._name = f"slot-{os.urandom(6).hex()}"
+        self.folder = os.path.join(jobs_folder(limits.run_dir), self._name)
         self._lock = threading.Lock()
         self._buffer = b""
         python, program, boot = _program()
-        words = [python, "-I", "-S", "-c", boot, str(os.getpid()), str(supervisor.start_time(os.getpid()))]
+        words = [python, "-I", "-S", "-c", boot, str(os.getpid()), str(supervisor.start_time(os.getpid())), self.folder, str(limits.work_max)]
         try:
             # A session of its own: a signal to the minion's process group is the engine's to handle.
             self._process = subprocess.Popen(
-                backend.wrap(words, self._name, limits),
+                backend.wrap(words, self._name, limits, self.folder),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -194,12 +196,15 @@ class Slot:
         return self._pid is not None and supervisor.state(self._pid) in (b"T", b"t")
 
     def has_ended(self):
-        """Say whether the supervisor is gone.
+        """Say whether the supervisor is gone; if it was killed, what it left goes now.
 
         Returns:
             bool
         """
-        return self._process.poll() is not None
+        ended = self._process.poll() is not None
+        if ended:
+            self._clear()
+        return ended
 
     def end(self):
         """Let it end: at once if it is idle, else as soon as its command is killed and cleaned up."""
@@ -217,6 +222,12 @@ class Slot:
         except subprocess.TimeoutExpired:
             # The kernel holds it. The pool has forgotten it, and it can't read another command.
             log.warning("%s: a supervisor could not be killed", self._name)
+        self._clear()
+
+    def _clear(self):
+        # A unit that ends does that by itself.
+        if not self.backend.IN_UNIT and os.path.lexists(self.folder):
+            remove_folder(self.folder, self.backend)
 
     def disown(self):
         """In a forked process: drop what belongs to the one that started it."""
@@ -357,7 +368,39 @@ class Pool:
 
 def _key(backend, limits):
     """What must be the same for a command to be run by a slot."""
-    return (backend, limits.run_dir, backend.fixed(limits))
+    return (backend, limits.run_dir, limits.work_max, backend.fixed(limits))
+
+
+def jobs_folder(run_dir):
+    """Where the slots have their folders.
+
+    Args:
+        run_dir: str.
+
+    Returns:
+        str
+    """
+    return os.path.join(run_dir, "jobs")
+
+
+def remove_folder(folder, backend):
+    """Remove what a supervisor that was killed left.
+
+    Args:
+        folder: str.
+        backend: module, see :func:`choose_backend`.
+    """
+    for problem in supervisor.remove_place(folder, unmount=not backend.IN_UNIT):
+        log.warning("%s could not be removed: %s", folder, problem)
+
+
+def folders():
+    """The folders of this process's slots.
+
+    Returns:
+        set of str
+    """
+    return {slot.folder for slot in list(_all)}
 
 
 def _program():

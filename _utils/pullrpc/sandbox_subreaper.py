@@ -17,13 +17,14 @@ def fixed(limits):
     return ()
 
 
-def wrap(command, name, limits):
+def wrap(command, name, limits, folder):
     """The command line that starts the supervisor.
 
     Args:
         command: list of str.
         name: str, the supervisor's.
         limits: sandbox.Limits.
+        folder: str, which the supervisor makes.
 
     Returns:
         list of str
@@ -41,6 +42,18 @@ def data_max(limits):
         int
     """
     return limits.memory_max
+
+
+def processes_max(limits):
+    """Limit of all processes of a user who isn't root, 0 for none. The kernel counts none of root's.
+
+    Args:
+        limits: sandbox.Limits.
+
+    Returns:
+        int
+    """
+    return limits.tasks_max
 
 
 def kill(name):

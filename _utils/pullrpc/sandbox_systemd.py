@@ -29,13 +29,14 @@ def fixed(limits):
     return (limits.memory_max, limits.tasks_max, limits.cpu_weight)
 
 
-def wrap(command, name, limits):
+def wrap(command, name, limits, folder):
     """The command line that starts the supervisor.
 
     Args:
         command: list of str.
         name: str, the supervisor's: letters, digits and ``-`` only.
         limits: sandbox.Limits.
+        folder: str, which the supervisor makes: no character in it that a shell or systemd reads in a way of its own.
 
     Returns:
         list of str
@@ -47,6 +48,8 @@ def wrap(command, name, limits):
         "KillMode": "control-group",
         "TimeoutStopSec": 2,
         "OOMPolicy": "continue",
+        # A supervisor that was killed leaves its file system behind, and the engine may unmount nothing.
+        "ExecStopPost": f"-/bin/sh -c 'test ! -d {folder} || {{ umount -l {folder}; rmdir {folder}; }}'",
     }
     options = ["--pipe", "--wait", "--collect", "--quiet", "--service-type=exec", f"--slice={_SLICE}", f"--unit={_unit(name)}"]
     return ["systemd-run", *options, *(f"--property={key}={value}" for key, value in properties.items()), "--", *command]
@@ -54,6 +57,18 @@ def wrap(command, name, limits):
 
 def data_max(limits):
     """Limit of one process's data, bytes; 0: the unit's MemoryMax does it.
+
+    Args:
+        limits: sandbox.Limits.
+
+    Returns:
+        int
+    """
+    return 0
+
+
+def processes_max(limits):
+    """Limit of all processes of a user who isn't root, 0 for none: the unit's TasksMax counts those of its command alone.
 
     Args:
         limits: sandbox.Limits.

@@ -14,7 +14,7 @@ import threading
 import time
 
 from .errors import SpoolError
-from .files import forget, read_bounded, write_whole
+from .files import forget, make_private, read_bounded, write_whole
 
 #: Files of one command.
 COMMAND, TOKEN, STDIN, OUT, ERR, META = "command", "token", "in", "out", "err", "meta"
@@ -110,7 +110,7 @@ class Spool:
         """
         self.remove(vm, cid)
         with _disk_errors(vm):
-            os.makedirs(self.path(vm, cid), mode=0o700, exist_ok=True)
+            make_private(self.path(vm, cid))
             write_whole(self.path(vm, cid, COMMAND), command)
             write_whole(self.path(vm, cid, TOKEN), token_line)
         self._count_in(vm, len(command) + len(token_line))
@@ -152,7 +152,7 @@ class Spool:
             SpoolError: the disk is full or can't be written.
         """
         with _disk_errors(vm):
-            os.makedirs(self.path(vm, cid), mode=0o700, exist_ok=True)
+            make_private(self.path(vm, cid))
             write_whole(self.path(vm, cid, part), data)
 
     def digest(self, vm, cid, part):

@@ -4,6 +4,10 @@
 A process of its own: reads lines of JSON from stdin (what to run, what to cancel), writes lines of JSON to stdout.
 It never lets a command touch those two, holds output in memory, waits for background processes, outlives the engine, or
 takes a command while anything of the last one is left. Imports little, and nothing of this package: it runs with ``python -I -S``.
+
+What a command leaves in its working directory fills nothing but a small file system of this process's own. A command that is
+run as another user than root sees dom0 through a mount namespace of its own, can't become anybody else, and finds nobody there
+who would be root on its behalf.
 """
 
 import ctypes
@@ -36,7 +40,17 @@ _PROBLEMS_MAX = 5
 _HELD_MAX = 1 << 20
 #: Written by the child when all its limits are in force, just before it becomes the command.
 _READY = b"ready"
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_SLAVE = 1, 2, 4, 8, 4096, 1 << 14, 1 << 19
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_CLONE_NEWNS = 0x00020000
+#: What those who are not root don't get to see: by the system bus everybody may have systemd run what he likes as root, since dom0's
+#: polkit says yes to all.
+_HIDDEN = ("/run/dbus",)
+#: One file is allowed for so many bytes; each takes the kernel some memory, empty or not.
+_BYTES_PER_FILE = 4096
+#: How often something may have been mounted on one folder.
+_MOUNTS_MAX = 64
 #: Number of the system call, which the C library doesn't have.
 _KEYCTL = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -55,9 +69,13 @@ class KeepError(Exception):
 
 
 def main():
-    """Serve the engine whose pid and start time are the arguments until it says ``quit`` or is gone; the process ends here."""
+    """Serve the engine until it says ``quit`` or is gone; the process ends here.
+
+    Its arguments are that engine's pid and start time, the folder that is made for its commands, and how many bytes fit in there.
+    """
     try:
         line = Line(int(sys.argv[1]), int(sys.argv[2]))
+        place = Place(sys.argv[3], int(sys.argv[4]))
         oom_score = _protect_from_oom()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         # For the command each has its own; called here too, since the first call finds the function, which each child had to do again.
@@ -73,20 +91,23 @@ def main():
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     # It would write to every page that a fork has just shared. There is little to collect, and no process lives for long.
     gc.disable()
-    while True:
-        spec = line.next_spec()
-        if spec is None or not _serve(line, spec, oom_score, niceness):
-            os._exit(0)
+    try:
+        while True:
+            spec = line.next_spec()
+            if spec is None or not _serve(line, spec, oom_score, niceness, place):
+                break
+    finally:
+        place.leave()
+        os._exit(0)
 
 
-def _serve(line, spec, oom_score, niceness):
+def _serve(line, spec, oom_score, niceness, place):
     """Run one command and report on it; say whether this process is fit for another."""
     number, name = spec["number"], spec["name"]
-    # Opened now: whatever the command mounts over that path later, this is still the folder that the engine made.
-    jobs = os.open(spec["jobs"], _DIRECTORY)
     # Until it is closed, no other engine tells anybody that this command was interrupted.
+    jobs = os.open(os.path.dirname(place.path), _DIRECTORY)
     fcntl.flock(jobs, fcntl.LOCK_SH)
-    supervision = Supervision(line, spec, oom_score)
+    supervision = Supervision(line, spec, oom_score, place)
     try:
         report = supervision.run()
     except (SetupError, KeepError) as err:
@@ -95,17 +116,97 @@ def _serve(line, spec, oom_score, niceness):
         left = supervision.end_everything()
         supervision.close()
     report.update(number=number, left=left)
-    same = os.getpriority(os.PRIO_PROCESS, 0) == niceness
-    fit = same and not left and "error" not in report and line.stop is None and not (spec["in_unit"] and _unit_holds_memory())
+    sound = not left and "error" not in report and os.getpriority(os.PRIO_PROCESS, 0) == niceness
     problems = []
-    if not remove_plain(jobs, name):
+    if not remove_plain(place.fd, name):
         # That may take a while, and the result need not wait for it.
         _report(report)
         report = {"number": number}
-        problems = remove_job(jobs, name)
+        problems = remove_job(place.fd, name)
     os.close(jobs)
+    fit = sound and line.stop is None and place.is_as_new() and not (spec["in_unit"] and _unit_holds_memory())
     _report({**report, "cleaned": problems, "fit": fit})
     return fit
+
+
+class Place:
+    """Where the commands have their working directories: a folder, and a file system of its own wherever one may be mounted.
+
+    What a command leaves there is in nobody's way then, neither dom0's nor another command's.
+
+    Args:
+        path: str; made here.
+        size: int, bytes that fit.
+
+    Attributes:
+        fd: int, the folder's descriptor: whatever a command mounts over that path later, this is still the one that was made.
+
+    Raises:
+        OSError: it can't be made.
+    """
+
+    def __init__(self, path, size):
+        self.path = path
+        os.mkdir(path, 0o700)
+        options = f"size={size},nr_inodes={size // _BYTES_PER_FILE},mode=0711"
+        try:
+            _mount("qvm-remote", path, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+            self._is_bounded = True
+        except PermissionError:
+            # An ordinary user's, or that of a root who may mount nothing.
+            self._is_bounded = False
+        self.fd = os.open(path, _DIRECTORY)
+        self._new = self._look()
+
+    def furnish(self, name, script, account):
+        """Make a job's working directory, and beside it (not in it) the file of its script.
+
+        Args:
+            name: str, the job's.
+            script: str, or None.
+            account: dict of the user whose it is to be, or None.
+
+        Returns:
+            int, the directory's descriptor.
+
+        Raises:
+            OSError: it can't be made.
+        """
+        os.mkdir(name, 0o700, dir_fd=self.fd)
+        if script is not None:
+            fd = os.open(name + SCRIPT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            try:
+                _write_all(fd, script.encode("utf-8", "surrogateescape"))
+                if account:
+                    _let_read(fd, account)
+            finally:
+                os.close(fd)
+        work = os.open(name, _DIRECTORY, dir_fd=self.fd)
+        if account:
+            os.fchown(work, account["uid"], account["gid"])
+        return work
+
+    def is_as_new(self):
+        """Say whether nothing is left here of a command: no file, no byte that something still holds, no mount, no other bounds.
+
+        Returns:
+            bool
+        """
+        try:
+            return self._look() == self._new
+        except OSError:
+            return False
+
+    def leave(self):
+        """Remove it."""
+        os.close(self.fd)
+        remove_place(self.path, unmount=True)
+
+    def _look(self):
+        info = os.stat(self.path, follow_symlinks=False)
+        found = os.fstatvfs(self.fd)
+        room = (found.f_blocks, found.f_bfree, found.f_files, found.f_ffree, found.f_flag) if self._is_bounded else None
+        return info.st_dev, info.st_ino, room
 
 
 class Line:
@@ -214,12 +315,14 @@ class Supervision:
         line: Line.
         spec: dict, as ``sandbox.start`` made it.
         oom_score: bytes or None, what the command gets as its oom_score_adj.
+        place: Place.
     """
 
-    def __init__(self, line, spec, oom_score):
+    def __init__(self, line, spec, oom_score, place):
         self._line = line
         self._spec = spec
         self._oom_score = oom_score
+        self._place = place
         self._main = None
         self._main_status = None
         self._fds = set()
@@ -294,14 +397,16 @@ class Supervision:
         self._fds.clear()
 
     def _start(self):
-        spec = self._spec
+        spec, account = self._spec, self._spec["account"]
         try:
-            stdin = self._own(_open_stdin(spec["stdin"]))
-            ends = [self._open_stream(spec[name]) for name in ("out", "err")]
-            work = self._own(os.open(os.path.join(spec["jobs"], spec["name"]), _DIRECTORY))
+            stdin = self._own(_open_stdin(spec["stdin"], account))
+            ends = [self._open_stream(spec[name], account) for name in ("out", "err")]
+            work = self._own(self._place.furnish(spec["name"], spec["script"], account))
             programs, argv, env = _prepare(spec["argv"], spec["env"])
             started = time.monotonic()
-            (self._spawn if spec["in_unit"] else self._fork)(work, (stdin, *ends), programs, argv, env)
+            # What another user gets can't be taken back, so it can't be inherited from this process.
+            start = self._spawn if spec["in_unit"] and not account else self._fork
+            start(work, (stdin, *ends), programs, argv, env)
         except (OSError, ValueError) as err:
             name = getattr(err, "filename", None)
             raise SetupError(f"{name}: {err.strerror}" if name else str(err)) from err
@@ -317,12 +422,15 @@ class Supervision:
         if not pid:
             try:
                 os.setsid()
-                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != supervisor:
-                    raise OSError(errno.ESRCH, "the supervisor is gone")
                 _confine(self._spec, work, self._oom_score)
                 for target, fd in enumerate(files):
                     os.dup2(fd, target)
+                if self._spec["account"]:
+                    _become(self._spec["account"], self._spec["view"], self._spec["env"]["TMPDIR"])
+                # Only now: the kernel forgets it when a process becomes another user's.
+                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != supervisor:
+                    raise OSError(errno.ESRCH, "the supervisor is gone")
                 os.write(status_end, _READY)
                 why = _execute(os.execve, programs, argv, env)
                 os._exit(_say_why_not(2, argv[0], why))
@@ -366,11 +474,14 @@ class Supervision:
         self._fds.remove(fd)
         os.close(fd)
 
-    def _open_stream(self, path):
+    def _open_stream(self, path, account):
         """Make one output's file and pipe; give the pipe's end that is the command's."""
         file = self._own(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         pipe, end = map(self._own, os.pipe2(os.O_CLOEXEC))
         self._streams.append(_Stream(file, pipe, self._spec["output_max"]))
+        if account:
+            # So that it can open /dev/stdout and /dev/stderr by their names.
+            os.fchown(end, account["uid"], account["gid"])
         return end
 
     def _attend(self, started):
@@ -621,6 +732,33 @@ def remove_job(jobs_fd, name):
     return problems
 
 
+def remove_place(path, unmount):
+    """Remove a :class:`Place`, whatever is in it.
+
+    Args:
+        path: str.
+        unmount: bool, whether what is mounted on it is unmounted; else it stays if there is something. The service's unit has whoever
+            tries killed.
+
+    Returns:
+        list of str: what could not be removed, and why; the first few.
+    """
+    for _ in range(_MOUNTS_MAX if unmount else 0):
+        if _libc.umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW):
+            break
+    parent, name = os.path.split(path)
+    try:
+        parent_fd = os.open(parent, _DIRECTORY)
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        return [f"{parent}: {err.strerror}"]
+    try:
+        return remove_tree(parent_fd, name)
+    finally:
+        os.close(parent_fd)
+
+
 def remove_tree(parent_fd, name):
     """Remove a directory and all that is in it: any depth, no symlink followed, nothing behind a mount point touched.
 
@@ -695,9 +833,45 @@ def _confine(spec, work, oom_score):
     _limit(resource.RLIMIT_NOFILE, spec["nofile"])
     if spec["data_max"]:
         _limit(resource.RLIMIT_DATA, spec["data_max"])
+    if spec["nproc"] and spec["account"]:
+        _limit(resource.RLIMIT_NPROC, spec["nproc"])
     if oom_score is not None:
         _write_file(_OOM_SCORE, oom_score)
     os.fchdir(work)
+
+
+def _become(account, view, work):
+    """Become another user, for ever, who sees of the engine's files only what is his. Any failure ends this process.
+
+    Args:
+        account: dict: ``name``, ``uid``, ``gid``, ``groups``.
+        view: (str, str), the folder that takes the place of another one.
+        work: str, where its working directory, which this process is in, is found then.
+    """
+    name, uid, gid = account["name"], account["uid"], account["gid"]
+    try:
+        _unshare(_CLONE_NEWNS)
+        # What is mounted in dom0 later is seen here, and not the other way round.
+        _mount(None, "/", None, _MS_REC | _MS_SLAVE)
+        _mount(*view, None, _MS_BIND)
+        for path in filter(os.path.isdir, _HIDDEN):
+            _mount("none", path, "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=4k,mode=0")
+        os.setgroups(account["groups"])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        # sudo, su and pkexec ask no password of many in dom0; with this, no program makes anybody another user.
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    except OSError as err:
+        raise SetupError(f"the command could not be started as {name}: {err.strerror}") from err
+    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3 or sorted(os.getgroups()) != sorted(account["groups"]):
+        raise SetupError(f"the command could not be started as {name}: it is still somebody else")
+    made = os.stat(".")
+    try:
+        os.chdir(work)
+    except OSError as err:
+        raise SetupError(f"{name} can't reach its working directory, {work}: {err.strerror}") from err
+    if not os.path.samestat(made, os.stat(".")):
+        raise SetupError(f"{work} is not the working directory that was made for {name}")
 
 
 def _leave_keyring():
@@ -749,10 +923,20 @@ def _say_why_not(fd, name, why):
     return _EXIT_NOT_FOUND if why in _NOT_FOUND else _EXIT_NOT_EXECUTABLE
 
 
-def _open_stdin(path):
+def _open_stdin(path, account):
     if path is None:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if account:
+        # It can open /dev/stdin by its name then. By that of the file it can't: the folder is root's.
+        _let_read(fd, account)
+    return fd
+
+
+def _let_read(fd, account):
+    """Let a user read a file that stays the engine's."""
+    os.fchown(fd, -1, account["gid"])
+    os.fchmod(fd, 0o640)
 
 
 def _protect_from_oom():
@@ -801,6 +985,23 @@ def _signal_group(group, signum):
 def _prctl(option, value):
     if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
         raise SetupError(f"prctl {option}: {os.strerror(ctypes.get_errno())}")
+
+
+def _unshare(flags):
+    if _libc.unshare(flags):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _mount(source, target, kind, flags, options=None):
+    words = [None if word is None else os.fsencode(word) for word in (source, target, kind, options)]
+    if _libc.mount(*words[:3], ctypes.c_ulong(flags), words[3]):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+
+
+def _write_all(fd, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _write_file(path, data):

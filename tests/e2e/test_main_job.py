@@ -127,9 +127,9 @@ def test_the_command_has_a_private_folder_that_goes_with_it(dom0):
     done = dom0.remote("-n", 'pwd; echo "$TMPDIR"; stat -c %a .; umask; touch x')
     folder, temporary, mode, umask = done.stdout.decode().split()
     assert folder == temporary
-    assert folder.startswith("/run/qvm-remote/jobs/work-")
+    assert folder.startswith("/run/qvm-remote/jobs/slot-") and "/work-" in folder
     assert (mode, umask) == ("700", "0077")
-    assert dom0.dom0("ls", "-A", "/run/qvm-remote/jobs").stdout == b""
+    assert dom0.dom0("find", "/run/qvm-remote/jobs", "-mindepth", "2").stdout == b""
 
 
 def test_forty_clients_of_one_vm_all_get_their_own_results(dom0):

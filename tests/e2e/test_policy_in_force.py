@@ -119,7 +119,22 @@ def test_another_vm_is_not_touched_by_it_and_all_is_said(machine):
     assert (shown["allowed"], shown["rule"], shown["words"]) == (False, "deny: qvm-kill @tag:mine", ["qvm-kill", "build"])
     status = json.loads(machine.dom0("salt-call", "--local", "-c", config, "--out=json", "qvm_remote.status", check=True).stdout)["local"]
     assert status["keys"]["work"]["access"] == "may run anything in dom0, as root (policy: full)"
-    assert status["keys"]["dev"]["access"] == "may run what 3 rules allow and 1 do not forbid; dom0's user is asked about what 1 others name"
+    assert status["keys"]["dev"]["access"] == "may run what 3 rules allow and 1 do not forbid, as root; dom0's user is asked about what 1 others name"
+
+
+def test_commands_run_as_the_user_of_dom0_that_pillar_names(machine):
+    assert "may run anything in dom0, as user (policy: full)" in _apply(machine, "full", run_as="user")
+    machine.wait_served("dev")
+    # Neither a key nor root's services can be asked for by somebody who isn't root.
+    machine.dom0("mkdir", "-p", "/run/dbus", check=True)
+    code, text = _remote(machine, "-n", "id -un; stat -c %U .; ls /etc/qubes/remote.d /run/dbus; echo $HOME")
+    assert (code, text.split(b"\n")[:2]) == (0, [b"user", b"user"])
+    assert text.count(b"Permission denied") == 2 and b"/home/user\n" in text
+    assert machine.vm("work", "qvm-remote", "-q", "-n", "id -un").stdout == b"root\n"
+    assert "as nobody-there (but nothing runs: dom0 has no user nobody-there)" in _apply(machine, "full", run_as="nobody-there")
+    machine.wait_served("dev")
+    code, text = _remote(machine, "-n", "id")
+    assert (code, b"dom0 has no user nobody-there; in dom0's pillar, run_as says" in text) == (125, True)
 
 
 def test_access_for_a_time_ends_and_a_new_policy_is_taken_over(machine):

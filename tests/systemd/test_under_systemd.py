@@ -99,6 +99,27 @@ def test_memory_is_bounded_for_all_processes_of_a_command(dom0):
     assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
 
+def test_a_command_of_another_user_is_held_by_the_same_unit(dom0):
+    dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {"run_as": "user"}}})
+    dom0.salt("state.apply", "qvm-remote")
+    dom0.wait_served("dev")
+    done = dom0.vm("dev", "qvm-remote", "id -un; pwd; cat /proc/self/cgroup; systemctl show --property=Version; systemd-run true")
+    assert done.stdout.startswith(b"user\n/run/qvm-remote/dev-") and _slot_of(done)
+    assert b"Version=" not in done.stdout and done.returncode != 0
+    bomb = "bomb() { bomb | bomb & }; bomb; sleep 79; :"
+    done = dom0.vm("dev", "qvm-remote", "-t", "3", "-n", bomb, timeout=90)
+    assert done.returncode == 124
+    _until(lambda: dom0.dom0("pgrep", "-u", "user").returncode == 1)
+    assert _remote(dom0, "hostname").stdout == b"dom0\n"
+
+
+def test_a_working_folder_is_a_file_system_that_is_gone_with_its_unit(dom0):
+    full = _remote(dom0, "-n", "df --output=size -B1 . | tail -n 1; head -c 300M /dev/zero > file; stat -c %s file; kill -9 $PPID; sleep 60", timeout=90)
+    assert full.returncode == 125
+    _until(lambda: not dom0.dom0("sh", "-c", "grep -c ' /run/qvm-remote/jobs/' /proc/self/mountinfo; ls /run/qvm-remote/jobs").stdout.split()[1:])
+    assert _remote(dom0, "-n", "df --output=size -B1 . | tail -n 1").stdout == b"%d\n" % (256 << 20)
+
+
 def test_a_fork_bomb_is_held_and_swept_away(dom0):
     done = _remote(dom0, "-t", "3", "-n", "bomb() { bomb | bomb & }; bomb; sleep 77; :", timeout=90)
     assert done.returncode == 124

@@ -159,7 +159,7 @@ def test_the_example_has_every_setting_with_its_default():
     with open(os.path.join(_ROOT, "pillar.example"), encoding="utf-8") as file:
         example = salt.utils.yaml.safe_load(file)["qvm-remote"]
     plan = read_pillar(example, _list_vms)
-    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "policy", "until", "user", "vms")}
+    known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "policy", "run_as", "until", "user", "vms")}
     assert {name: value for name, value in plan.settings.items() if name != "vms"} == known
     empty = read_pillar({})
     assert (plan.service, plan.minion, plan.unlisted, plan.clean_logs) == (empty.service, empty.minion, empty.unlisted, empty.clean_logs)

@@ -3,7 +3,6 @@
 
 import fcntl
 import hashlib
-import itertools
 import os
 import signal
 import stat
@@ -12,115 +11,25 @@ import sys
 import textwrap
 import threading
 import time
-import types
 
 import pytest
+from boxes import DAEMON, MIB, PATH, Box, eventually, in_unit_too, is_alive, pid_in, put_in_unit, read, supervisor_of, wait_for
 from pullrpc import sandbox, sandbox_slots, supervisor
 from pullrpc.errors import SandboxError
 
-_MIB = 1 << 20
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMES = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "TMPDIR", "QVM_REMOTE_VM", "QVM_REMOTE_ID"}
-_DAEMON = "setsid sh -c 'echo $$ > {0}.new; mv {0}.new {0}; exec sleep 600' </dev/null >/dev/null 2>&1 &\n"
-_DAEMON += "while [ ! -e {0} ]; do sleep 0.01; done\n"
-
-
-class Box:
-    """Runs commands in sandboxes under one temporary folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.run_dir = str(folder / "run")
-        self._numbers = itertools.count(1)
-
-    def limits(self, output_max=_MIB, memory_max=1 << 30):
-        """What commands may use here."""
-        return sandbox.Limits(self.run_dir, output_max, memory_max, 512, 100, 256, _PATH)
-
-    def start(self, *argv, timeout=60, script=None, stdin=None, cid=None, out_dir=None, on_output=None, **limits):
-        """Start a command."""
-        cid = cid or f"20260101-000000-1-{next(self._numbers):08x}"
-        files = out_dir or self.folder
-        job = sandbox.Job("work", cid, argv, script, stdin, str(files / f"{cid}.out"), str(files / f"{cid}.err"), timeout)
-        handle = sandbox.start(job, self.limits(**limits), on_output)
-        handle.job = job
-        return handle
-
-    def run(self, *argv, **options):
-        """Run a command; give its outcome, stdout and stderr."""
-        handle = self.start(*argv, **options)
-        outcome = handle.wait()
-        return outcome, read(handle.job.out_path), read(handle.job.err_path)
-
-    def sh(self, text, **options):
-        """Run shell text."""
-        return self.run("/bin/bash", "-c", text, **options)
-
-    def slot(self, **options):
-        """Pid of the supervisor that runs a command."""
-        return int(self.sh("echo $PPID", **options)[1])
-
-    def left(self):
-        """Names of jobs' folders."""
-        return os.listdir(os.path.join(self.run_dir, "jobs"))
-
-
-#: For what depends on how a command is started: in a unit it is spawned, elsewhere forked.
-in_unit_too = pytest.mark.parametrize("box", ["elsewhere", "in_unit"], indirect=True)
 
 
 @pytest.fixture
 def box(tmp_path, request, monkeypatch):
     if getattr(request, "param", "elsewhere") == "in_unit":
-        plain = sandbox_slots.sandbox_subreaper
-        unit = types.SimpleNamespace(IN_UNIT=True, wrap=plain.wrap, fixed=plain.fixed, kill=plain.kill, data_max=lambda _: 0)
-        monkeypatch.setattr(sandbox_slots, "choose_backend", lambda: unit)
-        # There is no unit, so what the tests' own group holds must not count.
-        program = sandbox_slots._SOURCE.replace(b"(spec[\"in_unit\"] and _unit_holds_memory())", b"False")
-        assert program != sandbox_slots._SOURCE
-        monkeypatch.setattr(sandbox_slots, "_SOURCE", program)
+        put_in_unit(monkeypatch, str(tmp_path / "run"))
     return Box(tmp_path)
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except OSError:
-        return False
 
 
 def stop(pid):
     os.kill(pid, signal.SIGSTOP)
     assert eventually(lambda: supervisor.state(pid) == b"T")
-
-
-def eventually(check, seconds=20):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if check():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def pid_in(path):
-    assert eventually(path.exists)
-    return int(path.read_text())
-
-
-def wait_for(path):
-    """Shell text that waits for a file."""
-    return f"while [ ! -e {path} ]; do sleep 0.01; done\n"
-
-
-def supervisor_of(pid):
-    return int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
 
 
 @in_unit_too
@@ -144,12 +53,12 @@ def test_command_that_does_not_exist_exits_with_127_and_says_so(box):
 
 
 @in_unit_too
-def test_first_of_the_path_that_can_be_executed_is(box, monkeypatch):
+def test_first_of_the_path_that_can_be_executed_is(box):
     for name, mode in (("one", 0o644), ("two", 0o755), ("three", 0o755)):
         (box.folder / name).mkdir()
         (box.folder / name / "tool").write_text(f"#!/bin/sh\necho {name}\n")
         (box.folder / name / "tool").chmod(mode)
-    monkeypatch.setattr(sys.modules[__name__], "_PATH", ":".join(str(box.folder / name) for name in ("none", "one", "two", "three")))
+    box.path = ":".join(str(box.folder / name) for name in ("none", "one", "two", "three"))
     assert box.run("tool")[1] == b"two\n"
     (box.folder / "two/tool").unlink()
     (box.folder / "three/tool").unlink()
@@ -172,15 +81,15 @@ def test_binary_stdout_and_stderr_are_kept_apart_and_byte_for_byte(box):
 
 def test_ten_mebibytes_at_the_limit_are_whole_and_not_truncated(box):
     program = "import hashlib,os,sys; b=os.urandom(10<<20); sys.stdout.buffer.write(b); sys.stderr.write(hashlib.sha256(b).hexdigest())"
-    outcome, out, err = box.run(sys.executable, "-c", program, output_max=10 * _MIB)
-    assert len(out) == 10 * _MIB and hashlib.sha256(out).hexdigest() == err.decode() and not outcome.out_truncated
+    outcome, out, err = box.run(sys.executable, "-c", program, output_max=10 * MIB)
+    assert len(out) == 10 * MIB and hashlib.sha256(out).hexdigest() == err.decode() and not outcome.out_truncated
 
 
 def test_output_over_the_limit_is_cut_counted_and_never_held_in_memory(box):
     peak = box.folder / "peak"
-    text = f"head -c {30 * _MIB} /dev/zero; grep VmHWM /proc/$PPID/status > {peak}"
-    outcome, out, _ = box.sh(text, output_max=_MIB)
-    assert (len(out), outcome.out_bytes, outcome.out_truncated, outcome.err_truncated) == (_MIB, 30 * _MIB, True, False)
+    text = f"head -c {30 * MIB} /dev/zero; grep VmHWM /proc/$PPID/status > {peak}"
+    outcome, out, _ = box.sh(text, output_max=MIB)
+    assert (len(out), outcome.out_bytes, outcome.out_truncated, outcome.err_truncated) == (MIB, 30 * MIB, True, False)
     assert int(peak.read_text().split()[1]) < 25 * 1024
 
 
@@ -210,7 +119,7 @@ def test_timeout_keeps_partial_output_and_exits_with_124(box):
 @pytest.mark.parametrize(("ending", "timeout"), [("exit 3", 60), ("sleep 600", 1)])
 def test_daemon_that_left_its_session_dies_with_the_command(box, ending, timeout):
     pid_file = box.folder / "daemon"
-    outcome, _, _ = box.sh(_DAEMON.format(pid_file) + ending, timeout=timeout)
+    outcome, _, _ = box.sh(DAEMON.format(pid_file) + ending, timeout=timeout)
     assert outcome.exit_code == (3 if timeout == 60 else 124)
     assert not is_alive(pid_in(pid_file))
 
@@ -267,7 +176,7 @@ def test_environment_is_exactly_the_documented_list(box, monkeypatch):
     _, out, _ = box.run("env", "-0")
     env = dict(item.split("=", 1) for item in out.decode().rstrip("\0").split("\0"))
     assert set(env) == _NAMES
-    assert (env["PATH"], env["LANG"], env["TERM"], env["QVM_REMOTE_VM"]) == (_PATH, "C.UTF-8", "dumb", "work")
+    assert (env["PATH"], env["LANG"], env["TERM"], env["QVM_REMOTE_VM"]) == (PATH, "C.UTF-8", "dumb", "work")
 
 
 @in_unit_too
@@ -316,14 +225,10 @@ def test_clean_up_never_empties_what_was_mounted_in_the_working_directory(box):
     victim = box.folder / "victim"
     victim.mkdir()
     (victim / "file").write_text("precious")
-    outcome, out, _ = box.sh(f'mkdir m && mount --bind {victim} m && echo "$PWD/m"')
-    try:
-        assert outcome.exit_code == 0 and (victim / "file").read_text() == "precious"
-    finally:
-        points = [line.split()[4] for line in read("/proc/self/mountinfo").decode().splitlines() if box.run_dir in line.split()[4]]
-        for point in points:
-            subprocess.run(["umount", point], check=True)
-    assert points
+    outcome, slot, _ = box.sh(f"mkdir m && mount --bind {victim} m && mount --bind {victim} $TMPDIR/.. && echo $PPID")
+    assert outcome.exit_code == 0 and box.slot() != int(slot)
+    sandbox.close_idle()
+    assert box.mounts() == [] and box.left() == [] and (victim / "file").read_text() == "precious"
 
 
 @in_unit_too
@@ -343,7 +248,7 @@ def test_command_is_on_no_command_line_but_its_own(box):
 @in_unit_too
 def test_cancel_from_another_thread_ends_the_command(box):
     pid_file = box.folder / "daemon"
-    handle = box.start("/bin/bash", "-c", _DAEMON.format(pid_file) + "echo partial; sleep 600")
+    handle = box.start("/bin/bash", "-c", DAEMON.format(pid_file) + "echo partial; sleep 600")
     daemon = pid_in(pid_file)
     threads = [threading.Thread(target=handle.cancel) for _ in range(3)]
     for thread in threads:
@@ -370,7 +275,7 @@ def test_supervisor_killed_is_an_error_and_the_command_dies_with_it(box):
 @in_unit_too
 def test_daemon_in_a_session_of_its_own_dies_even_when_the_supervisor_is_killed(box):
     pid_file = box.folder / "daemon"
-    handle = box.start("/bin/bash", "-c", _DAEMON.format(pid_file) + f"echo $$ > {box.folder}/pid; sleep 600")
+    handle = box.start("/bin/bash", "-c", DAEMON.format(pid_file) + f"echo $$ > {box.folder}/pid; sleep 600")
     daemon = pid_in(pid_file)
     assert eventually(lambda: (box.folder / "pid").exists() and (box.folder / "pid").read_text().strip())
     os.kill(supervisor_of(int((box.folder / "pid").read_text())), signal.SIGKILL)
@@ -388,10 +293,10 @@ def test_engine_killed_leaves_no_process_and_no_folder(box):
     program = textwrap.dedent(f"""
         import sys; sys.path[:0] = {sys.path!r}
         from pullrpc import sandbox
-        text = {_DAEMON.format(pid_file) + "sleep 600"!r}
+        text = {DAEMON.format(pid_file) + "sleep 600"!r}
         files = {str(box.folder / "o")!r}, {str(box.folder / "e")!r}
         job = sandbox.Job("work", "20260101-000000-1-0000eeee", ("/bin/bash", "-c", text), None, None, *files, 600)
-        sandbox.start(job, sandbox.Limits({box.run_dir!r}, 1024, 1 << 30, 64, 100, 256, {_PATH!r})).wait()
+        sandbox.start(job, sandbox.Limits({box.run_dir!r}, 1024, 1 << 30, 64, 100, 256, {PATH!r})).wait()
     """)
     engine = subprocess.Popen([sys.executable, "-c", program])
     daemon = pid_in(pid_file)
@@ -441,7 +346,7 @@ def test_second_start_of_an_id_is_refused_and_leaves_the_first_alone(box):
 def test_bad_vm_name_or_id_is_refused(box):
     job = sandbox.Job("../x", "20260101-000000-1-0000ffff", ("true",), None, None, str(box.folder / "o"), str(box.folder / "e"), 5)
     with pytest.raises(SandboxError):
-        sandbox.start(job, sandbox.Limits(box.run_dir, 1024, 1 << 30, 64, 100, 256, _PATH))
+        sandbox.start(job, sandbox.Limits(box.run_dir, 1024, 1 << 30, 64, 100, 256, PATH))
 
 
 def test_eight_commands_side_by_side_do_not_mix(box):
@@ -463,7 +368,7 @@ def test_threads_that_start_commands_do_not_disturb_each_other(box):
 
 def test_sweep_removes_and_counts_what_a_dead_engine_left(box):
     box.run("true")
-    (box.folder / "run/jobs/work-20260101-000000-1-00000999/tmp/deep").mkdir(parents=True)
+    (box.folder / "run/jobs/slot-0/work-20260101-000000-1-00000999/tmp/deep").mkdir(parents=True)
     assert (sandbox.sweep(box.run_dir), box.left()) == (1, [])
 
 
@@ -485,7 +390,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("signum", [signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL])
 def test_no_command_of_a_dead_engine_runs_when_its_sandboxes_were_swept(box, signum, monkeypatch):
     monkeypatch.setattr(sandbox, "_ORPHANS_WAIT", 0.5 if signum == signal.SIGSTOP else 20)
-    program = _DYING_ENGINE.format(path=sys.path, run_dir=box.run_dir, search=_PATH, folder=box.folder, signum=int(signum))
+    program = _DYING_ENGINE.format(path=sys.path, run_dir=box.run_dir, search=PATH, folder=box.folder, signum=int(signum))
     subprocess.run([sys.executable, "-c", program], check=False)
     pids = [int(word) for word in read(box.folder / "pids").split()]
     sandbox.sweep(box.run_dir)
@@ -498,13 +403,14 @@ def fake_systemd(box, monkeypatch):
     folder = box.folder / "bin"
     folder.mkdir()
     note = f'printf "%s\\n" "${{0##*/}}" "$@" >> {box.folder}/notes\n'
-    (folder / "systemd-run").write_text(f'#!/bin/sh\n{note}while [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
-    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}")
+    keep = f'case "$1" in *ExecStopPost=-*) echo "${{1#*ExecStopPost=-}}" > {box.folder}/post;; esac'
+    (folder / "systemd-run").write_text(f'#!/bin/sh\n{note}while [ "$1" != -- ]; do {keep}; shift; done\nshift\nexec "$@"\n')
+    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}. {box.folder}/post\n")
     for program in folder.iterdir():
         program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{_PATH}")
+    monkeypatch.setenv("PATH", f"{folder}:{PATH}")
     monkeypatch.setattr(sandbox_slots, "choose_backend", lambda: sandbox_slots.sandbox_systemd)
-    monkeypatch.setattr(sys.modules[__name__], "_PATH", f"{folder}:{_PATH}")
+    box.path = f"{folder}:{PATH}"
     return lambda: (box.folder / "notes").read_text().split("\n")
 
 
@@ -531,6 +437,8 @@ def test_unit_of_a_broken_supervisor_is_killed(box, fake_systemd):
     words = fake_systemd()
     unit = next(word for word in words if word.startswith("--unit=")).partition("=")[2]
     assert words[words.index("systemctl") :] == ["systemctl", "kill", "--signal=KILL", unit, ""]
+    # What it is to do when its unit ends, since the engine may unmount nothing.
+    assert box.mounts() == [] and os.listdir(os.path.join(box.run_dir, "jobs")) == []
 
 
 _PROBE = """
@@ -652,7 +560,7 @@ def test_slot_told_to_end_by_the_init_system_ends_and_is_replaced(box):
 def test_command_that_breaks_its_supervisor_ends_with_it_and_the_next_one_has_another(box, monkeypatch, harm):
     monkeypatch.setattr(sandbox, "_BACKSTOP", 0.5)
     slot, daemon = box.slot(), box.folder / "daemon"
-    handle = box.start("/bin/bash", "-c", _DAEMON.format(daemon) + f"echo $$ > {box.folder}/main; {harm}; sleep 600", timeout=1)
+    handle = box.start("/bin/bash", "-c", DAEMON.format(daemon) + f"echo $$ > {box.folder}/main; {harm}; sleep 600", timeout=1)
     with pytest.raises(SandboxError):
         handle.wait()
     for pid in (slot, pid_in(daemon), pid_in(box.folder / "main")):
@@ -765,12 +673,12 @@ def test_output_that_is_told_of_is_in_the_file_and_never_beyond_the_limit(box):
 
     def on_output(out, err):
         told.append((out, path.stat().st_size))
-        if out == 3 * _MIB:
+        if out == 3 * MIB:
             (box.folder / "enough").touch()
 
-    outcome = box.start("/bin/bash", "-c", text, cid=name, on_output=on_output, output_max=3 * _MIB, timeout=30).wait()
+    outcome = box.start("/bin/bash", "-c", text, cid=name, on_output=on_output, output_max=3 * MIB, timeout=30).wait()
     assert (outcome.exit_code, outcome.out_bytes, outcome.out_truncated) == (0, 6000000, True)
-    assert told == sorted(told) and len(told) > 2 and all(out <= size <= 3 * _MIB for out, size in told)
+    assert told == sorted(told) and len(told) > 2 and all(out <= size <= 3 * MIB for out, size in told)
 
 
 def test_failure_of_whoever_is_told_of_output_changes_nothing(box):
@@ -815,7 +723,7 @@ def test_slot_ends_with_its_engine_though_a_copy_of_the_pipe_survives(box, copy,
     program = textwrap.dedent(f"""
         import ctypes, sys, time; sys.path[:0] = {sys.path!r}
         from pullrpc import sandbox
-        limits = sandbox.Limits({box.run_dir!r}, 1024, 1 << 30, 64, 100, 256, {_PATH!r})
+        limits = sandbox.Limits({box.run_dir!r}, 1024, 1 << 30, 64, 100, 256, {PATH!r})
         def start(number, text):
             cid = "20260101-000000-1-0000000%d" % number
             files = {str(box.folder)!r} + "/o%d" % number, {str(box.folder)!r} + "/e%d" % number
@@ -843,6 +751,6 @@ def test_slot_keeps_no_descriptor_of_a_command(box):
     before = sorted(os.listdir(f"/proc/{slot}/fd"))
     box.run("no-such-command")
     box.sh("yes", timeout=1)
-    box.sh(_DAEMON.format(box.folder / "daemon") + "exit 1")
+    box.sh(DAEMON.format(box.folder / "daemon") + "exit 1")
     box.run("/bin/bash", script=b"cat; exit 1", stdin=__file__)
     assert box.slot() == slot and sorted(os.listdir(f"/proc/{slot}/fd")) == before
