@@ -10,7 +10,7 @@ import tempfile
 
 from pullrpc.layout import Queue
 from pullrpc.tokens import make_meta
-from qvm_remote_client.main import _safe_text
+from qvm_remote_client.main import reason_of
 from qvm_remote_client.request import NoResult, Request
 
 _KEY = bytes(range(32))
@@ -48,8 +48,8 @@ def check(data):
     assert bool(result.authentic) is is_genuine, "a result is believed that dom0 did not make, or not believed though it did"
     assert all(type(text) is str for pair in result.fields.items() for text in pair)
     assert result.shown == {"out": 0, "err": 0}
-    text = _safe_text(result.err_path)
-    assert len(text) <= 1000 and (text.isprintable() or not text)
+    text = reason_of(result)
+    assert len(text) <= 4000 and text.isascii() and (text.isprintable() or not text)
 
 
 @functools.lru_cache(maxsize=1)

@@ -31,7 +31,11 @@ def loaders(tmp_path_factory):
 def settings(tmp_path):
     """Settings of an engine that keeps everything in a folder of this test."""
     names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "log/audit.log"}
-    return {name: str(tmp_path / folder) for name, folder in names.items()}
+    # There is no qubesd here, and no VM.
+    qvm_ls = tmp_path / "qvm-ls"
+    qvm_ls.write_text("#!/bin/sh\n")
+    qvm_ls.chmod(0o700)
+    return {"qvm_ls": str(qvm_ls), **{name: str(tmp_path / folder) for name, folder in names.items()}}
 
 
 @pytest.fixture
@@ -84,6 +88,7 @@ def test_ledger_check_says_what_is_wrong_and_sets_it_aside_when_told_to(loaders,
         file.write(b"garbage" * 100)
     found = loaders.modules.qvm_remote.ledger_check(config=settings)
     assert (found["ledger"], len(found["problems"])) == (path, 1)
+    assert loaders.context.pop("retcode") == 1
     assert "set_aside=True" in found["next"]
     shown = loaders.modules.qvm_remote.status(config=settings)
     assert "qvm_remote.ledger_check" in shown["ledger"]

@@ -502,7 +502,7 @@ def test_queue_status_tells_what_is_waited_for_from_what_was_left(qube):
     bell = qube.waits(CID)
     try:
         text = qube.ok("queue").decode()
-        assert text == qube.ok("queue", "status").decode()
+        assert re.sub(r"\d+ s", "", text) == re.sub(r"\d+ s", "", qube.ok("queue", "status").decode())
         assert "pending:  1, not taken by dom0 yet\nrunning:  1, in dom0\nresults:  0, not fetched\n" in text
         assert re.search(rf"{CID} +pending +\d+ s  a client waits  waited for\n", text)
         assert re.search(rf"{GONE_CID} +running +\d+ s  its client is gone  left \\x1b behind\n", text)

@@ -218,7 +218,7 @@ def test_very_deep_tree_is_removed_without_following_symlinks(box):
     victim.mkdir()
     (victim / "file").write_text("precious")
     program = f"import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d'); os.symlink({str(victim)!r}, 'l')"
-    outcome, _, _ = box.run(sys.executable, "-c", program)
+    outcome, _, _ = box.run(sys.executable, "-c", program, work_max=256 * MIB)
     # A result does not wait for long for the end of the clean-up.
     assert outcome.exit_code == 0 and eventually(lambda: box.left() == []) and (victim / "file").read_text() == "precious"
 
