@@ -3,11 +3,11 @@
 
 import contextlib
 import datetime
-import functools
 import io
 import os
 import sys
 import tarfile
+import time
 
 import pytest
 import salt.utils.yaml
@@ -19,8 +19,16 @@ from anyio.from_thread import start_blocking_portal  # noqa: E402
 from mcp import Client, StdioServerParameters, stdio_client  # noqa: E402
 
 _FOLDER = os.path.join(ROOT, "examples", "agent")
-#: Answers as the file beside it says, and keeps what it was asked.
-_HELPER = "#!/bin/sh\ncat > /tmp/asked\nread answer < /tmp/answer\necho $answer\n[ $answer = yes ]\n"
+#: Answers as the file beside it says, or not at all, and keeps what it was asked.
+_HELPER = """\
+#!/bin/sh
+cat > /tmp/asked.new
+mv /tmp/asked.new /tmp/asked
+read answer < /tmp/answer
+[ $answer != never ] || exec sleep 1000
+echo $answer
+[ $answer = yes ]
+"""
 _TAG = "agent-managed"
 
 
@@ -31,7 +39,7 @@ def _pillar(**more):
     ahead = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
     pillar["vms"]["agent"].update(until=ahead.isoformat(), **more)
     pillar["vms"]["loose"] = {"policy": "full"}
-    return {**pillar, "ask": {"helper": "/tmp/helper", "timeout": 20}, "engine": {"discover_interval": 1, "poll_wait": 5}}
+    return {**pillar, "ask": {"helper": "/tmp/helper", "timeout": 120}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +65,13 @@ def _session(machine, vm, *words):
     """The client of an agent that started the server in its VM.
 
     Yields:
-        callable of (name of one of the client's methods, its arguments).
+        callable of (name of one of the client's methods, its arguments), which gives a future.
     """
     argv = machine.command("vm", vm, "-u", "user", "--", sys.executable, "/home/user/agent/qvm-remote-mcp", *words)
     with open(os.path.join(machine.root, f"{vm}.log"), "w", encoding="utf-8") as log, start_blocking_portal() as portal:
         transport = stdio_client(StdioServerParameters(command=argv[0], args=argv[1:]), errlog=log)
         with portal.wrap_async_context_manager(Client(transport)) as client:
-            yield lambda method, *args: portal.call(functools.partial(getattr(client, method), *args))
+            yield lambda method, *args: portal.start_task_soon(getattr(client, method), *args)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +87,9 @@ def _call(agent, tool, **arguments):
     Returns:
         (bool, str): whether it is an error, and its text.
     """
-    result = agent("call_tool", tool, arguments)
-    return result.is_error, "\n".join(part.text for part in result.content)
+    result = agent("call_tool", tool, arguments).result()
+    text = "\n".join(part.text for part in result.content)
+    return result.is_error, text.removeprefix(f"Error executing tool {tool}: ")
 
 
 def _answer(machine, word):
@@ -88,12 +97,19 @@ def _answer(machine, word):
     machine.dom0("rm", "-f", "/tmp/asked", check=True)
 
 
+def _wait(is_so, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def _pref(machine, vm, name):
     return machine.dom0("qvm-prefs", vm, name, check=True).stdout.decode().strip()
 
 
 def test_tools_that_look_are_told_apart_from_those_that_change(agent):
-    tools = {tool.name: tool for tool in agent("list_tools").tools}
+    tools = {tool.name: tool for tool in agent("list_tools").result().tools}
     looks = {name for name, tool in tools.items() if tool.annotations.read_only_hint}
     assert looks == {"status", "list_vms", "vm_info", "vm_prefs"}
     assert {name for name in looks if not tools[name].title.startswith("observe: ")} == set()
@@ -106,9 +122,9 @@ def test_tools_that_look_are_told_apart_from_those_that_change(agent):
 
 
 def test_it_sees_the_tagged_vms_and_no_other(agent):
-    listed = agent("call_tool", "list_vms", {}).structured_content["result"]
+    listed = agent("call_tool", "list_vms", {}).result().structured_content["result"]
     assert sorted(vm["name"] for vm in listed) == ["old", "sandbox"]
-    assert agent("call_tool", "vm_info", {"vm": "sandbox"}).structured_content["state"] == "Halted"
+    assert agent("call_tool", "vm_info", {"vm": "sandbox"}).result().structured_content["state"] == "Halted"
     assert _call(agent, "vm_prefs", vm="sandbox", property="memory") == (False, "400")
     assert "provides_network" in _call(agent, "vm_prefs", vm="sandbox")[1]
     assert _call(agent, "status")[1].startswith("dom0 answered in ")
@@ -178,6 +194,14 @@ def test_a_plan_ends_at_the_line_that_fails_and_says_so(machine, agent):
     assert machine.dom0("qvm-check", "--running", "sandbox").returncode == 1
 
 
+def test_a_plan_that_the_agent_gives_up_is_taken_back_and_its_question_too(machine, agent):
+    _answer(machine, "never")
+    call = agent("call_tool", "plan", {"script": "qvm-kill sandbox", "why": "it hangs"})
+    _wait(lambda: machine.dom0("test", "-e", "/tmp/asked").returncode == 0)
+    call.cancel()
+    _wait(lambda: b'"answer": "withdrawn"' in machine.dom0("cat", "/var/log/qvm-remote/audit.log", check=True).stdout)
+
+
 def test_a_plan_does_not_run_after_a_no_and_is_not_asked_about_again_at_once(machine, agent):
     _answer(machine, "no")
     script = "qvm-prefs sandbox memory 300\nqvm-prefs sandbox netvm sys-firewall"
@@ -192,7 +216,7 @@ def test_a_plan_does_not_run_after_a_no_and_is_not_asked_about_again_at_once(mac
 
 def test_where_dom0_has_no_rules_it_does_nothing_and_it_can_be_had_without_the_tools_that_change(machine):
     with _session(machine, "loose", "--observe-only") as session:
-        assert {tool.name for tool in session("list_tools").tools} == {"status", "list_vms", "vm_info", "vm_prefs"}
+        assert {tool.name for tool in session("list_tools").result().tools} == {"status", "list_vms", "vm_info", "vm_prefs"}
         error, text = _call(session, "list_vms")
         assert (error, "dom0 has no rules for this qube" in text) == (True, True)
 
