@@ -199,7 +199,7 @@ def test_a_plan_that_the_agent_gives_up_is_taken_back_and_its_question_too(machi
     call = agent("call_tool", "plan", {"script": "qvm-kill sandbox", "why": "it hangs"})
     _wait(lambda: machine.dom0("test", "-e", "/tmp/asked").returncode == 0)
     call.cancel()
-    _wait(lambda: b'"answer": "withdrawn"' in machine.dom0("cat", "/var/log/qvm-remote/audit.log", check=True).stdout)
+    _wait(lambda: b'"answer":"withdrawn"' in machine.dom0("cat", "/var/log/qvm-remote/audit.log", check=True).stdout)
 
 
 def test_a_plan_does_not_run_after_a_no_and_is_not_asked_about_again_at_once(machine, agent):

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
+from asyncio.subprocess import DEVNULL, PIPE
 
 import anyio
 from mcp.server.mcpserver.exceptions import ToolError
 
 #: qvm-remote's own exit codes.
 _TIMEOUT, _FAILED = 124, 125
+#: How long qvm-remote may take to give a request up, seconds.
+_END_WAIT = 5
 #: More than that no model reads with profit, characters.
 _TEXT_MAX = 65536
 #: Harmless in a shell; where dom0 has rules for this qube it is refused, because it needs one.
@@ -92,12 +96,22 @@ class Dom0:
         self._has_rules = True
 
     async def _start(self, *words, data=None):
-        given = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
+        argv = [self._program, "-q", "-t", str(self._timeout), *words]
         try:
-            # Our own stdin is the agent's: no child may read it. One that is cancelled is killed, and dom0 ends its command.
-            return await anyio.run_process([self._program, "-q", "-t", str(self._timeout), *words], check=False, **given)
+            # Our own stdin is the agent's: no child may read it.
+            process = await asyncio.create_subprocess_exec(*argv, stdin=DEVNULL if data is None else PIPE, stdout=PIPE, stderr=PIPE)
         except OSError as err:
             raise RemoteError(f"{self._program} can't be started in this qube: {err.strerror}. Tell the user that its client is not installed here") from None
+        try:
+            out, err = await process.communicate(data)
+        except BaseException:
+            # Cancelled. Ended, not killed: so it takes its request back, and dom0 the question.
+            if process.returncode is None:
+                process.terminate()
+            with anyio.move_on_after(_END_WAIT, shield=True):
+                await process.wait()
+            raise
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
     def _output(self, done, what):
         """What a command wrote, if it ended well.
