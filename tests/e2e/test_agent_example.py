@@ -158,11 +158,10 @@ def test_what_can_not_be_a_name_or_value_does_not_reach_dom0(agent):
 
 
 def test_a_failure_in_dom0_says_what_failed(agent):
-    assert _call(agent, "vm_prefs", vm="sandbox", property="nosuch") == (
-        True,
-        "qvm-prefs failed in dom0 with exit code 2: usage: qvm-prefs [-h] [--verbose] [--quiet] VMNAME [property] [value]\n"
-        "qvm-prefs: error: no such property: 'nosuch'\n",
-    )
+    error, text = _call(agent, "vm_prefs", vm="sandbox", property="nosuch")
+    assert error
+    assert text.startswith("qvm-prefs failed in dom0 with exit code 2: ")
+    assert text.endswith("qvm-prefs: error: no such property: 'nosuch'\n")
 
 
 def test_a_plan_that_a_line_of_which_may_not_run_does_nothing(machine, agent):

@@ -22,9 +22,6 @@ Script = Annotated[
 ]
 Why = Annotated[str, Field(min_length=1, max_length=500, description="what the plan is for; kept in dom0's log, not shown in the question")]
 
-#: What is asked of qvm-ls; dom0's rules name it word by word.
-FIELDS = "name,state,class,template"
-
 
 @dataclasses.dataclass(frozen=True)
 class Vm:
@@ -34,16 +31,3 @@ class Vm:
     state: str
     klass: str
     template: str
-
-
-def read_vms(text):
-    """Read the rows that ``qvm-ls --raw-data --fields`` FIELDS printed.
-
-    Args:
-        text: str.
-
-    Returns:
-        list of Vm
-    """
-    rows = (line.split("|") for line in text.splitlines())
-    return [Vm(*row) for row in rows if len(row) == len(FIELDS.split(","))]
