@@ -5,13 +5,18 @@ import contextlib
 import datetime
 import io
 import os
+import re
 import sys
 import tarfile
+import textwrap
 import time
 
 import pytest
 import salt.utils.yaml
 from conftest import ROOT
+from pullrpc.gate import Request
+from pullrpc.policy import decide_steps, split_script
+from pullrpc.question import text_of
 from qubes_sim.stand import Stand
 
 pytest.importorskip("mcp", reason="the MCP library is not installed; it needs Python 3.10")
@@ -32,10 +37,14 @@ echo $answer
 _TAG = "agent-managed"
 
 
+def _read(name):
+    with open(os.path.join(_FOLDER, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def _pillar(**more):
     """The example, word by word; only its end lies ahead of us, and a program answers in the user's place."""
-    with open(os.path.join(_FOLDER, "pillar.example"), encoding="utf-8") as file:
-        pillar = salt.utils.yaml.safe_load(file)["qvm-remote"]
+    pillar = salt.utils.yaml.safe_load(_read("pillar.example"))["qvm-remote"]
     ahead = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
     pillar["vms"]["agent"].update(until=ahead.isoformat(), **more)
     pillar["vms"]["loose"] = {"policy": "full"}
@@ -106,6 +115,17 @@ def _wait(is_so, seconds=60):
 
 def _pref(machine, vm, name):
     return machine.dom0("qvm-prefs", vm, name, check=True).stdout.decode().strip()
+
+
+def test_what_the_user_reads_is_as_the_readme_shows_it():
+    shown = textwrap.dedent(_read("README.rst").partition("reads of a plan::\n\n")[2].partition("Set it up\n")[0]).strip() + "\n"
+    cid = re.search(r"request: (\S+);", shown)[1]
+    steps = split_script("\n".join(re.findall(r"^ +\d+  (.*)$", shown, re.MULTILINE)))
+    policy = _pillar()["vms"]["agent"]["policy"]
+    decision = decide_steps(policy, steps, lambda tag: {"sandbox"} if tag == _TAG else set())
+    request = Request("agent", cid, "", None, "steps", 120, None, b"", b"", steps=tuple(steps), by=decision.rule, asks=True)
+    assert (len(steps), decision.asks) == (3, True)
+    assert text_of(request, "root", 120) == shown
 
 
 def test_tools_that_look_are_told_apart_from_those_that_change(agent):
