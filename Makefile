@@ -63,7 +63,7 @@ lint: prepare
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
 	shellcheck $$(git ls-files '*.sh') .ci/run archlinux/PKGBUILD.in archlinux/qvm-remote.install
-	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'fuzz/*.rst')
+	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'examples/*.rst' 'fuzz/*.rst')
 
 model:
 	@$(PYTHON3) tools/bootstrap.py --model
