@@ -113,12 +113,12 @@ def check_new(config, ledger, request, now=None):
         if state == DELIVERED or token_mac != request.token_mac:
             raise Refused("replay", "this id was used before; nothing is ever run twice")
         return state
-    if cid_time(request.cid) <= forgotten_before:
-        raise Refused("replay", "this id is older than what dom0 remembers of this qube; send it again")
     age = (time.time() if now is None else now) - cid_time(request.cid)
     if abs(age) > config.max_age:
         side = "old" if age > 0 else "ahead of dom0's clock"
         raise Refused("stale", f"the request is {abs(age):.0f} s {side}, dom0 takes at most {config.max_age} s; check the clocks and send it again")
+    if cid_time(request.cid) <= forgotten_before:
+        raise Refused("replay", "this id is older than what dom0 remembers of this qube; send it again")
     return None
 
 

@@ -11,7 +11,7 @@ import pytest
 
 #: All that is loaded for a command that goes to dom0 and ends at once.
 _LOADED = {
-    *("main", "request", "journal"),
+    *("main", "request", "part", "journal"),
     *("pullrpc", "pullrpc.digests", "pullrpc.errors", "pullrpc.files", "pullrpc.ids", "pullrpc.layout", "pullrpc.tokens"),
 }
 
@@ -23,6 +23,12 @@ def vm(stand):
     stand.start("stranger")
     yield lambda line, user="user": stand.vm("stranger", "sh", "-c", line, user=user)
     stand.shutdown("stranger")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_queue(stand):
+    """What other tests left in the queue of the VM is none of these."""
+    stand.vm("work", "sh", "-c", "cd ~/.qvm-remote/queue && find pending running results rejected -mindepth 1 -delete")
 
 
 def _wait(condition, seconds=20):

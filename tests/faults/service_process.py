@@ -138,7 +138,10 @@ def _look(dom0, _):
     with open(RAN, "a+", encoding="ascii") as file:
         file.seek(0)
         ran = file.read().splitlines()
-    say(json.dumps({"spool": kept, "jobs": os.listdir(os.path.join(config.run_dir, "jobs")), "ledger": rows, "ran": ran}))
+    # A folder of a supervisor's is there as long as that stands ready; what lies in it belongs to a command.
+    jobs = os.path.join(config.run_dir, "jobs")
+    left = [name for slot in os.listdir(jobs) for name in os.listdir(os.path.join(jobs, slot))]
+    say(json.dumps({"spool": kept, "jobs": left, "ledger": rows, "ran": ran}))
 
 
 def _kill_session(_, vm):

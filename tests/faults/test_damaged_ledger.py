@@ -121,7 +121,7 @@ def test_a_damaged_ledger_is_set_aside_and_the_new_one_takes_nothing_from_before
     with pytest.raises(Refused) as caught:
         dom0.verify(*before)
     assert caught.value.code == "replay"
-    while int(time.time()) <= cid_time(before[1].decode()):
+    while int(time.time()) <= dom0.ledger.forgotten_before("work"):
         time.sleep(0.05)
     assert dom0.verify(*_request())[1] is None
 
@@ -193,7 +193,8 @@ def test_what_kept_a_vm_out_is_carried_over_as_far_as_it_can_be_read(dom0):
     dom0.renew_ledger()
     assert dom0.ledger.forgotten_before("dev") > time.time() + 900
     assert dom0.ledger.forgotten_before("work") <= time.time()
-    assert dom0.ledger.saw_clock("work", 2_000_000_000, 1.0) == 1_900_000_000.0
+    # And what has passed since, as the kernel counts it.
+    assert 1_900_000_000.0 <= dom0.ledger.saw_clock("work", 2_000_000_000, 1.0) < 1_900_000_600.0
 
 
 def test_the_log_of_a_ledger_goes_last_so_that_no_half_of_it_is_ever_believed(dom0, monkeypatch):
