@@ -9,7 +9,7 @@ def architecture():
     picture = Picture(
         "Architecture",
         "In the VM, the client writes a request into the queue on the VM's disk. In dom0, the engine in a salt-minion opens a session to the agent in the VM, "
-        "fetches the request, verifies it, claims it in the ledger, runs it in the sandbox and hands the result back through the same session.",
+        "fetches the request, verifies it, checks the policy, claims it in the ledger, runs it in the sandbox and hands the result back through the same session.",
         960,
         470,
     )
@@ -26,8 +26,8 @@ def architecture():
     picture.zone(500, 20, 440, 430, "dom0: qvm-remote.service, a salt-minion")
     picture.box(525, 350, 170, 60, "session", "one to each VM", kind="dom0")
     picture.box(525, 250, 170, 60, "verify", "key, token, time", kind="dom0")
-    picture.box(525, 150, 170, 60, "ledger", "claims each id once", kind="dom0")
-    picture.box(525, 55, 170, 55, "policy", "may it; ask the user", kind="dom0")
+    picture.box(525, 150, 170, 60, "policy", "what this VM may run", kind="dom0")
+    picture.box(525, 55, 170, 55, "ledger", "claims each id once", kind="dom0")
     picture.box(750, 55, 170, 55, "sandbox", "runs the command", kind="dom0")
     picture.box(750, 150, 170, 60, "spool", "keeps the result", kind="dom0")
     picture.box(750, 250, 170, 60, "audit log", "a line for each step", kind="dom0")
@@ -87,7 +87,7 @@ def authentication():
     """From the command line to the result, step by step."""
     picture = Picture(
         "Authentication",
-        "The client signs a request with its key; dom0 asks for it, checks the token, fetches stdin and compares its digest, claims the id, checks the policy and "
+        "The client signs a request with its key; dom0 asks for it, checks token and policy, fetches stdin and compares its digest, claims the id and "
         "runs the command; the result carries a proof under the same key, which the client checks before it prints anything.",
         960,
         760,
@@ -105,11 +105,11 @@ def authentication():
     step(205, client, agent, "stdin, token, then the command")
     step(240, dom0, agent, "poll: what is there?")
     step(275, agent, dom0, "id, sizes, token, command")
-    picture.box(620, 295, 320, 82, "checks before it believes", "sizes, id, UTF-8; key and its qube's UUID;", "token; time within 300 s", kind="dom0")
+    picture.box(620, 295, 320, 82, "checks before it believes", "sizes, id, UTF-8; key and its qube's UUID;", "token; time within 300 s; policy", kind="dom0")
     step(410, dom0, agent, "fetch: stdin, if there is one")
-    step(445, agent, dom0, "stdin, bounded by its signed size")
-    picture.box(620, 465, 320, 100, "claims the id, on disk", "stdin has the signed digest", "the id was never claimed before", "policy; the user is asked", kind="dom0")
-    picture.box(620, 580, 320, 46, "runs it; signs the result", kind="dom0")
+    step(445, agent, dom0, "stdin, 16 MiB at most")
+    picture.box(620, 465, 320, 82, "claims the id, on disk", "stdin has the signed digest,", "the id was never claimed before", kind="dom0")
+    picture.box(620, 562, 320, 64, "runs it; signs the result", "asks the user before, if a rule says so", kind="dom0")
     step(655, dom0, agent, "result: out, err, proof")
     step(690, agent, client, "by rename, .exit last")
     picture.box(20, 704, 280, 44, "checks the proof, then prints")
@@ -126,31 +126,31 @@ def states():
         400,
     )
     picture.zone(15, 20, 185, 360, "the VM's disk")
-    picture.zone(250, 20, 695, 360, "dom0's ledger")
+    picture.zone(290, 20, 655, 360, "dom0's ledger")
     picture.box(35, 110, 145, 60, "pending", "queue/pending")
-    picture.box(275, 110, 130, 60, "claimed", "on disk", kind="dom0")
-    picture.box(455, 110, 130, 60, "running", "in the sandbox", kind="dom0")
+    picture.box(310, 110, 110, 60, "claimed", "on disk", kind="dom0")
+    picture.box(465, 110, 125, 60, "running", "in the sandbox", kind="dom0")
     picture.box(635, 110, 130, 60, "done", "result is kept", kind="dom0")
-    picture.box(810, 110, 120, 60, "delivered", "and forgotten", kind="good")
-    picture.arrow((180, 140), (275, 140))
-    picture.text(228, 100, "verified")
-    picture.arrow((405, 140), (455, 140))
-    picture.arrow((585, 140), (635, 140))
+    picture.box(810, 110, 120, 60, "delivered", "the VM has it", kind="good")
+    picture.arrow((180, 140), (310, 140))
+    picture.text(245, 132, "verified")
+    picture.arrow((420, 140), (465, 140))
+    picture.arrow((590, 140), (635, 140))
     picture.arrow((765, 140), (810, 140))
-    picture.text(430, 100, "once")
-    picture.text(610, 100, "ends, timeout")
+    picture.text(442, 100, "once")
+    picture.text(612, 100, "ended")
     picture.text(787, 100, "VM runs")
 
     picture.box(35, 270, 145, 60, "refused", "exit code 125", kind="bad")
     picture.arrow((108, 170), (108, 270))
     picture.text(118, 225, "or not", anchor="start")
-    picture.arrow((340, 170), (340, 250), (700, 250), (700, 170))
-    picture.text(520, 242, "policy or user says no; cancelled")
-    picture.arrow((520, 170), (520, 215), (670, 215), (670, 170))
-    picture.text(596, 207, "cancelled")
-    picture.text(597, 290, "The engine ended in between: claimed and running become done, as interrupted.")
-    picture.text(597, 314, "No arrow leads back, and none leads from done to running: nothing runs twice.")
-    picture.text(597, 338, "A result waits for a VM that is shut down, for a day (spool_max_age).")
+    picture.arrow((365, 170), (365, 250), (715, 250), (715, 170))
+    picture.text(540, 242, "the user or a new policy says no; cancelled")
+    picture.arrow((528, 170), (528, 215), (680, 215), (680, 170))
+    picture.text(604, 207, "cancelled")
+    picture.text(617, 290, "The engine ended in between: both become done, as interrupted.")
+    picture.text(617, 314, "No arrow leads back: nothing runs twice.")
+    picture.text(617, 338, "A result waits for a VM that is shut down (spool_max_age).")
     return picture
 
 
