@@ -12,6 +12,7 @@ import pytest
 import yaml
 from doc_blocks import DOCS, ROOT, blocks, fits, pages
 from pullrpc.pillar import read_pillar
+from qvm_remote_client.table import EXIT_CODES
 
 sys.path.insert(0, os.path.join(DOCS, "diagrams"))
 
@@ -70,6 +71,11 @@ def test_every_reason_to_refuse_is_listed():
     words = set(re.findall(r'Refused\(\s*"([a-z]+)"', code))
     assert "replay" in words
     assert words <= set(re.findall(r"^``([a-z]+)``  ", _read("docs/reference/exit-codes.rst"), re.M))
+
+
+def test_every_exit_code_is_listed():
+    shown = set(re.findall(r"^([0-9]+(?:\+N)?)  ", _read("docs/reference/exit-codes.rst"), re.M))
+    assert {code for code, _ in EXIT_CODES if code != "0 to 255"} <= shown
 
 
 def test_every_request_of_a_session_is_listed():
