@@ -12,6 +12,9 @@ _PAGES = [page for page in pages() if any(language == "console" for language, _ 
 #: Nobody sits at the simulator's screen, and nobody wants to wait for it.
 _HERE = {"ask": {"helper": "/usr/bin/false"}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
+#: Longest that a command may take on a machine that has much else to do, seconds.
+_LONGEST = 300
+
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
@@ -38,7 +41,7 @@ def test_what_a_page_shows_is_what_happens(machine, page):
 
 def _type(machine, where, line, shown):
     argv = ["bash", "-c", f"exec 2>&1; {line}"]
-    done = machine.dom0(*argv, timeout=120) if where == "dom0" else machine.vm(where, *argv)
+    done = machine.dom0(*argv, timeout=_LONGEST) if where == "dom0" else machine.vm(where, *argv, timeout=_LONGEST)
     output = done.stdout.decode("utf-8", "replace")
     if shown:
         assert fits(shown, output), f"{line}\n{output}"
