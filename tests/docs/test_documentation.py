@@ -55,7 +55,7 @@ def test_a_picture_has_colours_for_light_and_dark_and_words_for_who_can_not_see_
     light, dark = svg.split("@media (prefers-color-scheme: dark) {")
     # Only the weight of a name is its own: its colour is that of all text.
     kinds = set(re.findall(r'class="(\w+)"', svg)) - {"name"}
-    assert kinds >= {"page", "box", "note"}
+    assert kinds >= {"page", "note"}
     for colours in (light, dark):
         assert {kind for kind in kinds if f".{kind} {{" not in colours} == set()
         assert "text {" in colours
