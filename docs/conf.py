@@ -47,3 +47,4 @@ html_theme_options = {
 html_static_path = ["static"]
 html_css_files = ["dark.css"]
 html_copy_source = False
+html_show_copyright = False
