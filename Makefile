@@ -9,7 +9,7 @@ PACKAGES ?=
 #: Where Debian's tools can be had, no test of packages may be left out.
 TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint model fuzz release packages bump install-client install-formula clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz release packages bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -19,6 +19,8 @@ help:
 	@echo "make test            lint, then the tests"
 	@echo "make test-all        the same, and the tests that take minutes: the real systemd, the whole short benchmark, ..."
 	@echo "make lint            ruff, salt-lint, yamllint, shellcheck, rstcheck"
+	@echo "make docs            build the documentation into docs/_build/html"
+	@echo "make diagrams        make the documentation's pictures anew from docs/diagrams/pictures.py"
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
 	@echo "make fuzz            fuzz the parsers that read what VMs send (SECONDS=60 for each, FUZZ=name for one; fuzz/README.rst)"
 	@echo "make release TAG=v1  tarball, sums and signature of a signed tag, into dist/ (docs/release.rst)"
@@ -65,6 +67,12 @@ lint: prepare
 	shellcheck $$(git ls-files '*.sh') .ci/run archlinux/PKGBUILD.in archlinux/qvm-remote.install
 	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'examples/*.rst' 'fuzz/*.rst')
 
+docs: prepare
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+diagrams:
+	$(PYTHON3) docs/diagrams/make.py
+
 model:
 	@$(PYTHON3) tools/bootstrap.py --model
 	@$(PYTHON3) model/check.py
@@ -90,5 +98,5 @@ install-formula:
 	$(PYTHON3) tools/install.py formula "$(DESTDIR)"
 
 clean:
-	rm -rf .venv .nox .pytest_cache .ruff_cache .sim dist
+	rm -rf .venv .nox .pytest_cache .ruff_cache .sim dist docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
