@@ -102,8 +102,11 @@ _ZSH = r"""
 @FUNCTION@() {
     local command='' word kind name
     local -i skip=0 taken=0 ret=1 i
-    local -a alone flags valued next kinds found
+    local -a alone common flags valued next kinds found
     alone=(@ALONE@)
+    common=(
+@COMMON@
+    )
     @FUNCTION@_knows ''
     for ((i = 2; i < CURRENT; i++)); do
         word=$words[i]
@@ -160,7 +163,7 @@ _ZSH_VALUES = {
 }
 
 _FISH = r"""
-# Says whether the command line so far is a command ($argv[1]) and so many arguments ($argv[2]; -1: any number).
+# Says whether the command line so far is a command ($argv[1]; '*': any) and so many arguments ($argv[2]; -1: any number).
 function @FUNCTION@_at
     set -l alone @ALONE@
     set -l commands @COMMANDS@
@@ -189,7 +192,12 @@ function @FUNCTION@_at
             set is_open 0
         end
     end
-    test $skip = 0; and test "$command" = "$argv[1]"; or return 1
+    test $skip = 0; or return 1
+    if test "$argv[1]" = '*'
+        test -n "$command"
+        return
+    end
+    test "$command" = "$argv[1]"; or return 1
     if test $argv[2] = next
         test $is_open = 1
     else
@@ -241,17 +249,22 @@ def zsh(program):
     Returns:
         str
     """
-    rows = []
+    rows, common = [], program.commands[0].common
     for words, (options, arguments, following) in program.beginnings().items():
         rows.append(f"    '{' '.join(words)}')")
-        rows += ["        flags=(", *(f"            {_quoted(f'{flag}:{option.help}')}" for option in options for flag in option.flags), "        )"]
+        own = [option for option in options if not words or option not in common]
+        rows += ["        flags=(", *_zsh_flags(own, 12), *(["            $common"] if words else []), "        )"]
         rows += [f"        valued=({' '.join(_valued(options))})"] if _valued(options) else []
         if following:
             rows += ["        next=(", *(f"            {_quoted(f'{word}:{text}')}" for word, text in following), "        )"]
         rows += [f"        kinds=({' '.join(_kinds(arguments))})"] if arguments else []
         rows.append("        ;;")
     values = _cases(program, {**_ZSH_VALUES, OWN: (f"found=({' '.join(_own(program))})",)}, "    {})", "        {}", "        ;;")
-    return f"#compdef {program.name}\n" + _filled(_ZSH, "zsh", program, TABLE=rows, VALUES=values, ALONE=[" ".join(program.alone)])
+    return f"#compdef {program.name}\n" + _filled(_ZSH, "zsh", program, TABLE=rows, VALUES=values, ALONE=[" ".join(program.alone)], COMMON=_zsh_flags(common, 8))
+
+
+def _zsh_flags(options, indent):
+    return [f"{'':{indent}}{_quoted(f'{flag}:{option.help}')}" for option in options for flag in option.flags]
 
 
 def fish(program):
@@ -263,23 +276,29 @@ def fish(program):
     Returns:
         str
     """
-    beginnings, rows = program.beginnings(), []
+    beginnings, rows, common = program.beginnings(), [], program.commands[0].common
+    # What all commands take stands there once, unless it depends on the command where it may stand.
+    is_shared = not any(REST in _kinds(command.arguments) for command in program.commands)
     for words, (options, arguments, following) in beginnings.items():
         command = " ".join(words)
         # Where all that follows an argument is another program's, options come before it.
         count = 0 if not words or REST in _kinds(arguments) else -1
-        for option in options:
-            flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags)
-            rows.append(f"{_fish_row(program, command, count)} {flags}{' -x' if option.value else ''} -d {_fish_quoted(option.help)}")
+        rows += [_fish_option(program, command, count, option) for option in options if not (words and is_shared and option in common)]
         rows += [f"{_fish_row(program, command, 'next')} -a {word} -d {_fish_quoted(text)}" for word, text in following]
         for at, kind in enumerate(_kinds(arguments)):
             if kind not in (OTHER, REST):
                 rows.append(f"{_fish_row(program, command, at)} -a '({_function(program)}_values {kind})'")
+    rows += [_fish_option(program, "*", -1, option) for option in common if is_shared]
     valued = [f"'{' '.join(words)} {flag}'" for words, (options, _, _) in beginnings.items() for flag in _valued(options)]
     commands = [f"'{' '.join(words)}'" for words in beginnings if words]
     sources = {**_FISH_VALUES, OWN: (f"printf '%s\\n' {' '.join(_own(program))}",)}
     values = _cases(program, sources, "        case {}", "            {}")
     return _filled(_FISH, "fish", program, TABLE=rows, VALUES=values, ALONE=[" ".join(program.alone)], COMMANDS=[" ".join(commands)], VALUED=[" ".join(valued)])
+
+
+def _fish_option(program, command, count, option):
+    flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags)
+    return f"{_fish_row(program, command, count)} {flags}{' -x' if option.value else ''} -d {_fish_quoted(option.help)}"
 
 
 def _fish_row(program, command, count):

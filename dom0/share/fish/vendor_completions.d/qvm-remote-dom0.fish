@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # Completion of qvm-remote-dom0 for fish. Made by tools/papers.py; do not edit.
 
-# Says whether the command line so far is a command ($argv[1]) and so many arguments ($argv[2]; -1: any number).
+# Says whether the command line so far is a command ($argv[1]; '*': any) and so many arguments ($argv[2]; -1: any number).
 function _qvm_remote_dom0_at
     set -l alone --once --dry-run -h --help --version
     set -l commands 'authorize' 'revoke' 'rotate' 'keys' 'enable' 'disable' 'status' 'tail' 'history' 'explain' 'doctor'
@@ -30,7 +30,12 @@ function _qvm_remote_dom0_at
             set is_open 0
         end
     end
-    test $skip = 0; and test "$command" = "$argv[1]"; or return 1
+    test $skip = 0; or return 1
+    if test "$argv[1]" = '*'
+        test -n "$command"
+        return
+    end
+    test "$command" = "$argv[1]"; or return 1
     if test $argv[2] = next
         test $is_open = 1
     else
