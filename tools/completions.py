@@ -156,7 +156,7 @@ _ZSH_VALUES = {
         "done",
     ),
     VM: (
-        "for name in ${(f)\"$(qvm-ls --raw-list 2>/dev/null)\"}; do",
+        'for name in ${(f)"$(qvm-ls --raw-list 2>/dev/null)"}; do',
         f"    [[ $name =~ '{_NAME}' && $name != dom0 ]] && found+=($name)",
         "done",
     ),
