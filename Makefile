@@ -9,7 +9,7 @@ PACKAGES ?=
 #: Where Debian's tools can be had, no test of packages may be left out.
 TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz release packages bump install-client install-formula clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz release packages papers bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -25,6 +25,7 @@ help:
 	@echo "make fuzz            fuzz the parsers that read what VMs send (SECONDS=60 for each, FUZZ=name for one; fuzz/README.rst)"
 	@echo "make release TAG=v1  tarball, sums and signature of a signed tag, into dist/ (docs/release.rst)"
 	@echo "make packages        build the packages into dist/, with their digests (PACKAGES='rpm deb arch': only these)"
+	@echo "make papers          make man pages and shell completion anew, of the command lines' tables and pillar.example"
 	@echo "make bump            set a new version (VERSION=2.1.0); without one, print it"
 	@echo "make install-client  install the VM's side (DESTDIR=...)"
 	@echo "make install-formula install dom0's side (DESTDIR=...)"
@@ -52,6 +53,8 @@ test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out; without atheris hypothesis fuzzes alone.
 	-@$(PYTHON3) tools/bootstrap.py --model
 	-@$(PYTHON3) tools/bootstrap.py --fuzz
+	# And these for tests of man pages and completion: each is left out where there is no such program.
+	-@$(PYTHON3) tools/bootstrap.py --papers
 	@$(PYTHON3) tools/bootstrap.py --packages
 	$(BIN)/nox --session oldest
 	$(TESTS) -n 3 --dist loadfile -m "not long" tests
@@ -65,6 +68,7 @@ lint: prepare
 	$(BIN)/yamllint --strict .
 	$(BIN)/salt-lint $$(git ls-files '*.sls')
 	shellcheck $$(git ls-files '*.sh') .ci/run archlinux/PKGBUILD.in archlinux/qvm-remote.install
+	shellcheck --shell=bash $$(git ls-files '*/bash-completion/*')
 	$(BIN)/rstcheck README.rst $$(git ls-files 'docs/*.rst' 'model/*.rst' 'examples/*.rst' 'fuzz/*.rst')
 
 docs: prepare
@@ -88,8 +92,12 @@ packages:
 	@$(PYTHON3) tools/bootstrap.py --all-packages
 	@$(PYTHON3) tools/packages.py $(PACKAGES)
 
+papers:
+	@$(PYTHON3) tools/papers.py
+
 bump:
 	@$(PYTHON3) tools/version.py $(VERSION)
+	@$(PYTHON3) tools/papers.py
 
 install-client:
 	$(PYTHON3) tools/install.py client "$(DESTDIR)"

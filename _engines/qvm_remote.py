@@ -50,6 +50,7 @@ import pullrpc.dom0
 import pullrpc.errors
 import pullrpc.frames
 import pullrpc.lock
+import pullrpc.notifier
 import pullrpc.service
 import salt.config
 import salt.utils.event
@@ -90,14 +91,15 @@ def start(**config):
     # This process is the engine's alone. Its threads hand a command on several times, and none is to wait 5 ms for the interpreter.
     sys.setswitchinterval(_SWITCH_INTERVAL)
     signals = _Signals()
-    events = _Events(__opts__)
+    events, notifier = _Events(__opts__), pullrpc.notifier.Notifier(log.warning)
     try:
-        _serve_until_stopped(config, signals, events)
+        _serve_until_stopped(config, signals, events, notifier)
     finally:
         events.close()
+        notifier.close()
 
 
-def _serve_until_stopped(config, signals, events):
+def _serve_until_stopped(config, signals, events, notifier):
     waiting_logged, trouble = False, None
     while not signals.is_set:
         if signals.is_idle:
@@ -105,7 +107,7 @@ def _serve_until_stopped(config, signals, events):
             signals.wait(None)
             continue
         try:
-            service = _make_service(config, signals, events)
+            service = _make_service(config, signals, events, notifier)
             if not signals.is_idle:
                 service.run()
         except pullrpc.errors.EngineBusy as err:
@@ -124,7 +126,7 @@ def _serve_until_stopped(config, signals, events):
             signals.wait(_TROUBLE_RETRY)
 
 
-def _make_service(config, signals, events):
+def _make_service(config, signals, events, notifier):
     current = {"settings": config}
     # Taken out of the loader once: these keep Salt's context with them, whatever thread calls them.
     verify = __salt__["qvm_remote.verify"]
@@ -152,6 +154,7 @@ def _make_service(config, signals, events):
 
     def emit(vm, cid, what, data):
         events.note(vm, cid, what)
+        notifier.note(dom0.config, vm, cid, what, data)
         if what not in _STEPS or dom0.config.events == "all":
             events.put(vm, cid, what, data)
 

@@ -3,8 +3,8 @@
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
 packages that can't come with it. Says what it does; does nothing when all is there. With --bench also what `make bench`
 needs beside: OpenSSH; with --model what `make model` needs, with --packages what the tests of packages in `make test` need, with
---all-packages what `make packages` and its longer tests do, alone; with --fuzz, in .venv, what `make fuzz` is better with. Standard
-library only.
+--all-packages what `make packages` and its longer tests do, with --papers what tests of man pages and completion do, alone; with --fuzz,
+in .venv, what `make fuzz` is better with. Standard library only.
 """
 
 import hashlib
@@ -56,8 +56,14 @@ _FOR_ALL_PACKAGES = (
     ("rpmlint", lambda: shutil.which("rpmlint"), "rpmlint", "rpmlint"),
     ("lintian", lambda: shutil.which("lintian"), "lintian", None),
 )
+#: To look at man pages and completion as those who use them do.
+_FOR_PAPERS = (
+    ("mandoc, to check man pages", lambda: shutil.which("mandoc"), "mandoc", "mandoc"),
+    ("zsh, to check its completion", lambda: shutil.which("zsh"), "zsh", "zsh"),
+    ("fish, for the same", lambda: shutil.which("fish"), "fish", "fish"),
+)
 #: What these options install, and nothing beside it.
-_ALONE = {"--model": _FOR_MODEL, "--packages": _FOR_PACKAGES, "--all-packages": _FOR_ALL_PACKAGES}
+_ALONE = {"--model": _FOR_MODEL, "--packages": _FOR_PACKAGES, "--all-packages": _FOR_ALL_PACKAGES, "--papers": _FOR_PAPERS}
 #: For the benchmark alone: a demo must not bring a server to somebody's machine.
 _FOR_BENCH = (
     ("sshd, which make bench starts on loopback with its own keys", lambda: shutil.which("sshd", path=_SBIN), "openssh-server", "openssh-server"),

@@ -24,7 +24,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from version import ROOT, read  # noqa: E402
+from version import ROOT, read, released  # noqa: E402
 
 #: What a kind is built with.
 _PROGRAMS = {"rpm": "rpmbuild", "deb": "dpkg-buildpackage", "arch": "makepkg"}
@@ -150,8 +150,7 @@ def source_time(root):
         return int(os.environ["SOURCE_DATE_EPOCH"])
     if os.path.exists(os.path.join(root, ".git")):
         return int(_git(root, "log", "-1", "--format=%ct"))
-    with open(os.path.join(root, "debian", "changelog"), encoding="utf-8") as file:
-        return int(email.utils.parsedate_to_datetime(_ENTRY.search(file.read())["date"]).timestamp())
+    return int(released(root).timestamp())
 
 
 def _rpm_changelog(text):

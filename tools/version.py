@@ -21,6 +21,8 @@ _COPIES = {
     "FORMULA": re.compile(r"^(version: )(.*)()$", re.MULTILINE),
     "debian/changelog": re.compile(r"\A(qvm-remote \()([^)]*)(-\d+\) )"),
 }
+#: The time at an entry's end.
+_SIGNED = re.compile(r"^ -- .*>  (.*)$", re.MULTILINE)
 #: Who signs a release's entry, as debian/control has it.
 _MAINTAINER = re.compile(r"^Maintainer: (.*)$", re.MULTILINE)
 
@@ -35,6 +37,18 @@ def read(root=ROOT):
         str
     """
     return _text(root, "version").strip()
+
+
+def released(root=ROOT):
+    """Tell when the version was released.
+
+    Args:
+        root: str, the source tree.
+
+    Returns:
+        datetime, as its entry in debian/changelog has it.
+    """
+    return email.utils.parsedate_to_datetime(_SIGNED.search(_text(root, "debian/changelog"))[1])
 
 
 def differing(root=ROOT):

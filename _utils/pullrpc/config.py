@@ -12,9 +12,9 @@ import os
 import re
 
 from .errors import ConfigError, PullError
+from .helper import SCREEN
 from .ids import check_vm_name
 from .policy import FULL, NONE, check_policy
-from .question import SCREEN
 
 _MIB = 1 << 20
 #: (lowest, highest) of each whole-number setting.
@@ -54,6 +54,8 @@ _CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "gen
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 #: Characters of a path that neither a shell nor a unit file reads in a way of its own.
 _PATH = re.compile(r"/[A-Za-z0-9_.+/-]*\Z")
+#: Settings that name a program which shows dom0's user something.
+_HELPERS = ("ask_helper", "notify_helper")
 #: Folders that are made, kept and removed with qvm-remote, and so must be its own.
 _OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
@@ -91,6 +93,8 @@ class Config:
         rate: most commands of one VM accepted within a minute.
         ask_helper: the program that puts questions to dom0's user, or ``screen`` for the one that comes with qvm-remote.
         ask_timeout: how long that user has to answer.
+        notify_refusals: whether that user is told on the screen of what is refused, and of questions that ran out of time.
+        notify_helper: the program that shows it, or ``screen`` for the one that comes with qvm-remote.
         events: ``ends`` (how commands ended, sessions, keys) or ``all`` (each step of a command, too).
         stop_grace: how long running commands may go on once the engine is told to stop.
         memory_max, tasks_max, cpu_weight, nofile, work_max: limits of one command.
@@ -135,6 +139,8 @@ class Config:
     rate: int = 6000
     ask_helper: str = SCREEN
     ask_timeout: int = 60
+    notify_refusals: bool = False
+    notify_helper: str = SCREEN
     events: str = "ends"
     stop_grace: int = 3
     memory_max: int = 1024 * _MIB
@@ -287,7 +293,7 @@ def check_setting(name, value):
         raise ConfigError("must be the name of a user of dom0 (small letters, digits, - and _)")
     if isinstance(value, str) and (not value or "\n" in value or "\0" in value):
         raise ConfigError("must be one line of text")
-    if name == "ask_helper" and value != SCREEN and not _PATH.match(value):
+    if name in _HELPERS and value != SCREEN and not _PATH.match(value):
         raise ConfigError(f"must be {SCREEN}, or the absolute path of a program")
     if name in (*_OWN_FOLDERS, "audit_log") and not (_PATH.match(value) and os.path.normpath(value) == value and not value.startswith("//")):
         raise ConfigError("must be an absolute path of letters, digits, '_', '.', '+' and '-', without '..' and '//'")

@@ -16,8 +16,22 @@ from .files import write_whole
 _SHARED = ("__init__", "digests", "errors", "files", "frames", "ids", "layout", "tokens")
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _LIBRARY = "usr/lib/qvm-remote"
+#: Below usr/share, and below the folder ``share`` of each side: man pages, and completion for bash, zsh and fish.
+_CLIENT_SHARE = (
+    "man/man1/qvm-remote.1",
+    "bash-completion/completions/qvm-remote",
+    "fish/vendor_completions.d/qvm-remote.fish",
+    "zsh/site-functions/_qvm-remote",
+)
+_COMMAND_SHARE = (
+    "man/man5/qvm-remote.conf.5",
+    "man/man8/qvm-remote-dom0.8",
+    "bash-completion/completions/qvm-remote-dom0",
+    "fish/vendor_completions.d/qvm-remote-dom0.fish",
+    "zsh/site-functions/_qvm-remote-dom0",
+)
 #: All that these files and folders are is the client's.
-CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}")
+CLIENT_PATHS = ("/usr/bin/qvm-remote", f"/{_LIBRARY}", *(f"/usr/share/{name}" for name in _CLIENT_SHARE))
 #: By what a template's shell tells whether the client there is a package's, which its package manager alone may touch.
 IS_PACKAGE = " || ".join(f"{query} {CLIENT_PATHS[0]}" for query in ("dpkg-query --search", "rpm --query --file", "pacman --query --owns"))
 #: What root's shell does once the files are there. A user can't write bytecode there, and would compile the source at each
@@ -26,7 +40,7 @@ _COMPILE = "umask 022; rm -rf /{0}/*/__pycache__; /usr/bin/python3 -m compileall
 COMPILE = _COMPILE.format(_LIBRARY)
 _COMMAND, _COMMAND_LIBRARY = "usr/bin/qvm-remote-dom0", "usr/lib/qvm-remote-dom0"
 #: All that these are is dom0's command's.
-COMMAND_PATHS = (f"/{_COMMAND}", f"/{_COMMAND_LIBRARY}")
+COMMAND_PATHS = (f"/{_COMMAND}", f"/{_COMMAND_LIBRARY}", *(f"/usr/share/{name}" for name in _COMMAND_SHARE))
 
 
 def client_files(client_dir):
@@ -40,7 +54,8 @@ def client_files(client_dir):
     """
     shared = [(f"{_LIBRARY}/pullrpc/{name}.py", os.path.join(_HERE, f"{name}.py"), 0o644) for name in _SHARED]
     launcher = ("usr/bin/qvm-remote", os.path.join(client_dir, "qvm-remote"), 0o755)
-    return sorted([launcher, *shared, *_modules(_LIBRARY, os.path.join(client_dir, "qvm_remote_client"))])
+    own = _modules(_LIBRARY, os.path.join(client_dir, "qvm_remote_client"))
+    return sorted([launcher, *shared, *own, *_papers(_CLIENT_SHARE, client_dir)])
 
 
 def command_files(command_dir, package_dir=_HERE):
@@ -55,7 +70,11 @@ def command_files(command_dir, package_dir=_HERE):
     """
     launcher = (_COMMAND, os.path.join(command_dir, "qvm-remote-dom0"), 0o755)
     own = _modules(_COMMAND_LIBRARY, os.path.join(command_dir, "qvm_remote_dom0"))
-    return sorted([launcher, *own, *_modules(_COMMAND_LIBRARY, package_dir)])
+    return sorted([launcher, *own, *_modules(_COMMAND_LIBRARY, package_dir), *_papers(_COMMAND_SHARE, command_dir)])
+
+
+def _papers(names, folder):
+    return [(f"usr/share/{name}", os.path.join(folder, "share", name), 0o644) for name in names]
 
 
 def _modules(library, folder):

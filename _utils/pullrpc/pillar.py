@@ -37,6 +37,8 @@ _LIMITS = {
 _VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel", "rate": "rate"}
 #: Pillar's words for how dom0's user is asked.
 _ASK = {"helper": "ask_helper", "timeout": "ask_timeout"}
+#: And for how that one is told of refusals.
+_NOTIFY = {"refusals": "notify_refusals", "helper": "notify_helper"}
 _SIZES = ("command", "stdin", "output", "memory", "work")
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)\Z")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -64,7 +66,7 @@ _ENGINE = (
     "qvm_ls",
 )
 _TOP = (
-    *("service", "minion", "transport", "max_age", "default_policy", "ask", "limits", "client", "defaults", "select", "vms"),
+    *("service", "minion", "transport", "max_age", "default_policy", "ask", "notify", "limits", "client", "defaults", "select", "vms"),
     *("unlisted", "clean", "engine"),
 )
 _VM = ("state", "key", "user", "run_as", "policy", "until", "accept_v1", "rotate_days", *_VM_LIMITS)
@@ -229,8 +231,9 @@ def _engine_settings(pillar):
     for word, value in _part(pillar, "limits", tuple(_LIMITS)).items():
         path = f"limits:{word}"
         settings[_LIMITS[word]] = _setting(_LIMITS[word], _size(value, path) if word in _SIZES else value, path)
-    for word, value in _part(pillar, "ask", tuple(_ASK)).items():
-        settings[_ASK[word]] = _setting(_ASK[word], value, f"ask:{word}")
+    for part, words in (("ask", _ASK), ("notify", _NOTIFY)):
+        for word, value in _part(pillar, part, tuple(words)).items():
+            settings[words[word]] = _setting(words[word], value, f"{part}:{word}")
     for name, value in _part(pillar, "engine", _ENGINE).items():
         settings[name] = _setting(name, value, f"engine:{name}")
     return settings

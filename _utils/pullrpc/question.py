@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 
 from .errors import Refused
+from .helper import Helper, why_it_failed
 
 YES, NO, TIMEOUT, FAILED, WITHDRAWN = "yes", "no", "timeout", "failed", "withdrawn"
-#: The setting for the helper that comes with this package: a window for whoever is logged in at dom0's screen.
-SCREEN = "screen"
 #: Nobody reads more than that before they answer, bytes; also less than a pipe holds, so that writing it never waits.
 TEXT_MAX = 32768
-#: How long a helper that is told to end may take to close its window, seconds.
-_END_WAIT = 2.0
 _EXIT_NO = 1
 #: What a word may consist of to be shown as it is.
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./^-]+\Z")
@@ -93,10 +86,8 @@ class Question:
     """
 
     def __init__(self, helper, vm, cid, timeout):
-        self._argv = [sys.executable, "-I", "-S", os.path.join(os.path.dirname(os.path.abspath(__file__)), "ask_on_screen.py")] if helper == SCREEN else [helper]
-        self._environment = {**os.environ, "QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": cid, "QVM_REMOTE_ASK_TIMEOUT": str(timeout)}
+        self._helper = Helper(helper, "ask_on_screen", {"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": cid, "QVM_REMOTE_ASK_TIMEOUT": str(timeout)})
         self._timeout = timeout
-        self._process = None
         self._withdrawn = False
         self._lock = threading.Lock()
 
@@ -109,51 +100,26 @@ class Question:
         Returns:
             Answer
         """
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             with self._lock:
                 if self._withdrawn:
                     return Answer(WITHDRAWN)
-                self._process = subprocess.Popen(self._argv, env=self._environment, start_new_session=True, **streams)
+                self._helper.start()
         except OSError as err:
-            return Answer(FAILED, f"{self._argv[0]}: {err.strerror}")
-        try:
-            said, complaint = self._process.communicate(text.encode("ascii"), self._timeout)
-        except subprocess.TimeoutExpired:
-            self._end()
+            return Answer(FAILED, f"{self._helper.argv[0]}: {err.strerror}")
+        ended = self._helper.finish(text, self._timeout)
+        if ended is None:
             return Answer(TIMEOUT)
+        code, said, complaint = ended
         with self._lock:
             if self._withdrawn:
                 return Answer(WITHDRAWN)
-        if self._process.returncode == 0 and said.strip() == b"yes":
+        if code == 0 and said.strip() == b"yes":
             return Answer(YES)
-        if self._process.returncode == _EXIT_NO:
-            return Answer(NO)
-        return Answer(FAILED, f"the helper ended with exit code {self._process.returncode}: {_last_line(complaint)}")
+        return Answer(NO) if code == _EXIT_NO else Answer(FAILED, why_it_failed(code, complaint))
 
     def withdraw(self):
         """Take it back: nobody waits for the answer any more."""
         with self._lock:
             self._withdrawn = True
-            process = self._process
-        if process is not None:
-            self._signal(signal.SIGTERM)
-
-    def _end(self):
-        self._signal(signal.SIGTERM)
-        try:
-            self._process.communicate(timeout=_END_WAIT)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.communicate()
-
-    def _signal(self, signum):
-        try:
-            os.killpg(self._process.pid, signum)
-        except ProcessLookupError:
-            return
-
-
-def _last_line(raw):
-    lines = raw.decode("ascii", "replace").strip().splitlines() or ["it said nothing"]
-    return "".join(char if " " <= char <= "~" else "?" for char in lines[-1])[:200]
+            self._helper.tell_to_end()

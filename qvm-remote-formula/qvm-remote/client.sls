@@ -40,6 +40,16 @@ qvm-remote-client-library:
     - group: root
     - dir_mode: '0755'
     - file_mode: '0644'
+
+# Man page and completion.
+qvm-remote-client-share:
+  file.recurse:
+    - name: /usr/share
+    - source: salt://client/share
+    - user: root
+    - group: root
+    - dir_mode: '0755'
+    - file_mode: '0644'
 {%-   for module in client["protocol"] %}
 
 qvm-remote-client-protocol-{{ module }}:

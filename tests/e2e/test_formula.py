@@ -13,12 +13,13 @@ import subprocess
 import time
 
 import pytest
+from pullrpc.package import CLIENT_PATHS, COMMAND_PATHS
 from qubes_sim.stand import Stand
 
 #: What is not looked at: Salt's own, what the simulator's systemctl knows, and the checkout that stands in for the installed formula.
 _SALTS_OWN = "-path /srv/formulas/base -o -path /var/cache/salt -o -path /var/log/salt -o -path /run/salt -o -path /run/systemd/simulated -o -name __pycache__"
-_PLACES = "/etc /var /srv /root /run /home /rw /tmp /usr/local /usr/bin /usr/lib/qvm-remote /usr/lib/qvm-remote-dom0"
-_VM_PLACES = "/home /rw /etc /var /usr/bin /usr/lib/qvm-remote"
+_PLACES = " ".join(("/etc /var /srv /root /run /home /rw /tmp /usr/local /usr/bin /usr/lib/qvm-remote", *COMMAND_PATHS[1:]))
+_VM_PLACES = " ".join(("/home /rw /etc /var /usr/bin", *CLIENT_PATHS[1:]))
 GIVEN = secrets.token_hex(32)
 
 
@@ -477,6 +478,8 @@ def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
     machine.dom0("touch", "/etc/qubes/remote.d/somebody-elses", check=True)
     # A qube in which nothing can be done keeps nothing else from being removed.
     machine.vm("dev", "mv", "/usr/bin/bash", "/usr/bin/away", user="root", check=True)
+    for path in COMMAND_PATHS:
+        assert machine.dom0("test", "-e", path).returncode == 0, path
     states = machine.apply(sls="qvm-remote.clean", timeout=300)
     assert _changed(states) == {"qvm-remote-clean-clients", "qvm-remote-clean-dom0"}
     assert "/etc/qubes/remote.d stays" in states["qvm-remote-clean-dom0"]["comment"]

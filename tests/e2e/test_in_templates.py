@@ -4,7 +4,7 @@
 import os
 
 import pytest
-from pullrpc.package import client_files
+from pullrpc.package import CLIENT_PATHS, client_files
 from qubes_sim.stand import ROOT, Stand
 
 pytestmark = pytest.mark.long
@@ -28,7 +28,8 @@ def _manage(machine, *words, targets="fedora-41"):
 
 def _client(machine, template):
     machine.start(template)
-    script = "find /usr/bin/qvm-remote /usr/lib/qvm-remote -type f ! -name '*.pyc' -printf '%P %m %u %g ' -exec sha256sum {} \\;"
+    places = " ".join(CLIENT_PATHS)
+    script = f"find {places} -type f ! -name '*.pyc' -printf '%P %m %u %g ' -exec sha256sum {{}} \\;"
     shown = machine.vm(template, "sh", "-c", script, user="root").stdout.decode().splitlines()
     machine.shutdown(template)
     return sorted(line.split()[-1] + " " + " ".join(line.split()[-5:-1]) for line in shown)

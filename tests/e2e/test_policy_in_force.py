@@ -25,6 +25,7 @@ def machine(tmp_path_factory):
         stand.set_up(_pillar(POLICY))
         stand.create("build")
         stand.dom0("sh", "-c", "cat > /tmp/helper && chmod 700 /tmp/helper", data=_HELPER.encode(), check=True)
+        stand.dom0("sh", "-c", "cat > /tmp/tell && chmod 700 /tmp/tell", data=b"#!/bin/sh\ncat > /tmp/told.new && mv /tmp/told.new /tmp/told\n", check=True)
         stand.dom0("qvm-tags", "build", "add", "mine", check=True)
         stand.wait_served("work", "dev")
         yield stand
@@ -32,7 +33,8 @@ def machine(tmp_path_factory):
 
 def _pillar(policy, **more):
     ask = {"helper": "/tmp/helper", "timeout": 20}
-    return {"ask": ask, "vms": {"work": {}, "dev": {"policy": policy, **more}}, "engine": {"discover_interval": 1, "poll_wait": 5}}
+    notify = {"refusals": True, "helper": "/tmp/tell"}
+    return {"ask": ask, "notify": notify, "vms": {"work": {}, "dev": {"policy": policy, **more}}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
 
 def _apply(machine, policy, **more):
@@ -72,6 +74,18 @@ def test_all_else_is_refused_and_says_why(machine, line, reason):
     assert code == 125
     assert reason in text
     assert machine.dom0("test", "-e", "/tmp/policy-broken").returncode == 1
+
+
+def test_the_user_is_told_of_a_refusal_with_nothing_of_the_command(machine):
+    # Of those that the tests before have had, or, if they were not asked for, of this.
+    assert _remote(machine, "touch /tmp/policy-broken")[0] == 125
+    deadline = time.monotonic() + 20
+    while machine.dom0("test", "-e", "/tmp/told").returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = machine.dom0("cat", "/tmp/told").stdout.decode()
+    assert told.startswith("qvm-remote: dev was refused\ndom0 refused what dev asked for: policy. ")
+    assert "touch" not in told
 
 
 def test_a_script_runs_if_each_of_its_lines_may_and_not_at_all_if_one_may_not(machine):

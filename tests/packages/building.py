@@ -103,6 +103,18 @@ def said(*argv, **options):
     return done.stdout.splitlines()
 
 
+def packed(target):
+    """Where a distribution's package has a file: with its man pages compressed.
+
+    Args:
+        target: str, where ``install.py`` puts it.
+
+    Returns:
+        str
+    """
+    return f"{target}.gz" if "/man/man" in target else target
+
+
 def folders_of(paths, top):
     """The folders between a top and files, both without a leading slash where the files have none.
 

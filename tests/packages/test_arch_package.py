@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from building import ROOT, VERSION, Tree, need, said
+from building import ROOT, VERSION, Tree, need, packed, said
 from pullrpc.package import client_files
 
 pytestmark = pytest.mark.long
@@ -29,7 +29,7 @@ def _pacman(root, *words):
 
 
 def test_it_brings_exactly_the_client(tree):
-    files = [f"{target}" for target, _, _ in client_files(os.path.join(ROOT, "client"))]
+    files = [packed(target) for target, _, _ in client_files(os.path.join(ROOT, "client"))]
     files += ["usr/share/libalpm/hooks/qvm-remote.hook", "usr/share/licenses/qvm-remote/LICENSE", ".BUILDINFO", ".INSTALL", ".MTREE", ".PKGINFO"]
     shown = [line.split() for line in said("tar", "-tvf", tree.package)]
     assert sorted(row[5] for row in shown if row[0][0] != "d") == sorted(files)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from building import NEXT, ROOT, VERSION, Tree, folders_of, need, packages, said
+from building import NEXT, ROOT, VERSION, Tree, folders_of, need, packages, packed, said
 from install import formula_files
 from pullrpc.package import client_files
 
@@ -63,7 +63,8 @@ def test_all_packages_are_there(tree):
 
 
 def test_a_qubes_package_brings_exactly_the_client(client):
-    expected = _expected(client_files(os.path.join(ROOT, "client")), "/usr/lib/qvm-remote")
+    files = [(packed(target), source, mode) for target, source, mode in client_files(os.path.join(ROOT, "client"))]
+    expected = _expected(files, "/usr/lib/qvm-remote")
     assert _files(client) == {**expected, **_documents("qvm-remote", "README.rst", "CHANGELOG.md")}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The window on dom0's screen: whom it is shown to, with what in it, and that only its button for yes says yes.
+"""The window on dom0's screen: whom it is shown to, with what in it, and that only its button for yes says yes. And notifications.
 
 loginctl, systemd-run and systemctl are stand-ins that do what those do as far as it matters here; there is no screen.
 """
@@ -7,11 +7,10 @@ loginctl, systemd-run and systemctl are stand-ins that do what those do as far a
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from pullrpc import ask_on_screen
+from pullrpc.helper import SCREEN, Helper
 
 _SESSIONS = {
     "c1": {"Active": "no", "Remote": "no", "Type": "x11", "Name": "other", "Class": "user"},
@@ -49,10 +48,10 @@ class _Screen:
             with open(os.path.join(self.folder, f"session.{name}"), "w", encoding="ascii") as file:
                 file.write("".join(f"{key}={value}\n" for key, value in one.items()))
 
-    def start(self):
-        """Start the helper as the engine does."""
+    def start(self, module="ask_on_screen"):
+        """Start a helper as the engine does."""
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "QVM_REMOTE_VM": "work", "QVM_REMOTE_ID": "id", "QVM_REMOTE_ASK_TIMEOUT": "30"}
-        argv = [sys.executable, "-I", "-S", ask_on_screen.__file__]
+        argv = Helper(SCREEN, module, {}).argv
         return subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def ask(self):
@@ -64,6 +63,16 @@ class _Screen:
         process = self.start()
         out, _ = process.communicate(b"the question\n", 30)
         return process.returncode, out
+
+    def tell(self, text):
+        """Show a notification.
+
+        Returns:
+            (int, bytes): exit code and stderr.
+        """
+        process = self.start("tell_on_screen")
+        _, said = process.communicate(text, 30)
+        return process.returncode, said
 
     def read(self, name):
         """What a stand-in has noted."""
@@ -111,3 +120,19 @@ def test_a_question_that_is_taken_back_takes_its_window_with_it(screen):
     os.kill(process.pid, signal.SIGTERM)
     assert (process.wait(20), process.stdout.read()) == (1, b"")
     assert screen.read("stopped") == "--user --machine=me@.host stop qvm-remote-ask-id\n"
+
+
+def test_a_notification_is_shown_to_the_one_who_sits_there_without_markup(screen):
+    screen.window("exit 0")
+    assert screen.tell(b"-a title\n<b>why</b> & more\n") == (0, b"")
+    argv = screen.read("argv").splitlines()
+    assert argv[:2] == ["--user", "--machine=me@.host"]
+    assert argv[-3:] == ["--", "-a title", "&lt;b&gt;why&lt;/b&gt; &amp; more"]
+    assert screen.read("text") == ""
+
+
+def test_a_notification_that_nobody_sees_is_no_success(screen):
+    screen.window("exit 3")
+    assert screen.tell(b"title\ntext\n") == (3, b"")
+    screen.log_in({name: one for name, one in _SESSIONS.items() if name != "5"})
+    assert screen.tell(b"title\ntext\n") == (1, b"nobody is logged in at dom0's screen\n")
