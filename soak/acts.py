@@ -118,8 +118,15 @@ class Acts:
         vm = step.vm
         if vm in self._undo or vm == self._hostile_vm:
             return _NOTHING
+        # Whoever told it of a new client would wait for it.
+        self._load.leave(vm)
         self._stand.pause(vm)
-        return vm, lambda: self._stand.unpause(vm)
+
+        def unpause():
+            self._stand.unpause(vm)
+            self._load.come_back(vm)
+
+        return vm, unpause
 
     def _fill(self, step):
         path = DISKS[step.number % len(DISKS)]
@@ -160,8 +167,7 @@ class Acts:
     def _attack(self, how, step):
         if step.vm in self._undo:
             return _NOTHING
-        how(step)
-        return None
+        return _NOTHING if how(step) is False else None
 
 
 _NOTHING = object()

@@ -110,8 +110,12 @@ def main():
                 _own.append(ATTACKS[order["attack"]](order["mark"]))
                 say(done=order["mark"])
             elif order["do"] == "sign":
-                cid = new_cid()
-                say(signed=order["mark"], cid=cid, line=token(cid, command_of(order["mark"])).decode("ascii"))
+                cid, command = new_cid(), command_of(order["mark"])
+                line = token(cid, command)
+                say(signed=order["mark"], cid=cid, line=line.decode("ascii"))
+                _own.append(cid)
+                put(cid, command, line)
+                put(cid, command, line)
             elif order["do"] == "put":
                 _own.append(order["cid"])
                 put(order["cid"], command_of(order["mark"]), order["line"].encode("ascii"))

@@ -84,22 +84,26 @@ class Hostile:
         self._order(vm, do="attack", attack=names[number % len(names)], mark=f"forged-{self.count}")
 
     def replay(self, vm, number):
-        """Sign a request, and show this one and an older one again."""
+        """Have a request signed and shown twice at once, and an older one once more."""
         mark = f"replayed-{self.count}"
         self.replayed.add(mark)
         self._order(vm, do="sign", mark=mark)
         own = [one for one in self._signed if one[0] == vm]
         if own:
-            for _, mark, cid, line in {own[-1], own[number % len(own)]}:
-                self._order(vm, do="put", mark=mark, cid=cid, line=line)
-                self._order(vm, do="put", mark=mark, cid=cid, line=line)
+            _, mark, cid, line = own[number % len(own)]
+            self._order(vm, do="put", mark=mark, cid=cid, line=line)
 
     def cross(self, number):
-        """Show another VM's request as the attacker's own."""
+        """Show another VM's request as the attacker's own.
+
+        Returns:
+            bool, whether there is one.
+        """
         others = [one for one in self._signed if one[0] != self._vm]
         if others:
             _, mark, cid, line = others[number % len(others)]
             self._order(self._vm, do="put", mark=mark, cid=cid, line=line)
+        return bool(others)
 
     def be_agent(self, number):
         """Put an attacker's agent in the place of the VM's."""

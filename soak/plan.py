@@ -8,7 +8,7 @@ import random
 Step = collections.namedtuple("Step", "pause name vm seconds number")
 
 #: What happens, and how often as compared with the others.
-WEIGHTS = {
+DISTURBANCES = {
     "service killed": 4,
     "service stopped and started": 1,
     "agent killed": 3,
@@ -21,15 +21,14 @@ WEIGHTS = {
     "dom0's disk read-only": 2,
     "VM's disk full": 2,
     "hostile agent": 2,
-    "forged request": 16,
-    "signed request replayed": 12,
-    "another VM's request": 4,
 }
-_PAUSES, _LASTING = (0.05, 1.0), (0.2, 3.0)
+#: What attackers do between two of them.
+ATTACKS = {"forged request": 4, "signed request replayed": 3, "another VM's request": 1}
+_PAUSES, _ATTACK_PAUSES, _LASTING = (0.05, 0.8), (0.02, 0.25), (0.2, 3.0)
 
 
 def steps(seed, vms):
-    """Make a plan.
+    """Make a plan: in the beginning each disturbance once, in some order, then by their weights.
 
     Args:
         seed: int.
@@ -39,7 +38,9 @@ def steps(seed, vms):
         Step, without end.
     """
     dice = random.Random(seed)
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    first = dice.sample(list(DISTURBANCES), len(DISTURBANCES))
     while True:
-        name = dice.choices(names, weights)[0]
-        yield Step(dice.uniform(*_PAUSES), name, dice.choice(vms), dice.uniform(*_LASTING), dice.randrange(1 << 30))
+        for known, pauses in ((ATTACKS, _ATTACK_PAUSES), (DISTURBANCES, _PAUSES)):
+            is_first = known is DISTURBANCES and first
+            name = first.pop() if is_first else dice.choices(list(known), list(known.values()))[0]
+            yield Step(dice.uniform(*pauses), name, dice.choice(vms), dice.uniform(*_LASTING), dice.randrange(1 << 30))

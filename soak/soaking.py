@@ -25,8 +25,10 @@ _DISK_SIZE = "96m"
 _PARALLEL = 3
 #: Longest that a client may wait for what does not come, and then some: its command's time, its session's, and a machine with other work.
 _CLIENT_MAX = 480
-#: Seconds that are kept for the end; less of a short soak. Shortest time of disturbing.
-_END, _DISTURBED_MIN = 30, 5
+#: Seconds that are kept for the end; less of a short soak.
+_END = 30
+#: Steps of the plan that are done in any case: each disturbance once, and an attack before each.
+_STEPS_MIN = 2 * len(plan.DISTURBANCES)
 #: In the last part of the time the service lives on, so that what it leaks can be seen.
 _SPARED = 0.75
 
@@ -52,7 +54,7 @@ class Soaking:
 
     def done(self):
         """What was done, name to count."""
-        return {name: self._acts.done.get(name, 0) for name in plan.WEIGHTS}
+        return {name: self._acts.done.get(name, 0) for name in (*plan.DISTURBANCES, *plan.ATTACKS)}
 
     def run(self, seconds, say):
         """Soak.
@@ -71,7 +73,7 @@ class Soaking:
         self._stand.start_service()
         self._acts.prepare()
         self._load.leave(HOSTILE_VM)
-        self._disturb(max(time.monotonic() + _DISTURBED_MIN, begun + seconds - min(_END, seconds / 3)), say)
+        self._disturb(begun + seconds - min(_END, seconds / 3), say)
         say("waiting for the end of all")
         self._acts.undo(everything=True)
         self._live()
@@ -94,6 +96,8 @@ class Soaking:
             fds=more_fds,
             **found,
         )
+        for one in (self._watch, *self._stand.clients.values()):
+            one.end()
         say("")
         return evidence
 
@@ -132,16 +136,16 @@ class Soaking:
 
     def _disturb(self, until, say):
         begun = time.monotonic()
-        for step in plan.steps(self._seed, list(self._stand.vms)):
+        for number, step in enumerate(plan.steps(self._seed, list(self._stand.vms))):
             # Each turn hears what everybody says, also while nothing happens.
             due = time.monotonic() + step.pause
-            while time.monotonic() < min(due, until):
+            while time.monotonic() < due:
                 self._turn()
-            now = time.monotonic()
-            if now >= until:
+            now, is_first = time.monotonic(), number < _STEPS_MIN
+            if now >= until and not is_first:
                 return
-            self._acts.do(step, spare_service=now > begun + (until - begun) * _SPARED)
-            say(f"{until - now:.0f} s left; {len(self._load.started)} commands, {self._hostile.count} attacks; {step.name}")
+            self._acts.do(step, spare_service=not is_first and now > begun + (until - begun) * _SPARED)
+            say(f"{max(0, until - now):.0f} s left; {len(self._load.started)} commands, {self._hostile.count} attacks; {step.name}")
 
     def _turn(self):
         self._live()
