@@ -62,7 +62,9 @@ class Lines:
 
     def _read(self):
         for line in self.process.stdout:
-            self._lines.put(line.decode("utf-8").rstrip("\n"))
+            # What it was saying when it was killed is not said.
+            if line.endswith(b"\n"):
+                self._lines.put(line.decode("utf-8").rstrip("\n"))
         self._lines.put(None)
 
     def order(self, text):
