@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A program of a VM's user that attacks dom0 through the queue. Below the library that all attacks share (attackers.LIB); orders come on
-stdin and answers go to stdout, a JSON object a line. Each attack is a request that would leave a mark in dom0 if it ran.
+"""A program of a VM's user that attacks dom0 through the queue. It stands below the library that all attacks share (attackers.LIB), KINDS
+and MARKS (see hostile.program). Orders come on stdin and answers go to stdout, a JSON object a line. Each attack is a request that would
+leave a mark in dom0 if it ran.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ def say(**data):
 
 def command_of(mark):
     """What leaves a mark in dom0."""
-    return f"echo {mark} $QVM_REMOTE_ID >> /var/tmp/marks".encode("ascii")
+    return f"echo {mark} $QVM_REMOTE_ID >> {MARKS}".encode("ascii")
 
 
 def _late(seconds):
@@ -48,7 +49,8 @@ def _other_stdin(mark):
 
 
 def _planted(mark):
-    for kind in ("fifo", "folder", "link to what never ends", "link to itself", "link to the key", "hard link to the key", "socket", "nobody may read"):
+    # Who holds a FIFO open lives on, and there is no end of attacks.
+    for kind in (kind for kind in KINDS if "held open" not in kind):
         for suffix in ("", ".auth", ".in", ".cancel"):
             cid = new_cid()
             _own.append(cid)
@@ -71,7 +73,7 @@ def _flood(mark):
 
 
 #: Each takes a mark and gives the id that it used.
-ATTACKS = {
+_FORGED = {
     "wrong key": _with(lambda cid, command: token(cid, command, os.urandom(32))),
     "key of zeros": _with(lambda cid, command: token(cid, command, bytes(32))),
     "another command": _with(lambda cid, command: token(cid, b"true")),
@@ -83,11 +85,9 @@ ATTACKS = {
     "another stdin": _other_stdin,
     "an old id": _late(-100),
     "an id to come": _late(100),
-    "no plain files": _planted,
-    "hundreds of names": _flood,
 }
-#: What only harms its own VM's clients, who wait for it to be gone through.
-ROUGH = ("no plain files", "hundreds of names")
+#: The same; the clients of this VM have to wait until all that was gone through.
+_ROUGH = {"no plain files": _planted, "hundreds of names": _flood}
 
 
 def _tidy():
@@ -107,7 +107,8 @@ def main():
         _tidy()
         try:
             if order["do"] == "attack":
-                _own.append(ATTACKS[order["attack"]](order["mark"]))
+                attacks = list({**_FORGED, **(_ROUGH if order["rough"] else {})}.values())
+                _own.append(attacks[order["number"] % len(attacks)](order["mark"]))
                 say(done=order["mark"])
             elif order["do"] == "sign":
                 cid, command = new_cid(), command_of(order["mark"])

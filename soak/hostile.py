@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 
-from attackers import AGENT, AGENT_ATTACKS, LIB
-from fault_stand import PROGRAMS, Lines
+from attackers import AGENT, AGENT_ATTACKS, KINDS, LIB
+from fault_stand import MARKS, PROGRAMS, Lines
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = "attacker_in_vm.py"
@@ -22,7 +22,7 @@ def program():
         str
     """
     with open(os.path.join(_HERE, PROGRAM), encoding="utf-8") as file:
-        return f'import sys\nsys.path.insert(0, "/usr/lib/qvm-remote")\n{LIB}\n{file.read()}'
+        return f'import sys\nsys.path.insert(0, "/usr/lib/qvm-remote")\n{LIB}\nKINDS, MARKS = {KINDS!r}, {MARKS!r}\n{file.read()}'
 
 
 class Hostile:
@@ -36,13 +36,6 @@ class Hostile:
         count: int, requests made.
         replayed: set of marks of requests that were signed, and shown again.
     """
-
-    #: As attacker_in_vm has them.
-    FORGED = (
-        *("wrong key", "key of zeros", "another command", "another id", "another VM's name", "another form", "a longer time", "no token"),
-        *("another stdin", "an old id", "an id to come"),
-    )
-    ROUGH = ("no plain files", "hundreds of names")
 
     def __init__(self, stand, vm):
         self._stand = stand
@@ -80,8 +73,7 @@ class Hostile:
 
     def forge(self, vm, number):
         """Make a request that must not run."""
-        names = self.FORGED + self.ROUGH if vm == self._vm else self.FORGED
-        self._order(vm, do="attack", attack=names[number % len(names)], mark=f"forged-{self.count}")
+        self._order(vm, do="attack", number=number, rough=vm == self._vm, mark=f"forged-{self.count}")
 
     def replay(self, vm, number):
         """Have a request signed and shown twice at once, and an older one once more."""

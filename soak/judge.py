@@ -17,6 +17,7 @@ ZEROES = (
     "run against what the client was told",
     "ledger and audit log disagree",
     "service died by itself",
+    "lines of exceptions in the service",
     "VMs not served at the end",
     "leaked processes",
     "leaked files",
@@ -41,6 +42,7 @@ class Evidence:
         audit: list of dict, the lines of the audit log.
         audit_problems: list of sentences on a log that is not whole.
         deaths: list of sentences, ends of the service that nobody wanted.
+        complaints: list of lines that the service wrote to its stderr.
         unserved: list of VMs that were not served at the end.
         processes, files, fds: lists of what is there and was not before.
         peak_memory: int, bytes, of all in dom0.
@@ -57,6 +59,7 @@ class Evidence:
     audit: list = dataclasses.field(default_factory=list)
     audit_problems: list = dataclasses.field(default_factory=list)
     deaths: list = dataclasses.field(default_factory=list)
+    complaints: list = dataclasses.field(default_factory=list)
     unserved: list = dataclasses.field(default_factory=list)
     processes: list = dataclasses.field(default_factory=list)
     files: list = dataclasses.field(default_factory=list)
@@ -92,6 +95,7 @@ def judge(evidence):
     problems["unauthenticated runs"] += _unauthenticated(evidence, ids)
     problems["ledger and audit log disagree"] += evidence.audit_problems + _disagreements(evidence, beats)
     problems["service died by itself"] += evidence.deaths
+    problems["lines of exceptions in the service"] += evidence.complaints
     problems["VMs not served at the end"] += evidence.unserved
     for name in ("processes", "files", "fds"):
         problems[f"leaked {name}"] += getattr(evidence, name)

@@ -11,7 +11,7 @@ import time
 import hostile
 import plan
 from acts import DISKS, Acts
-from fault_stand import KINDS, PATIENCE, PROGRAMS, RESULT, Lines, outcome
+from fault_stand import KINDS, MARKS, PATIENCE, PROGRAMS, RESULT, Lines, outcome
 from judge import Evidence
 from load import Load
 
@@ -81,15 +81,17 @@ class Soaking:
         unserved = self._unserved()
         left = self._settle()
         more_fds = self._more_fds(fds)
-        found = self._ask("evidence")
+        found, ran = self._ask("evidence"), self._stand.service.ran()
         self._stop()
         evidence = Evidence(
             started=self._load.started,
             ended=self._load.ended,
             killed=self._load.killed,
+            ran=ran,
             replayed=self._hostile.replayed,
             attacks=self._hostile.count,
             deaths=self._deaths,
+            complaints=self._complaints(),
             unserved=unserved,
             processes=_more(processes, self._processes()),
             files=left + _more(files, self._ask("files")),
@@ -101,12 +103,17 @@ class Soaking:
         say("")
         return evidence
 
+    def _complaints(self):
+        """What the service wrote to its stderr, where nobody reads it: what it did not expect."""
+        with open(self._errors, encoding="utf-8", errors="replace") as file:
+            return [line.rstrip() for line in file if line.strip()]
+
     def _set_up(self):
         with open(os.path.join(_HERE, _WATCH), encoding="utf-8") as file:
             programs = {_WATCH: file.read(), hostile.PROGRAM: hostile.program()}
         self._stand.errors = open(self._errors, "wb")  # noqa: SIM115 - as long as the stand
         self._stand.set_up(DISKS, _DISK_SIZE, programs)
-        self._watch = Lines(self._stand.popen_dom0("/usr/bin/python3", "-s", f"{PROGRAMS}/{_WATCH}", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        self._watch = Lines(self._stand.popen_dom0("/usr/bin/python3", "-s", f"{PROGRAMS}/{_WATCH}", MARKS, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
     def _ask(self, what):
         self._watch.order(what)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Looks at dom0 from within, and changes nothing there: memory, processes, files, open files, and what ledger and audit log say.
 
-Run there by the soak. Orders come on stdin, a word each; the answer to each is a JSON line on stdout. It has no part of the service
+Run there by the soak, with the path of the commands' marks. Orders come on stdin, a word each; the answer to each is a JSON line on stdout. It has no part of the service
 in it but for what reads the audit log.
 """
 
@@ -104,8 +104,7 @@ def _evidence():
         ledger = db.execute("SELECT vm, cid, state, status, exit FROM command").fetchall()
     wanted = ("what", "vm", "id", "command", "status", "exit", "code")
     return {
-        "marks": [line.split() for line in _lines("/var/tmp/marks")],
-        "ran": _lines("/var/tmp/ran"),
+        "marks": [line.split() for line in _lines(sys.argv[1])],
         "ledger": ledger,
         "audit": [{name: line[name] for name in wanted if name in line} for line in _audit_lines()],
         "audit_problems": verify(_AUDIT, 12, 1 << 40, 365)["problems"],

@@ -266,8 +266,8 @@ class FaultStand(Sim):
         self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
 
     def free(self, path, where=None):
-        """Make room on it again."""
-        command = ("rm", f"{path}/filler")
+        """Make room on it again. The service may have: in folders of its own it keeps nothing that it does not know."""
+        command = ("rm", "-f", f"{path}/filler")
         self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
 
     def make_read_only(self, path, on=True):

@@ -159,6 +159,7 @@ def _log_is_cut(evidence):
         *((spoil, "run against what the client was told") for spoil in (_refused_and_ran, _went_on, _result_without_run)),
         *((spoil, "ledger and audit log disagree") for spoil in (_not_in_the_ledger, _not_in_the_log, _log_is_cut)),
         (lambda evidence: evidence.deaths.append("with 1"), "service died by itself"),
+        (lambda evidence: evidence.complaints.append("Traceback"), "lines of exceptions in the service"),
         (lambda evidence: evidence.unserved.append("work"), "VMs not served at the end"),
         (lambda evidence: evidence.processes.append("sleep 600"), "leaked processes"),
         (lambda evidence: evidence.files.append("/tmp/x"), "leaked files"),
