@@ -2,6 +2,7 @@
 PYTHON3 ?= python3
 BENCH ?=
 FUZZ ?=
+SEED ?=
 TAG ?=
 BIN := .venv/bin
 DESTDIR ?=
@@ -9,7 +10,7 @@ PACKAGES ?=
 #: Where Debian's tools can be had, no test of packages may be left out.
 TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz release packages papers bump install-client install-formula clean
+.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz soak release packages papers bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -23,6 +24,7 @@ help:
 	@echo "make diagrams        make the documentation's pictures anew from docs/diagrams/pictures.py"
 	@echo "make model           check the model of the protocol with spin (model/README.rst)"
 	@echo "make fuzz            fuzz the parsers that read what VMs send (SECONDS=60 for each, FUZZ=name for one; fuzz/README.rst)"
+	@echo "make soak            load, kills, halts, hostile VMs and disk faults for an hour, and one table (SECONDS=600, SEED=n; docs/reliability.rst)"
 	@echo "make release TAG=v1  tarball, sums and signature of a signed tag, into dist/ (docs/release.rst)"
 	@echo "make packages        build the packages into dist/, with their digests (PACKAGES='rpm deb arch': only these)"
 	@echo "make papers          make man pages and shell completion anew, of the command lines' tables and pillar.example"
@@ -84,6 +86,9 @@ model:
 fuzz: prepare
 	-@$(PYTHON3) tools/bootstrap.py --fuzz
 	@$(BIN)/python fuzz/run.py --seconds $(or $(SECONDS),60) $(FUZZ)
+
+soak: prepare
+	@$(BIN)/python soak/run.py --seconds $(or $(SECONDS),3600) $(if $(SEED),--seed $(SEED))
 
 release:
 	@tools/release.sh "$(TAG)"

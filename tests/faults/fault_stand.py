@@ -21,6 +21,10 @@ from qubes_sim.handle import Sim
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(os.path.dirname(_HERE))
 _IN_DOM0 = "/usr/lib/qvm-remote-service"
+#: Where a test's own programs are seen.
+PROGRAMS = "/usr/lib/qvm-remote-tests"
+#: In dom0, what each command of :mod:`load` writes its mark and its id to.
+MARKS = "/var/tmp/marks"
 #: Longest that anything may take before a test gives up, seconds.
 PATIENCE = 60
 STATE, AUDIT, KEYS = "/var/lib/qvm-remote", "/var/log/qvm-remote", "/etc/qubes/remote.d"
@@ -35,21 +39,32 @@ KINDS = {
     "large": (["-n", _BEATS.format("1") + "head -c 700000 /dev/zero | tr '\\0' y; exit 7"], "", "y" * 700_000),
 }
 
+RESULT, REFUSED, INTERRUPTED, FAILED, UNCLEAR = "result", "refused", "interrupted", "failed", "unclear"
+#: What a client's line has in it, and what that means; every other one says that the command does not run.
+_TOLD = (
+    ("may have run|damaged|not authentic", UNCLEAR),
+    ("interrupted", INTERRUPTED),
+    ("the command (was )?ended|end could not be recorded", FAILED),
+)
+
 Ended = collections.namedtuple("Ended", "vm kind code out err at cid")
 
 
-class _Lines:
+class Lines:
     """A program in a domain that takes orders and answers by lines."""
 
     def __init__(self, process):
         self.process = process
         self._lines = queue.Queue()
-        self.seen = []
+        # What is told when it does not say what is waited for.
+        self.seen = collections.deque(maxlen=20)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
         for line in self.process.stdout:
-            self._lines.put(line.decode("utf-8").rstrip("\n"))
+            # What it was saying when it was killed is not said.
+            if line.endswith(b"\n"):
+                self._lines.put(line.decode("utf-8").rstrip("\n"))
         self._lines.put(None)
 
     def order(self, text):
@@ -77,10 +92,10 @@ class _Lines:
         return lines
 
     def wait_for(self, *beginnings):
-        """What it says that begins like one of these; what comes before is in ``seen``."""
+        """What it says that begins like one of these; the last of what comes before is in ``seen``."""
         while True:
             line = self.next_line()
-            assert line is not None, f"it ended; it had said: {self.seen[-20:]}"
+            assert line is not None, f"it ended; it had said: {list(self.seen)}"
             if line.startswith(beginnings):
                 return line
 
@@ -91,13 +106,18 @@ class _Lines:
         self.process.wait(PATIENCE)
 
 
-class Service(_Lines):
+class Service(Lines):
     """The service; see service_process."""
 
     def look(self):
-        """What there is of commands in dom0."""
+        """What there is of open commands in dom0."""
         self.order("look")
         return json.loads(self.wait_for("{"))
+
+    def ran(self):
+        """The lines that commands have written as they went on."""
+        self.order("ran")
+        return json.loads(self.wait_for("["))
 
     def hold(self, step):
         """Stop it at a step, the next time it comes there."""
@@ -115,11 +135,11 @@ class Service(_Lines):
         self.process.wait(PATIENCE)
 
 
-class Clients(_Lines):
+class Clients(Lines):
     """The clients of a VM; see clients_in_vm."""
 
     def __init__(self, stand, vm):
-        program = "/usr/lib/qvm-remote-clients/clients_in_vm.py"
+        program = f"{PROGRAMS}/clients_in_vm.py"
         super().__init__(stand.popen_vm(vm, "/usr/bin/python3", "-IS", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         self.vm = vm
         self.kinds = {}
@@ -144,7 +164,10 @@ class Clients(_Lines):
         found = json.loads(line)
         key = found["ended"]
         cid = found["err"].partition("qvm-remote: sent ")[2].partition(" ")[0]
-        return key, Ended(self.vm, self.kinds[key], found["code"], found["out"], found["err"], found["at"], cid)
+        kind = self.kinds.pop(key)
+        # The same object for each: there may be thousands of them.
+        out = KINDS[kind][2] if kind in KINDS and found["out"] == KINDS[kind][2] else found["out"]
+        return key, Ended(self.vm, kind, found["code"], out, found["err"], found["at"], cid)
 
     def wait_ended(self, keys):
         """Wait for the ends of some clients: dict of key to Ended."""
@@ -181,12 +204,16 @@ class FaultStand(Sim):
         self.settings = {**_SETTINGS, "vms": {vm: {} for vm in vms}, **settings}
         self.clients = {}
         self.service = None
+        #: Where what the service writes to its stderr goes.
+        self.errors = sys.stderr
 
-    def set_up(self, disks=()):
+    def set_up(self, disks=(), disk_size="2m", programs=None):
         """Bring everything up, with a session to each VM.
 
         Args:
             disks: folders in dom0 that are to be small disks of their own, outer ones first.
+            disk_size: str, as mount takes it.
+            programs: dict of name to text, to be seen in :data:`PROGRAMS` of dom0 and of the VMs.
         """
         client, service, driver = (os.path.join(self._folder, name) for name in ("client", "service", "driver"))
         for target, source, mode in client_files(os.path.join(_ROOT, "client")):
@@ -198,14 +225,17 @@ class FaultStand(Sim):
         shutil.copy(os.path.join(_HERE, "service_process.py"), service)
         os.makedirs(driver)
         shutil.copy(os.path.join(_HERE, "clients_in_vm.py"), driver)
+        for name, text in (programs or {}).items():
+            with open(os.path.join(driver, name), "w", encoding="utf-8") as file:
+                file.write(text)
         # They are shown there and can't be written to, and would be compiled at each start.
         subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", client, service], check=True)
         lib = "usr/lib/qvm-remote"
-        in_vms = [f"{client}/{lib}:/{lib}", f"{client}/usr/bin/qvm-remote:/usr/bin/qvm-remote", f"{driver}:/usr/lib/qvm-remote-clients"]
-        self.up(templates=["debian"], vms=[f"{vm}:debian" for vm in self.vms], dom0_binds=[f"{service}:{_IN_DOM0}"], vm_binds=in_vms)
+        in_vms = [f"{client}/{lib}:/{lib}", f"{client}/usr/bin/qvm-remote:/usr/bin/qvm-remote", f"{driver}:{PROGRAMS}"]
+        self.up(templates=["debian"], vms=[f"{vm}:debian" for vm in self.vms], dom0_binds=[f"{service}:{_IN_DOM0}", f"{driver}:{PROGRAMS}"], vm_binds=in_vms)
         self.dom0("sh", "-c", f"mkdir -p {STATE} {AUDIT} {KEYS} && chmod 700 {STATE} {AUDIT} {KEYS}", check=True)
         for path in disks:
-            self.dom0("sh", "-c", f"mkdir -p {path} && mount -t tmpfs -o size=2m,mode=700 tmpfs {path}", check=True)
+            self.dom0("sh", "-c", f"mkdir -p {path} && mount -t tmpfs -o size={disk_size},mode=700 tmpfs {path}", check=True)
         for vm in self.vms:
             self.clients[vm] = Clients(self, vm)
         self.start_service()
@@ -215,7 +245,7 @@ class FaultStand(Sim):
     def start_service(self, *hold):
         """Start the service."""
         words = ("env", f"PYTHONPATH={_IN_DOM0}", "/usr/bin/python3", "-s", f"{_IN_DOM0}/service_process.py", json.dumps(self.settings), *hold)
-        self.service = Service(self.popen_dom0(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr))
+        self.service = Service(self.popen_dom0(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors))
         return self.service
 
     def restart_service(self, *hold):
@@ -236,8 +266,8 @@ class FaultStand(Sim):
         self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
 
     def free(self, path, where=None):
-        """Make room on it again."""
-        command = ("rm", f"{path}/filler")
+        """Make room on it again. The service may have: in folders of its own it keeps nothing that it does not know."""
+        command = ("rm", "-f", f"{path}/filler")
         self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
 
     def make_read_only(self, path, on=True):
@@ -248,6 +278,15 @@ class FaultStand(Sim):
         """Kill a VM with all that is in it, and start it again."""
         self.kill(vm)
         self.clients[vm].end()
+        self.boot(vm)
+
+    def halt(self, vm):
+        """Shut a VM down."""
+        self.shutdown(vm)
+        self.clients[vm].end()
+
+    def boot(self, vm):
+        """Start a VM that is halted."""
         self.start(vm)
         self.clients[vm] = Clients(self, vm)
 
@@ -276,29 +315,75 @@ class FaultStand(Sim):
         """
         deadline = time.monotonic() + PATIENCE
         while True:
-            found = self.service.look()
-            queues = {vm: [name for name in self.clients[vm].look() if vm not in dead or not name.startswith("results/2")] for vm in self.vms}
-            open_rows = [row for row in found["ledger"] if row[2] != "delivered"] if isinstance(found["ledger"], list) else found["ledger"]
-            left = {"spool": found["spool"], "jobs": found["jobs"], "ledger": open_rows, **{vm: names for vm, names in queues.items() if names}}
+            left = self.left(dead)
             if not any(left.values()):
                 break
             assert time.monotonic() < deadline, f"this is left: {left}"
             time.sleep(0.1)
         for vm in dead:
             self.clients[vm].clear()
-        beats = {}
-        for line in found["ran"]:
-            cid, number, at = line.split()
-            beats.setdefault(cid, []).append((int(number), float(at)))
+        beats = read_beats(self.service.ran())
         for cid, found in beats.items():
-            assert [number for number, _ in found] == list(range(1, len(found) + 1)), f"{cid} ran twice: {found}"
+            assert is_one_run(found), f"{cid} ran twice: {found}"
         return {cid: [at for _, at in found] for cid, found in beats.items()}
+
+    def left(self, dead=()):
+        """What is there of commands that are not done with.
+
+        Args:
+            dead: VMs in which a client was killed.
+
+        Returns:
+            dict of place to what is there; all are empty when no command is on its way.
+        """
+        found = self.service.look()
+        queues = {vm: [name for name in self.clients[vm].look() if vm not in dead or not name.startswith("results/2")] for vm in self.vms}
+        return {**found, **queues}
+
+
+def read_beats(lines):
+    """Read what commands have written as they went on.
+
+    Returns:
+        dict of id to list of (number, seconds since the epoch)
+    """
+    beats = {}
+    for line in lines:
+        cid, number, at = line.split()
+        beats.setdefault(cid, []).append((int(number), float(at)))
+    return beats
+
+
+def is_one_run(beats):
+    """Whether the beats of an id are those of one run."""
+    return [number for number, _ in beats] == list(range(1, len(beats) + 1))
 
 
 def told_by(end):
     """The lines that a client says of its own, but for what -v adds, and that what it has shown is not all."""
     noise = re.compile(r"qvm-remote: (sent \d|\S+ ended with|the output above is incomplete)")
     return [line for line in end.err.splitlines() if not noise.match(line)]
+
+
+def outcome(end):
+    """What a client has ended with.
+
+    Args:
+        end: Ended.
+
+    Returns:
+        str: RESULT; REFUSED (it does not run); INTERRUPTED; FAILED (it ran to its end, or until it could not be kept); UNCLEAR (it
+        says nothing, or that nobody knows).
+    """
+    if end.code == 7:
+        return RESULT
+    told = [line for line in told_by(end) if not line.startswith("qvm-remote: (this refusal carries no proof")]
+    if end.code != 125 or len(told) != 1 or not told[0].startswith("qvm-remote: "):
+        return UNCLEAR
+    for pattern, name in _TOLD:
+        if re.search(pattern, told[0]):
+            return name
+    return REFUSED
 
 
 def check_end(end, beats):
@@ -308,16 +393,14 @@ def check_end(end, beats):
         end: Ended.
         beats: list of float, when its command went on.
     """
-    if end.code == 7:
+    found = outcome(end)
+    # That a result could not be kept is for who fills disks.
+    assert found in (RESULT, REFUSED, INTERRUPTED), end
+    assert "no proof" not in end.err, end
+    if found == RESULT:
         assert end.out == KINDS[end.kind][2], f"{end.cid} has another output than its command"
         assert beats, f"{end.cid} has a result and never ran"
         return
-    assert end.code == 125, end
-    told = told_by(end)
-    assert len(told) == 1, end
-    assert told[0].startswith("qvm-remote: "), end
-    # That it was refused or interrupted, and not that nobody knows.
-    assert not re.search("may have run|damaged|not authentic|no proof|could not be", told[0]), end
-    if "interrupted" not in told[0]:
+    if found == REFUSED:
         assert not beats, f"{end.cid} was refused, and ran"
     assert all(at <= end.at for at in beats), f"{end.cid} went on after its client was told that it was interrupted"

@@ -127,21 +127,25 @@ def _verify(dom0, vm, cid, command, token):
 
 
 def _look(dom0, _):
-    """What there is of commands in dom0."""
+    """What there is of open commands in dom0."""
     config = dom0.config
     kept = sorted(os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(config.state_dir, "spool")) for name in names)
+    jobs = os.path.join(config.run_dir, "jobs")
+    # A standing supervisor has a folder, and in it one for each command.
+    working = [name for slot in os.listdir(jobs) if os.path.isdir(os.path.join(jobs, slot)) for name in os.listdir(os.path.join(jobs, slot))]
     try:
-        with sqlite3.connect(os.path.join(config.state_dir, "ledger.sqlite")) as db:
-            rows = db.execute("SELECT vm, cid, state, status FROM command").fetchall()
+        # By the connection that is there: one of our own would leave files open, as long as that one holds its locks.
+        with dom0.ledger._lock:
+            rows = dom0.ledger._db.execute("SELECT vm, cid, state, status FROM command WHERE state <> 'delivered'").fetchall()
     except sqlite3.Error as err:
         rows = str(err)
+    say(json.dumps({"spool": kept, "jobs": working, "ledger": rows}))
+
+
+def _ran(_):
     with open(RAN, "a+", encoding="ascii") as file:
         file.seek(0)
-        ran = file.read().splitlines()
-    # A folder of a supervisor's is there as long as that stands ready; what lies in it belongs to a command.
-    jobs = os.path.join(config.run_dir, "jobs")
-    left = [name for slot in os.listdir(jobs) for name in os.listdir(os.path.join(jobs, slot))]
-    say(json.dumps({"spool": kept, "jobs": left, "ledger": rows, "ran": ran}))
+        say(json.dumps(file.read().splitlines()))
 
 
 def _kill_session(_, vm):
@@ -222,6 +226,7 @@ def main():
         "die": lambda _: os.kill(os.getpid(), signal.SIGKILL),
         "stop": lambda _: service.stop(),
         "look": functools.partial(_look, dom0),
+        "ran": _ran,
         "kill-session": functools.partial(_kill_session, dom0),
         "hand": functools.partial(_hand, dom0),
         "rotate": functools.partial(_rotate, dom0),

@@ -101,6 +101,40 @@ if sys.argv[1:] != ["agent"]:
     sys.exit(1)
 """
 
+_ID = "20261124-000000-1-0badcafe"
+#: Name to what follows on AGENT.
+AGENT_ATTACKS = {
+    "endless-output": "while True: write(bytes(65536))",
+    "endless-lines": "while True: write(b'y\\n' * 30000)",
+    "no-output": "time.sleep(600)",
+    "closes-early": "request(); sys.exit(0)",
+    "huge-header": "write((1 << 31).to_bytes(4, 'big') + bytes(4)); time.sleep(600)",
+    "huge-payload": "write(bytes(4) + (1 << 31).to_bytes(4, 'big'));\nwhile True: write(bytes(65536))",
+    "no-json": "request(); write(frame(b'not json')); time.sleep(600)",
+    "deep-json": "request(); write(frame(b'[' * 4000)); time.sleep(600)",
+    "no-object": "request(); write(frame(b'[1, 2]')); time.sleep(600)",
+    "wrong-number": "request(); write(frame({'v': 2, 'n': 99})); time.sleep(600)",
+    "slow-drip": "request()\nfor byte in frame({'v': 2, 'n': 1}): write(bytes([byte])); time.sleep(0.5)",
+    "bad-fingerprint": "answer({'v': 2}); answer({'fingerprint': 'x' * 1000, 'problems': []}); time.sleep(600)",
+    "bad-problems": "answer({'v': 2}); answer({'fingerprint': None, 'problems': ['\\x1b[31m', '../..']}); time.sleep(600)",
+    "unasked": "greet(); write(frame({'items': [], 'cancels': [], 'n': 2}) * 50); time.sleep(600)",
+    "idle-poll": "greet()\nwhile True: answer({'items': [], 'cancels': []})",
+    "bad-items": "greet(); answer({'items': {'a': 1}, 'cancels': []}); time.sleep(600)",
+    "bad-sizes": f"greet(); answer({{'items': [['{_ID}', 1 << 60, 1, -1, 1]], 'cancels': []}}); time.sleep(600)",
+    "bad-id": "greet(); answer({'items': [['../../etc/passwd', 1, 1, -1, 0]], 'cancels': []}); time.sleep(600)",
+    "id-flood": f"greet(); answer({{'items': [['{_ID}', 1, 1, -1, 0]] * 100, 'cancels': []}}); time.sleep(600)",
+    "cancel-flood": f"greet()\nwhile True:\n    asked = request()\n    write(frame({{'items': [], 'cancels': ['{_ID}'] * 16, 'n': asked['n']}}))",
+    "refusal-flood": f"""greet()
+while True:
+    asked = request()
+    write(frame({{'items': [['{_ID}', 1, -1, -1, 0]] if asked['op'] == 'poll' else [], 'cancels': [], 'n': asked['n']}}))""",
+    "fetch-flood": f"""greet()
+while True:
+    asked = request()
+    items = [['{_ID}', 1000000, 100, -1, 0]] if asked['op'] == 'poll' else []
+    write(frame({{'items': items, 'cancels': [], 'n': asked['n']}}, b'x' if asked['op'] == 'fetch' else b''))""",
+}
+
 
 def wait(condition, seconds=40):
     """Wait until something is so; give what the condition gave."""
