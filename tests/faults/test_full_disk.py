@@ -84,8 +84,8 @@ def _mend(stand, path, cause):
     ("path", "words", "stdin", "text", "causes"),
     [
         (SPOOL, _SHORT, "", "dom0 can't keep the commands of work", _CAUSES),
-        (SPOOL, ["wc -c; exit 7"], "x" * 300_000, "dom0 can't keep the commands of work", _CAUSES),
-        (COMMANDS, _LONG, "", "the whole command can't be kept", _CAUSES),
+        pytest.param(SPOOL, ["wc -c; exit 7"], "x" * 300_000, "dom0 can't keep the commands of work", _CAUSES, marks=pytest.mark.long),
+        pytest.param(COMMANDS, _LONG, "", "the whole command can't be kept", _CAUSES, marks=pytest.mark.long),
         (STATE, _SHORT, "", "the ledger failed", ["full"]),
         (AUDIT, _SHORT, "", "the audit log .* can't be written", ["full"]),
         (RUN, [], "exit 7", "the sandbox could not be set up", ["full"]),

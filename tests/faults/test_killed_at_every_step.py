@@ -14,6 +14,13 @@ _ON_THE_WAY = ("queued", "fetched", "kept", "stdin", "claiming", "claimed", "sub
 _AT_ITS_END = ("ended", "proven", "finishing", "done", "delivering", "half-delivered", "sent", "answered", "delivered", "closed")
 #: The steps that another one than the service dies at: one of each part of a command's life.
 _STEPS_OF_OTHERS = ("queued", "fetched", "claimed", "running", "done", "delivering", "delivered")
+#: Of both, those at which what is on the disk changes: the others take minutes.
+_SHORT = ("claiming", "claimed", "started", "running", "proven", "finishing", "half-delivered", "delivered")
+_SHORT_OF_OTHERS = ("claimed", "running", "delivering")
+
+
+def _steps(all_of_them, short):
+    return [step if step in short else pytest.param(step, marks=pytest.mark.long) for step in all_of_them]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def _finish(stand, keys, dead=()):
     return ended
 
 
-@pytest.mark.parametrize("step", _ON_THE_WAY + _AT_ITS_END)
+@pytest.mark.parametrize("step", _steps(_ON_THE_WAY + _AT_ITS_END, _SHORT))
 def test_the_service_is_killed(stand, step):
     stand.service.hold(step)
     keys = _start(stand, *_kinds_for(step))
@@ -91,7 +98,7 @@ def test_a_command_is_interrupted_by_the_key_that_it_was_signed_with(stand, step
     assert "interrupted" in end.err
 
 
-@pytest.mark.parametrize("step", _STEPS_OF_OTHERS)
+@pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
 def test_sessions_are_cut_at_either_end(stand, step):
     stand.service.hold(step)
     keys = _start(stand, *_kinds_for(step))
@@ -103,7 +110,7 @@ def test_sessions_are_cut_at_either_end(stand, step):
     assert {end.code for end in _finish(stand, keys)} == {7}
 
 
-@pytest.mark.parametrize("step", _STEPS_OF_OTHERS)
+@pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
 def test_clients_of_one_vm_and_all_of_another_one_are_killed(stand, step):
     stand.service.hold(step)
     keys = _start(stand, *_kinds_for(step))
