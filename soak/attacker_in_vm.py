@@ -84,7 +84,8 @@ _FORGED = {
     "no token": _with(lambda cid, command: b""),
     "another stdin": _other_stdin,
     "an old id": _late(-100),
-    "an id to come": _late(100),
+    # So far ahead that its time does not come while it waits in a queue: then it would be a true request.
+    "an id to come": _late(86400),
 }
 #: The same; the clients of this VM have to wait until all that was gone through.
 _ROUGH = {"no plain files": _planted, "hundreds of names": _flood}
