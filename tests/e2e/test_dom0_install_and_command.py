@@ -314,6 +314,8 @@ def test_status_history_and_explain_show_what_was_run(machine):
     assert sent.returncode == 0
     # That a result was delivered is noted a moment later.
     assert _until(lambda: not json.loads(machine.command_line("status", "--json").stdout)["vms"]["work"]["open"])
+    # And how it is served, after that.
+    assert _until(lambda: json.loads(machine.command_line("status", "--json").stdout)["vms"]["work"]["session"] == "agent")
     one = json.loads(machine.command_line("status", "--json").stdout)["vms"]["work"]
     assert (one["session"], one["policy"], one["last"]["command"]) == ("agent", "full", "true # \\u202eevil")
     assert one["ran"] >= 2

@@ -88,9 +88,8 @@ def _mend(stand, path, cause):
         pytest.param(COMMANDS, _LONG, "", "the whole command can't be kept", _CAUSES, marks=pytest.mark.long),
         (STATE, _SHORT, "", "the ledger failed", ["full"]),
         (AUDIT, _SHORT, "", "the audit log .* can't be written", ["full"]),
-        (RUN, [], "exit 7", "the sandbox could not be set up", ["full"]),
     ],
-    ids=["spool", "stdin", "commands", "ledger", "audit", "sandbox"],
+    ids=["spool", "stdin", "commands", "ledger", "audit"],
 )
 def test_what_dom0_can_not_write_down_is_refused_and_not_run(stand, path, words, stdin, text, causes):
     for cause in causes:
@@ -146,6 +145,7 @@ def test_output_that_can_not_be_kept_ends_its_command_and_says_so(stand):
 
 @pytest.mark.parametrize("cause", _CAUSES)
 def test_a_key_that_can_not_be_stored_leaves_the_one_before_at_work(stand, cause):
+    _forget_replaced_keys(stand)
     _spoil(stand, KEYS, cause)
     stand.service.order("rotate work")
     assert re.search(_CAUSES[cause], stand.service.wait_for("rotated not: "))
@@ -159,7 +159,13 @@ def test_a_key_that_can_not_be_stored_leaves_the_one_before_at_work(stand, cause
     assert _remote(stand).code == 7
 
 
+def _forget_replaced_keys(stand):
+    """What another test replaced is to be noted or removed as well, which would be what fails."""
+    stand.dom0("sh", "-c", f"rm -f {KEYS}/*.key.old", check=True)
+
+
 def test_a_handed_key_whose_place_can_not_be_written_is_refused_until_it_can(stand):
+    _forget_replaced_keys(stand)
     stand.service.order("rotate work")
     stand.service.wait_for("rotated")
     stand.make_read_only(KEYS)
