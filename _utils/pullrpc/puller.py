@@ -515,7 +515,9 @@ class Puller:
 
     async def _cancel(self, cid):
         await self._spend()
-        await self._cancel_in_dom0(cid)
+        if not self._stranger:
+            # Another qube of this name may have the disk of the one before, and with it its ids: what that one had run is none of it.
+            await self._cancel_in_dom0(cid)
         self._asked = True
         await self._session.drop([cid])
 

@@ -347,7 +347,8 @@ def test_another_qube_under_the_same_name_gets_nothing_and_is_given_nothing(dom0
         dom0.keyring.bind("work", "the one before")
         await puller._open()
         fresh, item = _item()
-        await puller._take_in([item], [])
+        # It asks for something, and would have the result of the one before thrown away.
+        await puller._take_in([item], [cid])
         await puller._deliver()
         # Nothing but the refusal, which proves nothing: no result of the one before, no key.
         assert vm.delivered == [(fresh, 125)]
