@@ -152,8 +152,8 @@ class Service:
                 wanted, self._uuids_wanted = self._uuids_wanted, {}
                 try:
                     found, problem = await self.call(uuids, self.dom0.config, *sorted(wanted)), None
-                except PullError as err:
-                    found, problem = {}, str(err)
+                except Exception as err:  # noqa: BLE001 - whatever it is, those who wait are to hear of it: they serve nobody, and try again
+                    found, problem = {}, str(err) or type(err).__name__
                 for vm, futures in wanted.items():
                     for future in futures:
                         if future.done():
