@@ -18,6 +18,8 @@ from .scheduler import FairPool
 
 #: How long a VM has to pause after a first no, and at most after many in a row, seconds.
 _PAUSE_FIRST, _PAUSE_MAX = 5.0, 300.0
+#: So many questions a VM may take back in a row; from then on each counts as a no: windows are not to come and go as it likes.
+_WITHDRAWN_MAX = 3
 
 
 class Asker:
@@ -40,6 +42,7 @@ class Asker:
         self._lock = threading.Lock()
         self._requests = {}
         self._pauses = {}
+        self._withdrawn = {}
         self._question = None
         #: (vm, cid, since in seconds since the epoch) of the question that is open now; None while there is none.
         self.open = None
@@ -53,7 +56,7 @@ class Asker:
         Raises:
             Refused: its VM has to pause, or the question would be too long.
         """
-        text_of(request, self._as_whom(request.vm), self._dom0.config.ask_timeout)
+        text_of(request, describe_account(self._dom0.config.for_vm(request.vm).run_as), self._dom0.config.ask_timeout)
         left = self._pause_left(request.vm)
         if left > 0:
             raise _refused_before(left)
@@ -134,8 +137,10 @@ class Asker:
                 self._question, self.open = question, (vm, cid, time.time())
         if request is None:
             return
+        # The answer is for this user; who it would be by then is not asked about.
+        run_as = self._dom0.config.for_vm(vm).run_as
         try:
-            answer, text = self._put(request, question)
+            answer, text = self._put(request, question, run_as)
         except Exception as err:  # noqa: BLE001 - whatever it is, the answer is no, and the next one is asked
             answer, text = Answer(FAILED, str(err)), None
         if answer.why:
@@ -143,14 +148,14 @@ class Asker:
         with self._lock:
             is_wanted = self._requests.pop((vm, cid), None) is not None
         if is_wanted and answer.word != WITHDRAWN:
-            self._dom0.answer(request, answer.word, text or _REASONS[answer.word])
+            self._dom0.answer(request, answer.word, text or _REASONS[answer.word], run_as)
             self._submit(vm, cid)
         with self._lock:
             # Only now: until it has been handed on it counts as here.
             self._question = self.open = None
         self._changed()
 
-    def _put(self, request, question):
+    def _put(self, request, question, run_as):
         """Ask, unless the VM has been told no meanwhile.
 
         Returns:
@@ -161,7 +166,7 @@ class Asker:
             return Answer(NO), str(_refused_before(left))
         self._changed()
         began = time.monotonic()
-        text = text_of(request, self._as_whom(request.vm), self._dom0.config.ask_timeout)
+        text = text_of(request, describe_account(run_as), self._dom0.config.ask_timeout)
         audit = self._dom0.audit
         try:
             audit.write("asked", request.vm, request.cid, by=describe_rule(request.by))
@@ -174,14 +179,14 @@ class Asker:
         self._note(request.vm, answer.word)
         return answer, None
 
-    def _as_whom(self, vm):
-        return describe_account(self._dom0.config.for_vm(vm).run_as)
-
     def _note(self, vm, word):
         with self._lock:
+            count = self._withdrawn.pop(vm, 0) + 1
+            if word == WITHDRAWN:
+                self._withdrawn[vm] = count
             if word == YES:
                 self._pauses.pop(vm, None)
-            elif word != WITHDRAWN:
+            elif word != WITHDRAWN or count >= _WITHDRAWN_MAX:
                 _, length = self._pauses.get(vm, (0.0, _PAUSE_FIRST / 2))
                 length = min(length * 2, _PAUSE_MAX)
                 self._pauses[vm] = (time.monotonic() + length, length)

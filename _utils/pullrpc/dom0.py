@@ -457,25 +457,28 @@ class Dom0:
         except (KeyringError, AuditError) as err:
             return str(err)
 
-    def answer(self, request, word, reason):
+    def answer(self, request, word, reason, run_as):
         """Note what dom0's user said of a command that waits.
 
         Args:
             request: Request, the very one that was shown.
             word: str, see :mod:`pullrpc.question`.
             reason: str, what its VM is to hear if that is no yes.
+            run_as: str, the user of dom0 as whom it was said to run.
         """
         with self._lock:
-            self._answers[request.vm, request.cid] = (request.token_mac, word, reason)
+            self._answers[request.vm, request.cid] = (request.token_mac, word, reason, run_as)
 
     def _answered(self, request):
         with self._lock:
-            token_mac, word, reason = self._answers.pop((request.vm, request.cid), (None, None, None))
+            token_mac, word, reason, run_as = self._answers.pop((request.vm, request.cid), (None, None, None, None))
         if word is None and not request.asks:
             return request
         # Whatever the rules say by now: who was asked and said no has said no.
         if word != YES or token_mac != request.token_mac:
             raise Refused("asked", reason or "dom0's user has to be asked about this by now, and was not; send it again")
+        if run_as != self.config.for_vm(request.vm).run_as:
+            raise Refused("asked", "dom0's user said yes, but by now it would run as another user; send it again")
         return dataclasses.replace(request, by=f"{request.by}; user: yes")
 
     def interrupt_running(self):

@@ -264,6 +264,26 @@ def test_one_that_is_withdrawn_is_not_asked_any_more_and_never_runs(world):
     assert world.wait_end(third) == ["done"]
 
 
+def test_questions_that_come_and_go_count_as_refused(world):
+    for number in range(3):
+        cid = world.submit(b"printf %d" % number)
+        _until(lambda cid=cid: os.path.exists(world.folder / f"asked.{cid}"))
+        assert world.lines.withdraw("work", cid)
+        _until(lambda: not world.lines.open_question)
+    with pytest.raises(Refused) as caught:
+        world.submit(b"printf again")
+    assert caught.value.code == "asked"
+
+
+def test_a_yes_is_for_the_user_that_was_named_and_for_no_other(world):
+    cid = world.submit(b"printf a")
+    _until(lambda: os.path.exists(world.folder / f"asked.{cid}"))
+    world.dom0.config = make_config({**world.settings, "vms": {"work": {"policy": POLICY, "run_as": "nobody"}}})
+    world.say("yes")
+    assert world.wait_end(cid) == ["refused"]
+    assert b"as another user" in world.part(cid, "err")
+
+
 def test_what_is_not_answered_when_the_service_ends_is_given_back_and_not_run(world):
     first, second = world.submit(b"printf a"), world.submit(b"printf b")
     _until(lambda: os.path.exists(world.folder / f"asked.{first}"))
