@@ -30,7 +30,8 @@ def new_cid(now=None):
     Returns:
         str, for example ``20260131-235959-4711-0badcafe``.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    # Not gmtime's own idea of now: that is the kernel's coarse clock, in which the last second may go on for some milliseconds.
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(time.time() if now is None else now))
     return f"{stamp}-{os.getpid()}-{os.urandom(4).hex()}"
 
 

@@ -5,6 +5,7 @@ It only moves files between dom0's requests and the queue; it holds no key and d
 put anything there: whatever is no plain file, or no file of ours alone, is never opened and never waited for, but put aside.
 """
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -154,7 +155,9 @@ class Agent:
                 break
             ready = wait_readable([self._reader.fileno(), self._bell], min(deadline, now + (_SCAN_EVERY if self._names is None else 0)))
             if self._bell in ready:
-                os.read(self._bell, 65536)
+                # Whoever else reads here, a second agent for one, may have been quicker: it was a knock all the same.
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._bell, 65536)
                 seen = None
             if self._reader.fileno() in ready:
                 break
