@@ -219,6 +219,8 @@ if [ ! -e "$roots" ]; then
     chmod 0644 "$roots"
 fi
 printf '\nGiving Salt the modules...\n'
+# For 20 seconds Salt believes a list of files that it made.
+rm -f /var/cache/salt/minion/file_lists/roots/*.p
 qubesctl saltutil.sync_all refresh=true >/dev/null || fail "Salt could not take the modules; type: qubesctl saltutil.sync_all refresh=true"
 
 # What pillar says of the qube: named, other (it speaks of others), none (of nobody yet), or what is wrong with it.

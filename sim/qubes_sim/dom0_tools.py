@@ -281,11 +281,11 @@ def _manage(name, words):
     import tempfile
 
     row = _states(_parser(), name)[name]
-    with open("/etc/salt/minion", encoding="utf-8") as file:
-        config = json.load(file)
     answer = _run(["salt-call", "--local", f"--id={name}", "--out=json", "--log-level=quiet", "pillar.items"], capture_output=True)
     kind = {"TemplateVM": "template", "StandaloneVM": "standalone"}.get(row["class"], "app")
     pillar = {**json.loads(answer.stdout)["local"], "qubes": {"type": kind}}
+    # By dom0's pillar_opts, as Qubes sets it: what the whole configuration comes to, minion.d included.
+    config = pillar.pop("master")
     kept = {
         "id": name,
         "file_client": "local",
