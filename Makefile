@@ -6,11 +6,12 @@ SEED ?=
 TAG ?=
 BIN := .venv/bin
 DESTDIR ?=
+MARK := -m "not long"
 PACKAGES ?=
 #: Where Debian's tools can be had, no test of packages may be left out.
 TESTS := $(if $(shell command -v apt-get),QVM_REMOTE_PACKAGES=required) $(BIN)/python -m pytest
 
-.PHONY: help prepare prepare-bench demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz soak release packages papers bump install-client install-formula clean
+.PHONY: help prepare prepare-bench prepare-packages demo demo-shell bench bench-fleet test test-all lint docs diagrams model fuzz soak release packages papers bump install-client install-formula clean
 
 help:
 	@echo "make demo            show the main job on the simulator"
@@ -59,11 +60,14 @@ test: prepare-bench lint
 	-@$(PYTHON3) tools/bootstrap.py --papers
 	@$(PYTHON3) tools/bootstrap.py --packages
 	$(BIN)/nox --session oldest
-	$(TESTS) -n 3 --dist loadfile -m "not long" tests
+	$(TESTS) -n 3 --dist loadfile $(MARK) tests
 
-test-all: test
+# Whole files, as some of the long tests go on from what those before them have made.
+test-all: MARK :=
+test-all: prepare-packages test
+
+prepare-packages:
 	@$(PYTHON3) tools/bootstrap.py --all-packages
-	$(TESTS) -n 2 --dist loadfile -m long tests
 
 lint: prepare
 	$(BIN)/ruff check .
@@ -93,8 +97,7 @@ soak: prepare
 release:
 	@tools/release.sh "$(TAG)"
 
-packages:
-	@$(PYTHON3) tools/bootstrap.py --all-packages
+packages: prepare-packages
 	@$(PYTHON3) tools/packages.py $(PACKAGES)
 
 papers:

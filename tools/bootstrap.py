@@ -44,6 +44,7 @@ _FOR_PACKAGES = (
     ("dpkg-buildpackage", lambda: shutil.which("dpkg-buildpackage"), "dpkg-dev", "dpkg-dev"),
     ("debhelper", lambda: shutil.which("dh"), "debhelper", "debhelper"),
     ("dh-python, by which the client's bytecode is made on Debian", lambda: shutil.which("dh_python3"), "dh-python", None),
+    ("mmdebstrap, to make a template that is a Debian of its own", lambda: shutil.which("mmdebstrap"), "mmdebstrap", None),
 )
 #: And one for Arch Linux, and to look at all of them as their distributions do.
 _FOR_ALL_PACKAGES = (

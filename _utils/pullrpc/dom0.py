@@ -736,7 +736,7 @@ class Dom0:
         if staged and given in (None, staged):
             return old, fingerprint(staged)
         if self.keyring.has_old(vm) and self.ledger.waiting(vm):
-            raise KeyringError(f"commands that {vm} signed before its last rotation still wait; rotate again when they have run")
+            raise KeyringError(f"commands wait that {vm} may have signed before its last rotation; rotate again when they have run")
         key = given or secrets.token_bytes(32)
         self.audit.write("rotation", vm, old=old, new=fingerprint(key))
         return old, self.keyring.stage(vm, key)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 
+from . import supervisor
 from .config import Config
 from .errors import PullError
 from .ids import check_vm_name
@@ -46,13 +46,13 @@ def remove(config):
         list of str, the folders that stay because they hold other files.
 
     Raises:
-        OSError: something can't be removed.
+        PullError: something can't be removed; OSError: the same, of a file.
     """
     found = list(_ours(config))
     for _, paths in found:
         for path in paths:
             if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
+                _remove_folder(path)
             else:
                 os.unlink(path)
     kept = []
@@ -62,6 +62,18 @@ def remove(config):
         else:
             os.rmdir(folder)
     return kept
+
+
+def _remove_folder(path):
+    """Remove a folder, and unmount what an engine that was killed left mounted on those in it: never what is behind such a mount."""
+    problems = []
+    for name in os.listdir(path):
+        within = os.path.join(path, name)
+        if os.path.isdir(within) and not os.path.islink(within):
+            problems += supervisor.remove_place(within, unmount=True)
+    problems += supervisor.remove_place(path, unmount=False)
+    if problems:
+        raise PullError(f"{path} can't be removed: {problems[0]}")
 
 
 def _ours(config):

@@ -22,8 +22,8 @@ _PROBLEMS = {
     "folder-symlink": "it, or a folder in it, is no folder but a symbolic link or a file; move that away, then run: qvm-remote queue make",
     "folder-owner": "it, or a folder in it, belongs to another user; run qvm-remote as its owner",
 }
-#: A function of dom0's module, as it is called there.
-IN_DOM0 = "sudo salt-call --local -c /etc/qubes/remote qvm_remote"
+#: What has dom0 take this qube's key, as it is typed there.
+_AUTHORIZE = "sudo qvm-remote-dom0 authorize --from-vm"
 
 
 def advice(error):
@@ -76,7 +76,7 @@ def trouble_on_the_way(queue):
     if not os.path.exists(queue.limits) and not os.path.exists(queue.seen):
         return (
             f"dom0 has never looked into this qube; have it authorized and the service started, in dom0: "
-            f"{IN_DOM0}.authorize {vm_name()} from_vm=True; sudo systemctl start qvm-remote"
+            f"{_AUTHORIZE} {vm_name()}; sudo systemctl start qvm-remote"
         )
     return "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote"
 
@@ -87,4 +87,4 @@ def authorize_again():
     Returns:
         str
     """
-    return f"in dom0: {IN_DOM0}.authorize {vm_name()} from_vm=True"
+    return f"in dom0: {_AUTHORIZE} {vm_name()}"

@@ -72,7 +72,6 @@ class Agent:
             "key": self._key,
             "set-key": self._set_key,
             "poll": self._poll,
-            "wake": self._nothing,
             "fetch": self._fetch,
             "take": self._take,
             "put": self._put,
@@ -101,9 +100,6 @@ class Agent:
 
     def _unknown(self, request, payload):
         return {"error": "this agent does not know that request; update qvm-remote in the template"}, b""
-
-    def _nothing(self, request, payload):
-        return {}, b""
 
     def _key(self, request, payload):
         """Say what key there is, and whether queue and key are in order. Nothing is changed: dom0 may only want to know."""

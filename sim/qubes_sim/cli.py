@@ -83,7 +83,7 @@ def _parser():
         return command
 
     up = add("up", _up, "start dom0, make templates, make and start VMs")
-    up.add_argument("--template", action="append", default=[], metavar="NAME")
+    up.add_argument("--template", action="append", default=[], metavar="NAME[=FOLDER]", help="FOLDER: the file system of a distribution, for its root")
     up.add_argument("--vm", action="append", default=[], metavar="NAME[:TEMPLATE]")
     up.add_argument("--dom0-bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help="show a path of the host in dom0")
     up.add_argument("--vm-bind", action="append", default=[], metavar="SRC[:DST[:rw]]", help="show a path of the host in all VMs")

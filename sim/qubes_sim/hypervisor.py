@@ -93,7 +93,7 @@ class Hypervisor:
         """Make all domains and start dom0 and the VMs.
 
         Args:
-            templates: list of str.
+            templates: list of str: a name, or name=FOLDER for one with a file system of its own.
             vms: list of [name, template or None].
         """
         self._store.make_base()
@@ -107,7 +107,10 @@ class Hypervisor:
         self._store.write("dom0", f"{LIBRARY}/qubesadmin/wire.py", source("wire.py"))
         for folder in ("/etc/qubes", "/etc/salt/minion.d", "/etc/systemd/system/multi-user.target.wants", "/srv/salt", "/srv/formulas/base", "/var/lib/qubes"):
             self._store.write("dom0", folder + "/.simulated", "")
-        for name in templates or ["template"]:
+        for word in templates or ["template"]:
+            name, _, system = word.partition("=")
+            if system:
+                self._store.give_system(name, system)
             self.create(name, None, "TemplateVM")
         self.start("dom0")
         for name, template in vms:
@@ -269,7 +272,8 @@ class Hypervisor:
     def _binds(self, one):
         if one.klass == "AdminVM":
             return [[os.path.join(self._root, "qubesd.sock"), "/run/qubesd.sock", False], *self._options["dom0_binds"]]
-        return self._options["vm_binds"]
+        # What is bound belongs to this machine's system, and a template with one of its own has nothing to do with that.
+        return [] if self._store.has_system(one.name) else self._options["vm_binds"]
 
     def _find(self, name):
         if name not in self._domains:

@@ -57,6 +57,25 @@ class Store:
     def __init__(self, folder):
         self._folder = folder
         self._base = os.path.join(folder, "base")
+        #: Templates, and VMs of theirs, that have a file system of their own in a folder of the host; nothing is written there.
+        self._systems = {}
+
+    def give_system(self, name, folder):
+        """Have a template begin with a distribution's own file system instead of what this machine has.
+
+        Args:
+            name: str.
+            folder: str.
+        """
+        self._systems[name] = folder
+
+    def has_system(self, name):
+        """Whether a domain has a file system of its own.
+
+        Returns:
+            bool
+        """
+        return name in self._systems
 
     def make_base(self):
         """Make the root that all domains begin with."""
@@ -98,6 +117,8 @@ class Store:
             name: str.
             template: str or None; None for a domain that keeps its own root (a template, dom0).
         """
+        if template in self._systems:
+            self._systems[name] = self._systems[template]
         if template is not None:
             shutil.rmtree(self._path(name, "volatile"), ignore_errors=True)
             shutil.rmtree(self._path(name, "template"), ignore_errors=True)
@@ -119,10 +140,12 @@ class Store:
             target: str, a folder.
             binds: list of (source on the host, target in the domain, bool read-only).
         """
-        self._overlay(name, "root", self._base, target)
-        self._overlay(name, "usr", "/usr", os.path.join(target, "usr"))
+        system = self._systems.get(name)
+        self._overlay(name, "root", system or self._base, target)
+        self._overlay(name, "usr", f"{system or ''}/usr", os.path.join(target, "usr"))
         private = self._path(name, "private")
         for source, place in zip(_PRIVATE, ("home", "rw", "usr/local")):
+            os.makedirs(os.path.join(target, place), exist_ok=True)
             linux.bind(os.path.join(private, source), os.path.join(target, place))
         for place, mode in (("run", "0755"), ("tmp", "1777"), ("dev", "0755")):
             linux.mount("tmpfs", os.path.join(target, place), "tmpfs", linux.MS_NOSUID, f"mode={mode}")

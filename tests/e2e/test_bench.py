@@ -17,6 +17,7 @@ _FAST = (_SPAWN, _QVM_RUN, *_SSH, _SESSION)
 _IDLE = (
     *(f"service (minion, engine, sessions): {what}" for what in ("CPU", "processes and threads started", "processes", "memory (PSS)")),
     "of that, programs of sessions",
+    "of that, the engine without Salt's minion and its sessions",
     *(f"agent in one VM: {what}" for what in ("CPU", "processes and threads started", "memory (PSS)")),
 )
 _RATES = (

@@ -47,7 +47,8 @@ def _changed(states):
 
 def test_fifty_vms_are_authorized_in_one_apply(machine):
     states = _apply(machine, "qvm-remote")
-    assert _changed(states) == {f"qvm-remote-vm-{vm}" for vm in VMS if vm != "vm-08"} | {"qvm-remote-dom0-config", "qvm-remote-dom0-service"}
+    in_dom0 = {f"qvm-remote-dom0-{what}" for what in ("command", "config", "service")}
+    assert _changed(states) == {f"qvm-remote-vm-{vm}" for vm in VMS if vm != "vm-08"} | in_dom0
     assert [ret["comment"] for ret in states.values() if ret["result"] is not True] == []
     keys = machine.dom0("sh", "-c", "cat /etc/qubes/remote.d/*.key").stdout.split()
     assert len(set(keys)) == 49
@@ -71,5 +72,6 @@ def test_one_vm_more_touches_that_vm_only(machine):
     states = _apply(machine, "qvm-remote")
     assert _changed(states) == {"qvm-remote-vm-vm-50", "qvm-remote-dom0-config"}
     after = machine.dom0("sh", "-c", "stat -c '%n %Z' /etc/qubes/remote.d/* /var/lib/qvm-remote/handover/*").stdout.splitlines()
-    assert [line.split()[0] for line in set(before) ^ set(after)] == [b"/etc/qubes/remote.d/vm-50.key"]
+    key = b"/etc/qubes/remote.d/vm-50.key"
+    assert {line.split()[0] for line in set(before) ^ set(after)} == {key, key + b".uuid"}
     assert _changed(_apply(machine, "qvm-remote")) == set()

@@ -54,7 +54,7 @@ def master(tmp_path_factory, salt_factories):
     os.makedirs(roots)
     os.makedirs(pillar)
     # As an installed formula: without what else lies in a checkout.
-    for name in ("_modules", "_states", "_engines", "_utils", "client"):
+    for name in ("_modules", "_states", "_engines", "_utils", "client", "dom0"):
         shutil.copytree(os.path.join(ROOT, name), os.path.join(roots, name))
     shutil.copytree(os.path.join(ROOT, "qvm-remote-formula", "qvm-remote"), os.path.join(roots, "qvm-remote"))
     shutil.copytree(os.path.join(ROOT, "examples", "reactor"), os.path.join(roots, "reactor"))
