@@ -29,6 +29,7 @@ _SYSTEM = (
     ("systemd-analyze, to check the service's unit", lambda: shutil.which("systemd-analyze"), "systemd", "systemd"),
     ("socat, for the tests' channels to a master", lambda: shutil.which("socat"), "socat", "socat"),
     ("GnuPG, for make release and its test", lambda: shutil.which("gpg") and shutil.which("gpgv"), "gnupg", "gnupg2"),
+    ("logrotate, to rotate the audit log in a test", lambda: shutil.which("logrotate", path="/usr/sbin:/usr/bin:/sbin:/bin"), "logrotate", "logrotate"),
     ("shellcheck, for make lint", lambda: shutil.which("shellcheck"), "shellcheck", "ShellCheck"),
 )
 #: What make model needs, and nothing else here does.

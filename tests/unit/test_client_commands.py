@@ -230,7 +230,9 @@ def test_a_new_key_is_kept_from_sight_and_says_what_is_next(qube):
     secret = (qube.base / "auth.key").read_text().strip()
     assert code == 0
     assert re.fullmatch(r"key of \S+: ([0-9a-f]{4}:){3}[0-9a-f]{4}\n", out.decode())
-    assert err.decode().startswith("qvm-remote: next, have dom0 authorize it (the key never appears on a command line), in dom0: sudo salt-call ")
+    assert err.decode().startswith(
+        "qvm-remote: next, have dom0 authorize it (the key never appears on a command line), in dom0: sudo qvm-remote-dom0 authorize --from-vm "
+    )
     assert secret.encode() not in out + err
     assert stat.S_IMODE((qube.base / "auth.key").stat().st_mode) == 0o600
     assert out.split()[-1] == qube.ok("key", "fingerprint").split()[-1] == fingerprint(bytes.fromhex(secret)).encode()
@@ -481,7 +483,9 @@ def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     found = json.loads(out)
     assert code == 1
     assert found["key"] == fingerprint(KEY)
-    assert found["problem"].startswith("dom0 has never looked into this qube; have it authorized and the service started, in dom0: sudo salt-call ")
+    assert found["problem"].startswith(
+        "dom0 has never looked into this qube; have it authorized and the service started, in dom0: sudo qvm-remote-dom0 authorize --from-vm "
+    )
     qube.put("dom0-limits", b"timeout_max 60\n")
     found = json.loads(qube.run("status", "--json")[1])
     assert found["problem"] == "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote"

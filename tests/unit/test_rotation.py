@@ -331,7 +331,7 @@ def test_a_command_that_waits_while_its_key_is_replaced_is_run_and_answered_unde
     dom0.drop_old_key("work")
     with pytest.raises(Refused):
         _accept(dom0, old)
-    with pytest.raises(KeyringError, match="still wait"):
+    with pytest.raises(KeyringError, match="signed before its last rotation"):
         dom0.rotate("work")
     assert dom0.execute("work", cid)["status"] == "done"
     parts = dom0.result("work", cid)[1]
