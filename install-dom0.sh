@@ -18,12 +18,13 @@ pillar=/srv/pillar/qvm-remote
 parts="_engines _modules _states _utils client dom0 qvm-remote-formula FORMULA LICENSE README.rst pillar.example install-dom0.sh"
 
 usage() {
-    cat <<'END'
+    cat <<END
 usage: sh install-dom0.sh [--digest HEX] VM [PATH]
 
 Fetches qvm-remote from VM, shows its SHA-256 digest, asks, installs it in dom0, and applies the formula for VM. A second
 run upgrades. PATH in VM (default: qvm-remote-formula, in the home folder) is a folder with the source tree, a .tar of it
-(not compressed), or the package qvm-remote-formula as an .rpm.
+(not compressed, made in that folder: tar -cf FILE --exclude=__pycache__ $parts),
+or the package qvm-remote-formula as an .rpm.
 
   --digest HEX   do not ask: take what has this digest, and nothing else
   --help
@@ -162,6 +163,9 @@ check_names() {
     listing >"$temp/names"
     [ "$(wc -l <"$temp/names")" -le $max_files ] || fail "there are more than $max_files files in it; nothing of it was unpacked"
     name='[A-Za-z0-9_][A-Za-z0-9_.-]*'
+    # Salt would load code from a __pycache__ as well, and of what is compiled a digest tells nobody anything.
+    bad=$(grep -E '(^|/)__pycache__(/|$)' "$temp/names" | head -n 1 | cut -c 1-80 | tr -cd ' -~')
+    [ -z "$bad" ] || fail "there is compiled code in it, which qvm-remote has not: $bad; nothing of it was unpacked"
     allowed="(_engines|_modules|_states|_utils|client|dom0|qvm-remote-formula)(/$name)*/?|FORMULA|LICENSE|README\\.rst|pillar\\.example|install-dom0\\.sh"
     bad=$(grep -vxE "$allowed" "$temp/names" | head -n 1 | cut -c 1-80 | tr -cd ' -~')
     [ -z "$bad" ] || fail "there is a name in it that qvm-remote has not: $bad; nothing of it was unpacked"
@@ -179,7 +183,7 @@ check_kinds() {
 }
 
 digests() {
-    (cd "$1" && find . -type f ! -path '*/__pycache__/*' -printf '%P\n' | sort | tr '\n' '\0' | xargs -0 sha256sum --)
+    (cd "$1" && find . -type f -printf '%P\n' | sort | tr '\n' '\0' | xargs -0 sha256sum --)
 }
 
 install_tree() {
@@ -253,4 +257,4 @@ none | other) fail "the files are installed, but pillar does not name $vm: write
 esac
 printf 'Applying the formula...\n\n'
 qubesctl state.apply qvm-remote --retcode-passthrough || fail "the files are installed, but not all of the formula could be applied; see above, then type: qubesctl state.apply qvm-remote"
-printf '\nDone. Restart the qubes of the template that got the client, %s too; then, in %s: qvm-remote hostname. In dom0: qvm-remote-dom0 doctor\n' "$vm" "$vm"
+printf '\nDone. Restart the qubes of the template that got the client, %s too; then, in %s: qvm-remote hostname. In dom0: sudo qvm-remote-dom0 doctor\n' "$vm" "$vm"
