@@ -30,14 +30,14 @@ def run_there(user, unit, argv, **streams):
         streams: as for subprocess.run.
 
     Returns:
-        int, its exit code.
+        subprocess.CompletedProcess, of systemd-run: its exit code 0 says no more than that the program did not fail.
 
     Raises:
         OSError: there is no systemd-run.
     """
     # By that user's own systemd, which knows the display; in no unit of ours, whose confinement hides it.
     start = ["systemd-run", "--user", f"--machine={user}@.host", f"--unit={unit}", "--quiet", "--collect", "--wait", "--pipe"]
-    return subprocess.run([*start, *argv], check=False, **streams).returncode
+    return subprocess.run([*start, *argv], check=False, **streams)
 
 
 def stop_there(user, unit):

@@ -26,7 +26,7 @@ def main():
     # Who shows it may read markup in the text; there is none.
     argv = ["notify-send", "--app-name=qvm-remote", "--icon=dialog-warning", "--", title, html.escape(text.strip())]
     try:
-        return run_there(user, f"qvm-remote-tell-{os.getpid()}", argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return run_there(user, f"qvm-remote-tell-{os.getpid()}", argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
     except OSError as err:
         sys.stderr.write(f"systemd-run: {err.strerror}\n")
         return 1

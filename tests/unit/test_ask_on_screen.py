@@ -21,12 +21,26 @@ _SESSIONS = {
 }
 
 
+#: Runs the program behind its options. As the real one: whoever is ended by one of these signals has ended well.
+_SYSTEMD_RUN = """printf "%s\\n" "$@" > {folder}/argv
+while [ "${{1#--}}" != "$1" ]; do shift; done
+exec 3<&0
+"$@" <&3 &
+echo $! > {folder}/main.pid
+wait $!
+code=$?
+case $code in 129|130|141|143) exit 0;; esac
+exit $code"""
+
+
 class _Screen:
     def __init__(self, folder):
         self.folder = folder
         self.log_in(_SESSIONS)
         self._program("loginctl", f'case "$2" in list-sessions) cat {folder}/sessions;; *) for last; do :; done; cat "{folder}/session.$last";; esac')
-        self._program("systemd-run", f'printf "%s\\n" "$@" > {folder}/argv; cat > {folder}/text; exec {folder}/window')
+        self._program("systemd-run", _SYSTEMD_RUN.format(folder=folder))
+        for name in ("zenity", "notify-send"):
+            self._program(name, f"cat > {folder}/text; exec {folder}/window")
         self._program("systemctl", f'echo "$@" > {folder}/stopped; kill $(cat {folder}/window.pid)')
         self.window("exit 1")
 
@@ -99,6 +113,14 @@ def test_the_window_is_shown_to_the_one_who_sits_there_with_the_text_unread_by_a
 def test_however_else_it_ends_it_is_no_yes(screen, code, answer):
     screen.window(f"exit {code}")
     assert screen.ask() == (answer, b"")
+
+
+@pytest.mark.parametrize("who", ["window", "main"])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL, signal.SIGPIPE])
+def test_a_window_that_somebody_ends_is_no_yes(screen, who, signum):
+    # A task manager, the end of the session or of dom0: its own exit code is none of a person's.
+    screen.window(f"echo $$ > {screen.folder}/window.pid; kill -{signum.value} $(cat {screen.folder}/{who}.pid); exec sleep 1")
+    assert screen.ask() == (2, b"")
 
 
 def test_with_nobody_at_the_screen_nobody_is_asked(screen):
