@@ -8,6 +8,8 @@ that can't be read let nothing through. Pure functions on plain data, so that th
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import re
 import time
 
@@ -28,6 +30,11 @@ _TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 #: Characters that a shell takes as they are, outside of quotes and inside of double ones.
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-^")
 _QUOTED_SPECIAL = frozenset('$`\\!"')
+#: Properties whose values stay within their VM. Others connect it with another one: its netvm and template, whose screen and sound it
+#: gets (guivm, audiovm), in which VM it opens things (default_dispvm), which one manages it.
+_OWN_PROPERTIES = ("autostart", "include_in_backups", "label", "maxmem", "memory", "qrexec_timeout", "shutdown_timeout", "vcpus")
+#: By these, one word of a Qubes tool is the names of many VMs (qubesadmin.tools.VmNameAction, since R4.3).
+_PATTERN = frozenset("*?[]")
 #: Sets of rules by name. ``observe`` only looks; ``manage`` starts, ends and sets up the VMs of one tag.
 SETS = {
     "observe": (
@@ -55,7 +62,7 @@ SETS = {
         ("qvm-unpause", _TAG),
         ("qvm-prefs", _TAG),
         ("qvm-prefs", _TAG, _ANY),
-        ("qvm-prefs", _TAG, _ANY, _ANY),
+        *(("qvm-prefs", _TAG, name, _ANY) for name in _OWN_PROPERTIES),
     ),
 }
 
@@ -139,10 +146,13 @@ def decide(policy, argv, tagged):
         return Decision(True, FULL, "its policy is full: it may run anything")
     if policy == NONE:
         return Decision(False, NONE, "its policy is none: it may run nothing")
+    # All rules see the same tags; and to ask for them costs a program's start.
+    tagged = functools.lru_cache(maxsize=None)(tagged)
+    given = _spelled(argv)
     for name in _LISTS:
         for rule in policy.get(name, ()):
             for pattern in _expand(rule):
-                if _matches(pattern, argv, tagged):
+                if _matches(_spelled(pattern), given, tagged, name == "allow"):
                     shown = f"{name}: {' '.join(pattern)}"
                     return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
     return Decision(False, "", "no rule allows it")
@@ -159,6 +169,7 @@ def decide_steps(policy, steps, tagged):
     Returns:
         Decision; its rule is that of the first command that decides, its reason names that line.
     """
+    tagged = functools.lru_cache(maxsize=None)(tagged)
     decisions = [(at, decide(policy, argv, tagged)) for at, argv in steps]
     for deciding in (lambda one: not one.allowed and not one.asks, lambda one: one.asks):
         for at, decision in decisions:
@@ -198,18 +209,31 @@ def explain(policy, command, tagged):
     return {"allowed": decision.allowed, "asks": decision.asks, "reason": decision.reason, "rule": decision.rule, "words": words}
 
 
-def _matches(pattern, argv, tagged):
+def _spelled(words):
+    """A command or a rule with one spelling for what is the same: qvm-prefs takes a property's name with - for _."""
+    if not words or os.path.basename(words[0]) != "qvm-prefs":
+        return words
+    # It has no option that takes a word of its own.
+    plain = [at for at, word in enumerate(words) if at and not word.startswith("-")]
+    if len(plain) < 2:
+        return words
+    return (*words[: plain[1]], words[plain[1]].replace("-", "_"), *words[plain[1] + 1 :])
+
+
+def _matches(pattern, argv, tagged, is_allowed_by_it):
     rest = pattern[-1] == _REST
     fixed = pattern[:-1] if rest else pattern
     if len(argv) < len(fixed) or (len(argv) > len(fixed) and not rest):
         return False
-    return all(_word_matches(word, given, tagged) for word, given in zip(fixed, argv))
+    # A pattern of names is forbidden or asked about as any word is, but is no one word that may be allowed.
+    is_one_word = not is_allowed_by_it or not os.path.basename(argv[0]).startswith("qvm-")
+    return all(_word_matches(word, given, tagged, is_one_word) for word, given in zip(fixed, argv))
 
 
-def _word_matches(word, given, tagged):
+def _word_matches(word, given, tagged, is_one_word):
     if word == _ANY:
         # An option in a name's or value's place may turn the command into another.
-        return not given.startswith("-")
+        return not given.startswith("-") and (is_one_word or _PATTERN.isdisjoint(given))
     if word.startswith(_TAG):
         return given in tagged(word[len(_TAG) :])
     return word == given

@@ -187,6 +187,8 @@ def _qvm_prefs(argv):
     parser.add_argument("property", nargs="?")
     parser.add_argument("value", nargs="?")
     options = parser.parse_args(argv)
+    if options.property is not None:
+        options.property = options.property.replace("-", "_")
     _states(parser, options.VMNAME)
     shown = _ask({"op": "prefs", "name": options.VMNAME, "prop": options.property, "value": options.value})["prefs"]
     if options.property is None:

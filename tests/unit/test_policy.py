@@ -16,7 +16,7 @@ from pullrpc.errors import ConfigError, LedgerError, Refused, TransportError
 from pullrpc.gate import Request, check_policy
 from pullrpc.ids import new_cid
 from pullrpc.ledger import Ledger
-from pullrpc.policy import SETS, decide, split_plain
+from pullrpc.policy import SETS, decide, decide_steps, split_plain
 from pullrpc.tokens import make_token
 
 TAGS = {"mine": {"build", "test"}}
@@ -82,6 +82,47 @@ def test_what_is_denied_is_denied_though_it_is_allowed_too():
     assert _allowed("qvm-kill", "build")
     decision = decide(POLICY, ("qvm-kill", "test"), _tagged)
     assert (decision.allowed, decision.rule) == (False, "deny: qvm-kill test")
+
+
+@pytest.mark.parametrize("name", ["deny", "ask"])
+@pytest.mark.parametrize("rule", ["default_dispvm", "default-dispvm"])
+def test_another_spelling_of_a_property_gets_past_no_rule(name, rule):
+    # qvm-prefs replaces - by _ in a property's name, and in nothing else.
+    rules = [["qvm-prefs", "@tag:mine", rule, "*"], ["qvm-prefs", "--set", "sys-net", rule, "**"]]
+    policy = {"allow": [["qvm-prefs", "**"]], name: rules}
+    for spelling in ("default_dispvm", "default-dispvm"):
+        assert not _allowed("qvm-prefs", "build", spelling, "x", policy=policy)
+        assert not _allowed("qvm-prefs", "--set", "sys-net", spelling, "x", policy=policy)
+        assert _allowed("qvm-prefs", "--set", "sys_net", spelling, "x", policy=policy)
+    assert _allowed("qvm-prefs", "build", "kernelopts", "default-dispvm", policy=policy)
+
+
+def test_a_pattern_of_names_is_no_single_word_that_is_allowed():
+    policy = {"allow": [["qvm-shutdown", "*"], ["echo", "*"]], "deny": [["qvm-shutdown", "sys-net"]], "ask": [["qvm-remove", "--force", "*"]]}
+    for word in ("sys-*", "sys-ne?", "sys-[n]et", "*"):
+        assert not _allowed("qvm-shutdown", word, policy=policy)
+        assert decide(policy, ("qvm-remove", "--force", word), _tagged).asks
+        assert _allowed("echo", word, policy=policy)
+
+
+@pytest.mark.parametrize("name", ["netvm", "template", "guivm", "audiovm", "default_dispvm", "management_dispvm", "provides_network", "kernelopts"])
+def test_what_ties_a_qube_to_another_is_not_managed_with_it(name):
+    policy = {"allow": [{"manage": "mine"}]}
+    assert _allowed("qvm-prefs", "build", name, policy=policy)
+    for spelling in (name, name.replace("_", "-")):
+        assert not _allowed("qvm-prefs", "build", spelling, "helper", policy=policy)
+
+
+def test_a_tag_is_looked_up_once_for_all_lines_of_a_script():
+    asked = []
+
+    def tagged(tag):
+        asked.append(tag)
+        return _tagged(tag)
+
+    steps = [(at, ("qvm-prefs", "build", "memory", "400")) for at in range(1, 200)]
+    assert decide_steps(POLICY, steps, tagged).allowed
+    assert asked == ["mine"]
 
 
 def test_full_none_and_an_empty_list_are_what_they_say():
