@@ -7,7 +7,6 @@ started: what one that is shut down needs is kept ready for it, and the comment 
 
 import hashlib
 import os
-import shutil
 import time
 
 import salt.utils.atomicfile
@@ -638,7 +637,7 @@ def key_absent(name, settings=None):
 
 
 def unlisted(name, listed, remove=False, settings=None):
-    """Say which VMs have a key though the pillar does not name them, or take it from them.
+    """Say which VMs have a key though the pillar does not name them, and what they may do, or take it from them.
 
     Args:
         name: any text.
@@ -659,7 +658,9 @@ def unlisted(name, listed, remove=False, settings=None):
             ret["comment"] = "No VM but those in pillar has a key"
             return
         if not remove:
-            ret["comment"] = f"These have a key too, and keep it: {', '.join(others)} (pillar qvm-remote:unlisted: absent takes it from them)"
+            ret["comment"] = "These have a key too, and keep it (pillar qvm-remote:unlisted: absent takes it from them): " + "; ".join(
+                f"{vm} {__salt__['qvm_remote.access'](vm, config=settings or {})}" for vm in others
+            )
             return
         for vm in others:
             _change(
@@ -754,7 +755,13 @@ def _clear_folders(ret, settings):
 
 
 def _remove(path):
+    # Here alone, and after the module has loaded it: templates have these states, too, and nothing of it.
+    import pullrpc.supervisor
+
     if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
+        # No further than this file system: what is mounted in there is somebody else's.
+        problems = pullrpc.supervisor.remove_place(path, unmount=False)
+        if problems:
+            raise _Failed(f"{path} can't be removed: {problems[0]}")
     else:
         os.unlink(path)

@@ -49,7 +49,13 @@ _BOUNDS = {
     "rate": (1, 1000000),
 }
 #: Words that a setting may have.
-_CHOICES = {"transport": ("qvm-run", "qubesadmin"), "key": ("own", "given", "generate"), "default_policy": (FULL, NONE), "events": ("ends", "all")}
+_CHOICES = {
+    "transport": ("qvm-run", "qubesadmin"),
+    "key": ("own", "given", "generate"),
+    "default_policy": (FULL, NONE),
+    "unlisted": ("keep", NONE),
+    "events": ("ends", "all"),
+}
 #: A Linux user's name (useradd's rule, without the trailing dollar sign).
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
 #: Characters of a path that neither a shell nor a unit file reads in a way of its own.
@@ -105,6 +111,7 @@ class Config:
         user: who runs the agent in the VM, and whose home has the queue; per VM only.
         run_as: dom0's user as whom the VM's commands are run (see pullrpc.accounts); per VM only.
         default_policy: ``full`` or ``none``, for VMs without a policy.
+        unlisted: ``keep`` or ``none``: whether a VM that has a key and isn't under ``vms`` has the default policy, or may run nothing.
         policy: what the VM may have run (see pullrpc.policy), empty for the default; per VM only.
         until: when the VM's access ends, seconds since the epoch, 0 for never; per VM only.
         vms: settings per VM; a VM named here is served (and refused, while it has no key).
@@ -154,6 +161,7 @@ class Config:
     user: str = "user"
     run_as: str = "root"
     default_policy: str = FULL
+    unlisted: str = "keep"
     policy: str | dict = ""
     until: int = 0
     vms: dict = dataclasses.field(default_factory=dict)
@@ -178,7 +186,8 @@ class Config:
         """
         # Asked for several times for each command.
         if vm not in self._of_vm:
-            self._of_vm[vm] = dataclasses.replace(self, **{**self.vms.get(vm, {}), "vms": {}})
+            own = self.vms.get(vm, {"policy": NONE} if self.unlisted == NONE else {})
+            self._of_vm[vm] = dataclasses.replace(self, **{**own, "vms": {}})
         return self._of_vm[vm]
 
 

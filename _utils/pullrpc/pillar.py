@@ -89,7 +89,7 @@ class Plan:
         minion: dict: ``id`` and ``master`` (str or None) of the minion that runs the engine.
         templates: list of str, which get the client.
         vms: dict of VM name to a dict: ``state`` (present or absent), ``key`` (own, given, generate), ``rotate_days`` (int or None).
-        unlisted: str, ``keep`` or ``absent``: what becomes of keys of VMs that are not in this plan.
+        unlisted: str, ``none``, ``keep`` or ``absent``: what becomes of VMs that have a key and are not in this plan.
         clean_logs: bool, whether ``clean`` removes the audit logs too.
     """
 
@@ -133,9 +133,11 @@ def read_pillar(pillar, list_vms=None):
             if "rotate_days" in named.get(vm, {}):
                 _fail(f"vms:{vm}:rotate_days", "needs key: generate; a key of the qube's own is changed there, one given in pillar is changed here")
             vms[vm]["rotate_days"] = None
-        served[vm] = {} if vms[vm]["state"] == "absent" else {"key": vms[vm]["key"], **_vm_settings(own)}
+        served[vm] = {"policy": "none"} if vms[vm]["state"] == "absent" else {"key": vms[vm]["key"], **_vm_settings(own)}
     _check_same_keys(named)
-    settings = {**_engine_settings(pillar), "vms": served}
+    unlisted = _choice(pillar.get("unlisted", "none"), "unlisted", ("none", "keep", "absent"))
+    # Whoever is taken out of pillar must not get more by that than it had.
+    settings = {**_engine_settings(pillar), "unlisted": "keep" if unlisted == "keep" else "none", "vms": served}
     try:
         make_config(settings)
     except ConfigError as err:
@@ -147,7 +149,7 @@ def read_pillar(pillar, list_vms=None):
         minion=_minion(pillar),
         templates=_templates(pillar),
         vms=vms,
-        unlisted=_choice(pillar.get("unlisted", "keep"), "unlisted", ("keep", "absent")),
+        unlisted=unlisted,
         clean_logs=_flag(_part(pillar, "clean", ("logs",)).get("logs", False), "clean:logs"),
     )
 
@@ -312,7 +314,7 @@ def _vm_mapping(own, path, allowed):
 
 def _vm_settings(own, path=""):
     settings = {name: own[name] for name in ("user", "run_as", "accept_v1", "policy") if name in own}
-    if own.get("until") is not None:
+    if "until" in own:
         settings["until"] = _moment(own["until"], f"{path}:until")
     for word, name in _VM_LIMITS.items():
         if word in own:

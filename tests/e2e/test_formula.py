@@ -421,7 +421,7 @@ def test_keys_that_pillar_does_not_name_are_shown_and_taken_on_demand(machine):
     machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"state": "absent"}}))
     states = machine.apply(sls="qvm-remote.vm")
     assert _changed(states) == set()
-    assert "extra" in states["qvm-remote-unlisted"]["comment"]
+    assert "extra may run nothing (policy: none)" in states["qvm-remote-unlisted"]["comment"]
     machine.set_pillar(_pillar(unlisted="absent", vms={"idle": {}}))
     assert set(machine.apply(sls="qvm-remote.vm")["qvm-remote-unlisted"]["changes"]) == {"extra"}
     assert "extra" not in machine.call("keys")

@@ -66,7 +66,7 @@ def _list_vms(tags):
         ({"select": [{"timeout": 5}]}, "select:0:", "one or more of tag, template, name"),
         ({"select": [{"tag": "a", "colour": "red"}]}, "select:0:colour:", "allowed here: tag, template, name"),
         ({"select": [{"tag": "a*"}]}, "select:0:tag:", "must be a name"),
-        ({"unlisted": "revoke"}, "unlisted:", "one of keep, absent"),
+        ({"unlisted": "revoke"}, "unlisted:", "one of none, keep, absent"),
         ({"clean": {"logs": "all"}}, "clean:logs:", "true or false"),
         ({"engine": {"key_dir": "/srv/keys"}}, "engine:key_dir:", "must not lie under /srv"),
         ({"engine": {"key_dir": "/etc/../srv/keys"}}, "engine:key_dir:", "without '..'"),
@@ -88,6 +88,7 @@ def _list_vms(tags):
         ({"vms": {"work": {"until": "2026-12-31"}}}, "vms:work:until:", "a time with its zone"),
         ({"vms": {"work": {"until": "2026-12-31T18:00:00"}}}, "vms:work:until:", "a time with its zone"),
         ({"vms": {"work": {"until": 5}}}, "vms:work:until:", "a time with its zone"),
+        ({"vms": {"work": {"until": None}}}, "vms:work:until:", "a time with its zone"),
         ({"limits": {"output": "300M"}}, "", "spool_bytes_max must be at least that"),
         ({"vms": {"work": {"stdin": "500M"}}}, "", "vms: work: a command may leave"),
         ({"engine": {"timeout_max": 5}}, "engine:timeout_max:", "allowed here: spool_bytes_max"),
@@ -160,7 +161,8 @@ def test_the_example_has_every_setting_with_its_default():
         example = salt.utils.yaml.safe_load(file)["qvm-remote"]
     plan = read_pillar(example, _list_vms)
     known = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in ("accept_v1", "key", "policy", "run_as", "until", "user", "vms")}
-    assert {name: value for name, value in plan.settings.items() if name != "vms"} == known
+    # By pillar whoever it does not name may do nothing; without pillar whoever was authorized by hand has the default policy.
+    assert {name: value for name, value in plan.settings.items() if name != "vms"} == {**known, "unlisted": "none"}
     empty = read_pillar({})
     assert (plan.service, plan.minion, plan.unlisted, plan.clean_logs) == (empty.service, empty.minion, empty.unlisted, empty.clean_logs)
     assert make_config(plan.settings).for_vm("builder").timeout_max == 3600
@@ -169,6 +171,30 @@ def test_the_example_has_every_setting_with_its_default():
 def test_days_of_rotation_for_all_hold_for_those_whose_key_dom0_makes():
     plan = read_pillar({"defaults": {"rotate_days": 90}, "vms": {"dev": {"key": KEY}, "laptop": {"key": "own"}, "work": {}}})
     assert {vm: own["rotate_days"] for vm, own in plan.vms.items()} == {"dev": None, "laptop": None, "work": 90}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        {"vms": {}},
+        {"vms": {"work": {}}},
+        {"defaults": {"policy": "full"}},
+        {"select": [{"tag": "gone"}]},
+        {"vms": {"dev": {"state": "absent"}}},
+        {"unlisted": "absent"},
+    ],
+)
+def test_whoever_is_taken_out_of_pillar_may_run_nothing(left):
+    before = {"vms": {"dev": {"policy": {"allow": ["observe"]}, "run_as": "nobody", "until": "2026-12-31T18:00:00Z"}}}
+    assert make_config(read_pillar(before).settings).for_vm("dev").policy_in_force != "none"
+    assert make_config(read_pillar(left, _list_vms).settings).for_vm("dev").policy_in_force == "none"
+
+
+def test_whoever_is_kept_has_the_default_policy():
+    assert make_config(read_pillar({"unlisted": "keep"}).settings).for_vm("dev").policy_in_force == "full"
+    assert make_config(read_pillar({"unlisted": "keep", "default_policy": "none"}).settings).for_vm("dev").policy_in_force == "none"
+    assert make_config().for_vm("dev").policy_in_force == "full"
 
 
 def test_no_disposable_is_selected():
