@@ -233,7 +233,7 @@ class _Examination:
     def spool(self):
         """Is there room for each VM's results."""
         for vm in {*self._config.vms, *self._dom0.keyring.names()}:
-            config, used = self._config.for_vm(vm), self._dom0.spool.used(vm)
+            config, (used, _) = self._config.for_vm(vm), self._dom0.spool.used(vm)
             if used + 2 * config.output_max > config.spool_bytes_max:
                 self._problem(f"no more commands are taken from {vm}: {used} bytes of results wait for it", f"start {vm}: it gets them")
             elif used > _SPOOL_FULL * config.spool_bytes_max:

@@ -46,6 +46,8 @@ _STRANGER = (
     "this is another qube than the one that got access to dom0 under the name {vm}; if it is to have access as well: in dom0, "
     "apply qvm-remote's states once more, or qvm_remote.bind {vm}"
 )
+#: Most commands of which something is kept for one VM, as a multiple of those that may wait: each takes room in memory and time, too.
+_KEPT_MAX = 16
 _NOT_WAITING = "this command is not waiting to run; nothing is ever run twice"
 _INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
@@ -275,7 +277,8 @@ class Dom0:
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
         self._rates.check(vm, config.rate)
-        if self.spool.used(vm) + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max:
+        used, kept = self.spool.used(vm)
+        if used + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max or kept >= _KEPT_MAX * config.vm_queue:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
             self._note_use(vm, request.key, config.max_age)
@@ -339,16 +342,28 @@ class Dom0:
         Returns:
             dict of id to Refused, for those that are not claimed; nothing is kept of them.
         """
-        refused, requests = {}, [request for request, _ in admitted]
+        refused = {}
+        for request, _ in admitted:
+            if request.stdin_digest:
+                # While that was fetched the request grew older.
+                self._check_still_new(request, refused)
+        admitted = [one for one in admitted if one[0].cid not in refused]
+        requests = [request for request, _ in admitted]
         try:
             self.audit.write_all([self._accepted(*one) for one in admitted], sync=True)
             claimed = self.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in requests])
         except (AuditError, LedgerError) as err:
-            return {request.cid: self._dismiss(request, Refused("storage", str(err))) for request in requests}
+            return {**refused, **{request.cid: self._dismiss(request, Refused("storage", str(err))) for request in requests}}
         for request, is_claimed in zip(requests, claimed):
             if not is_claimed:
                 refused[request.cid] = self._dismiss(request, Refused("replay", "this id was used before; nothing is ever run twice"))
         return refused
+
+    def _check_still_new(self, request, refused):
+        try:
+            check_new(self.config.for_vm(request.vm), self.ledger, request)
+        except Refused as err:
+            refused[request.cid] = self._dismiss(request, err)
 
     def _accepted(self, request, stdin_size):
         """The line for a request; what of the command has no room in it is kept beside it before."""
@@ -548,6 +563,9 @@ class Dom0:
         for vm, cid in left:
             self._finish_left(vm, cid, _INTERRUPTED, "interrupted")
         self.spool.sweep(self.ledger.open_commands())
+        for vm in self.ledger.open_counts():
+            # One that comes back in less than that is told. Others may be gone for good.
+            self.expire(vm, 2 * self.config.spool_max_age)
         self.ledger.prune(self.config.ledger_keep_days)
         self.audit.commands.prune(self.config.audit_commands_max, self.config.audit_keep_days)
         return left
@@ -612,11 +630,12 @@ class Dom0:
             key = self._signer(vm, cid, *request) if request else self._key_of(vm, cid)
         return err, _meta(key, cid, b"", err, EXIT_FAILED, "refused")
 
-    def expire(self, vm):
+    def expire(self, vm, max_age=None):
         """Give up results of a VM that waited too long.
 
         Args:
             vm: str.
+            max_age: int, seconds (default: the setting ``spool_max_age``).
 
         Returns:
             (list of cid, list of cid): those still to be delivered, oldest first, and those that were given up just now.
@@ -626,7 +645,7 @@ class Dom0:
         """
         waiting, expired = [], []
         for cid, done_at in self.ledger.undelivered(vm):
-            if time.time() - done_at <= self.config.spool_max_age:
+            if time.time() - done_at <= (max_age or self.config.spool_max_age):
                 waiting.append(cid)
                 continue
             self.close_delivery(vm, cid, "expired")

@@ -33,7 +33,7 @@ class Spool:
     def __init__(self, folder):
         self._folder = folder
         self._lock = threading.Lock()
-        #: When the bytes of each VM were counted, and how many they were.
+        #: When what is kept for each VM was counted: how many bytes they were, of how many commands.
         self._counted = {}
 
     def path(self, vm, cid, part=""):
@@ -49,35 +49,36 @@ class Spool:
         return os.path.join(self._folder, vm, cid, part) if part else os.path.join(self._folder, vm, cid)
 
     def used(self, vm):
-        """Bytes kept for a VM, as they were a moment ago: what this process admitted since is counted, what commands wrote is not.
+        """What is kept for a VM, as it was a moment ago: what this process admitted since is counted, what commands wrote is not.
 
         Returns:
-            int
+            (int, int): bytes, and of how many commands.
         """
         now = time.monotonic()
         with self._lock:
-            counted, total = self._counted.get(vm, (float("-inf"), 0))
+            counted, total, commands = self._counted.get(vm, (float("-inf"), 0, 0))
         if now - counted > _COUNT_HOLDS:
-            total = self._count(vm)
+            total, commands = self._count(vm)
             with self._lock:
-                self._counted[vm] = (now, total)
-        return total
+                self._counted[vm] = (now, total, commands)
+        return total, commands
 
     def _count(self, vm):
-        total = 0
+        total, commands = 0, -1
         for folder, _, names in os.walk(os.path.join(self._folder, vm)):
+            commands += 1
             for name in names:
                 try:
                     total += os.lstat(os.path.join(folder, name)).st_size
                 except FileNotFoundError:
                     continue
-        return total
+        return total, max(0, commands)
 
     def _count_in(self, vm, size):
         with self._lock:
             if vm in self._counted:
-                counted, total = self._counted[vm]
-                self._counted[vm] = (counted, total + size)
+                counted, total, commands = self._counted[vm]
+                self._counted[vm] = (counted, total + size, commands + 1)
 
     def sweep(self, known):
         """Remove what was left of commands that nobody knows any more: the engine died just before it claimed them, or just after

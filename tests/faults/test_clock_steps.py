@@ -5,6 +5,8 @@ and what runs goes on. See "Clocks" in docs/security.rst.
 Nobody but the kernel has a clock here, so dom0's service and the VM's client are given another one within their own processes.
 """
 
+import hashlib
+import os
 import time
 
 import pytest
@@ -138,6 +140,51 @@ def test_a_result_is_given_up_by_dom0s_clock_and_never_before_its_time_by_one_th
     assert dom0.expire("work") == ([cid], [])
     step(dom0.config.spool_max_age + 60)
     assert dom0.expire("work") == ([], [cid])
+
+
+def test_results_of_a_vm_that_never_comes_back_are_given_up_when_an_engine_starts(dom0, step):
+    request = _request()
+    cid = request[1].decode()
+    _run(dom0, request)
+    # One that comes back by then is told that its result was given up.
+    step(2 * dom0.config.spool_max_age - 60)
+    dom0.recover()
+    assert dom0.ledger.counts() == {"done": 1}
+    step(2 * dom0.config.spool_max_age + 60)
+    dom0.recover()
+    assert dom0.ledger.counts() == {"delivered": 1}
+    assert not os.path.exists(dom0.spool.path("work", cid))
+
+
+def test_a_request_grows_old_while_its_stdin_is_fetched(dom0, step):
+    cid, stdin = new_cid(), hashlib.sha256(b"stdin")
+    request = "work", cid.encode("ascii"), b"cat", make_token(KEY, "work", cid, 10, "shell", b"cat", stdin.digest())
+    admitted = dom0.admit(*request, 5)
+    writer = dom0.stdin_writer(admitted)
+    writer.write(b"stdin")
+    step(dom0.config.max_age + 5)
+    dom0.end_stdin(admitted, writer)
+    other = dom0.admit(*_request(), -1)
+    refused = dom0.claim([(admitted, 5), (other, 0)])
+    assert {name: err.code for name, err in refused.items()} == {cid: "stale"}
+    assert dom0.ledger.counts() == {"claimed": 1}
+    assert not os.path.exists(dom0.spool.path("work", cid))
+
+
+def test_a_vm_that_takes_no_results_is_refused_more_before_they_are_many(dom0):
+    """The same whatever it may run: a ping runs nothing, and leaves something all the same."""
+    most = 16 * dom0.config.vm_queue
+    for number in range(most):
+        os.makedirs(dom0.spool.path("work", f"20260101-000000-1-{number:08x}"))
+    with pytest.raises(Refused, match="too many unfinished commands and results") as caught:
+        dom0.admit(*_request(), -1)
+    assert caught.value.code == "room"
+    os.rmdir(dom0.spool.path("work", "20260101-000000-1-00000000"))
+    dom0.spool._counted.clear()
+    dom0.admit(*_request(), -1)
+    # Counted without looking again.
+    with pytest.raises(Refused, match="too many unfinished commands and results"):
+        dom0.admit(*_request(), -1)
 
 
 def test_a_ledger_made_by_a_clock_that_ran_ahead_takes_nothing_and_says_so(dom0, step):
