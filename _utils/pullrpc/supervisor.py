@@ -854,6 +854,8 @@ def _become(account, view, work):
         # What is mounted in dom0 later is seen here, and not the other way round.
         _mount(None, "/", None, _MS_REC | _MS_SLAVE)
         _mount(*view, None, _MS_BIND)
+        # Whose command lines hold what is nobody else's business. Kernels before 5.8 don't know the word, and would hide for all of dom0.
+        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=invisible")
         for path in filter(os.path.isdir, _HIDDEN):
             _mount("none", path, "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=4k,mode=0")
         os.setgroups(account["groups"])
