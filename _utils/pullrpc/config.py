@@ -36,7 +36,8 @@ _BOUNDS = {
     "poll_wait": (1, 300),
     "answer_wait": (1, 300),
     "discover_interval": (1, 3600),
-    "agentless_interval": (1, 3600),
+    # In less than the longest a qube can't be removed, made anew under its name and started, unseen between two turns.
+    "agentless_interval": (1, 10),
     "stop_grace": (0, 8),
     "memory_max": (16 * _MIB, 1 << 50),
     "tasks_max": (8, 1 << 20),
