@@ -2,6 +2,7 @@
 """Every command that the documentation shows at a prompt is typed, in the simulator, and gives what is shown below it."""
 
 import os
+import time
 
 import pytest
 import yaml
@@ -56,6 +57,9 @@ def _type(machine, where, line, shown):
     # What is to fail says so: with "; echo $?".
     assert done.returncode == 0, f"{line}\n{output}"
     assert fits(shown or "...", output), f"{line}\n{output}"
+    if where == "dom0" and "state.apply" in line:
+        # New settings reach a qube with its next session, a moment later.
+        time.sleep(3)
     if (where, line) == ("dom0", "qvm-start work"):
         # The key takes a moment, and nobody types that fast.
         machine.wait_served("work")
