@@ -23,6 +23,8 @@ _EXCERPT = 400
 #: Room for a command in a table that goes to no terminal, characters.
 _COMMAND_WIDTH = 200
 _COLUMNS = 50
+#: From here on a number is none that we wrote.
+_NUMBER_END = 1e9
 
 FITS, DIFFERS, NONE = "fits", "differs", "none"
 _PROOFS = {
@@ -270,9 +272,11 @@ def _size(path):
 
 def _number(text):
     try:
-        return float(text)
+        number = float(text)
     except (TypeError, ValueError):
         return None
+    # Whatever else stands in a file can't be counted with, or shown in a column; nan is neither more nor less than anything.
+    return number if abs(number) < _NUMBER_END else None
 
 
 def _word(text):

@@ -96,7 +96,8 @@ def _ask_for_key(fd):
     try:
         termios.tcsetattr(fd, termios.TCSAFLUSH, hidden)
         os.write(2, b"qvm-remote: the key, 64 hex digits (not shown): ")
-        return os.read(fd, 1024).strip()
+        typed = os.read(fd, 1024).strip()
     finally:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
-        os.write(2, b"\n")
+    os.write(2, b"\n")
+    return typed

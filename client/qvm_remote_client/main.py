@@ -59,16 +59,23 @@ def main(argv):
         return 128 + signal.SIGPIPE
     except OSError as err:
         return _fail(f"{err.strerror}{f': {err.filename}' if err.filename else ''}{_advice(err)}")
+    except KeyboardInterrupt:
+        # Nothing was sent, or there is nothing to take back: of a request that was, on_signals_give_up takes care.
+        return _end("\n", EXIT_INTERRUPTED)
 
 
 def _fail(text):
+    return _end(f"qvm-remote: error: {text}\n", EXIT_FAILED)
+
+
+def _end(text, exit_code):
     try:
-        sys.stderr.write(f"qvm-remote: error: {text}\n")
+        sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
         # Nobody can be told; the exit code says it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    return EXIT_FAILED
+    return exit_code
 
 
 def _advice(cause):
@@ -359,7 +366,9 @@ def on_signals_give_up(request, progress):
         os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, give_up)
+        # What our caller has us ignore, as nohup does, and a shell with what it starts in the background, is none of our business.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, give_up)
 
 
 class Waiting:

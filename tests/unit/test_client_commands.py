@@ -8,6 +8,7 @@ import pwd
 import re
 import select
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -287,6 +288,23 @@ def test_a_key_that_is_typed_is_not_shown(qube):
     assert (qube.base / "auth.key").read_text() == KEY.hex() + "\n"
 
 
+@pytest.mark.parametrize("words", [["key", "show"], ["key", "import", "--force"]])
+def test_ctrl_c_at_a_question_ends_quietly(qube, words):
+    qube.has_key()
+    main_end, client_end = os.openpty()
+    client = subprocess.Popen([*QVM_REMOTE, *words], stdin=client_end, stdout=client_end, stderr=subprocess.PIPE, env=qube.env)
+    asked = b""
+    while not asked.endswith((b"? [y/N] ", b"(not shown): ")):
+        asked += os.read(client.stderr.fileno(), 4096)
+    client.send_signal(signal.SIGINT)
+    assert (client.communicate(timeout=20)[1], client.returncode) == (b"\n", 130)
+    # What is typed next is seen again.
+    assert termios.tcgetattr(client_end)[3] & termios.ECHO
+    os.close(main_end)
+    os.close(client_end)
+    assert (qube.base / "auth.key").read_text() == KEY.hex() + "\n"
+
+
 @pytest.mark.parametrize("text", [KEY.hex(), KEY.hex().upper(), KEY.hex().upper() + "\n"])
 def test_a_key_file_of_qvm_remote_1x_serves_as_it_is(qube, text):
     qube.has_key(text)
@@ -448,6 +466,17 @@ def test_a_list_has_one_line_for_a_command_whatever_is_in_it(qube):
         assert b"\x1b" not in shown
 
 
+@pytest.mark.parametrize("number", [b"nan", b"inf", b"-inf", b"1e9999", b"9e99"])
+def test_what_is_no_number_that_we_wrote_is_not_known(qube, number):
+    qube.did_with_1x(OLD_CID, b"x")
+    folder = f"history/2025-01-02/{OLD_CID}"
+    qube.put(f"{folder}/exit", number)
+    qube.put(f"{folder}/meta", b"duration_ms=" + number)
+    assert qube.ok("history").splitlines()[1].split() == [OLD_CID.encode(), b"-", b"-", b"x"]
+    assert b"ended:    exit code None, done\n" in qube.ok("history", "show")
+    assert b"exit code None: x\n" in qube.run("status")[1]
+
+
 def test_log_goes_on_in_the_older_file(qube):
     qube.put("audit.log.1", b"".join(b"old %d\n" % n for n in range(30)))
     qube.put("audit.log", b"new 0\nnew 1\n")
@@ -488,7 +517,7 @@ def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     )
     qube.put("dom0-limits", b"timeout_max 60\n")
     found = json.loads(qube.run("status", "--json")[1])
-    assert found["problem"] == "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote"
+    assert found["problem"] == "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0"
     assert (found["connected"], found["limits"]["timeout_max"]) == (False, 60)
 
 
@@ -586,6 +615,45 @@ def test_a_cancel_is_kept_for_a_dom0_that_is_not_connected(qube):
     text = qube.ok("cancel", "0badcafe").decode()
     assert text == f"{CID} is taken back; if dom0 runs it, it is told to kill it as soon as it connects to this qube\n"
     assert os.listdir(qube.base / "queue" / "pending") == [f"{CID}.cancel"]
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("words", "begun"), [([], "queue/pending"), (["cancel", "0badcafe"], f"queue/pending/{CID}.cancel")])
+def test_ctrl_c_where_nothing_is_sent_ends_quietly(qube, words, begun):
+    qube.has_key()
+    if words:
+        qube.ok("queue", "make")
+        qube.put(f"queue/running/{CID}", b"x")
+    # A dom0 that is connected, and does nothing.
+    with open(qube.put("agent.lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        client = subprocess.Popen([*QVM_REMOTE, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+        _wait(lambda: (qube.base / begun).exists())
+        client.send_signal(signal.SIGINT)
+        out, err = client.communicate(timeout=20)
+    assert (client.returncode, out, err) == (130, b"", b"\n")
+
+
+def test_a_signal_that_the_caller_ignores_is_ignored(qube):
+    qube.has_key()
+    # As nohup does, and a shell with what it starts in the background.
+    shell = ["sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", *QVM_REMOTE, "-n", "true"]
+    client = subprocess.Popen(shell, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=qube.env)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    # Of several, the lowest number is looked at first.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        client.send_signal(number)
+    assert client.wait(20) == 128 + signal.SIGTERM
+    client.stderr.close()
+
+
+def _wait(is_so):
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 # Disks, readers, locales
