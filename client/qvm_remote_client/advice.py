@@ -76,9 +76,9 @@ def trouble_on_the_way(queue):
     if not os.path.exists(queue.limits) and not os.path.exists(queue.seen):
         return (
             f"dom0 has never looked into this qube; have it authorized and the service started, in dom0: "
-            f"{_AUTHORIZE} {vm_name()}; sudo systemctl start qvm-remote"
+            f"{_AUTHORIZE} {vm_name()}; sudo qubesctl state.apply qvm-remote.dom0"
         )
-    return "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote"
+    return "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0"
 
 
 def authorize_again():

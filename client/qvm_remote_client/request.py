@@ -336,9 +336,12 @@ class Request:
         return os.path.exists(self._queue.results(f"{self.cid}.exit"))
 
     def _check_patience(self, taken, waited, unconnected):
-        if self._patience is not None and waited > self._patience:
-            self.give_up()
-            raise NoAnswer(f"dom0 did not answer within {self._patience} s; the request was taken back")
+        if self._patience is not None:
+            # Whoever says how long waits no shorter, whatever is wrong.
+            if waited > self._patience:
+                self.give_up()
+                raise NoAnswer(f"dom0 did not answer within {self._patience} s; the request was taken back")
+            return
         if not taken and unconnected > _CONNECT_WAIT:
             self.give_up()
             if connected(self._queue):
@@ -346,7 +349,7 @@ class Request:
                 raise NoResult("dom0 connected in the very moment when the request was taken back; it is asked to cancel it, but the command may have run")
             raise NoResult(
                 f"dom0 has not connected to this qube for {_CONNECT_WAIT} s; the request was taken back and does not run any more. "
-                "Is qvm-remote running in dom0 (sudo systemctl start qvm-remote), and this qube authorized there? See: qvm-remote ping"
+                "Is qvm-remote running in dom0 (sudo qubesctl state.apply qvm-remote.dom0), and this qube authorized there? See: qvm-remote ping"
             )
         if not taken and waited > _CONNECT_WAIT:
             max_wait = limits(self._queue)["max_age"] + _CONNECT_WAIT

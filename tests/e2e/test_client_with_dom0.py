@@ -171,10 +171,10 @@ def test_a_script_under_set_e_and_cron_has_the_exit_code_and_nothing_else(dom0):
 
 def test_without_dom0_ping_says_so_and_takes_its_request_back(dom0):
     dom0.stop_engine()
-    _fails(dom0.remote("ping", "-t", "1"), "dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote\n")
+    _fails(dom0.remote("ping", "-t", "1"), "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0\n")
     done = dom0.remote("status")
     assert done.returncode == 1
-    assert b"problem:  dom0 is not connected to this qube; in dom0: sudo systemctl start qvm-remote\n" in done.stdout
+    assert b"problem:  dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0\n" in done.stdout
     assert dom0.vm("work", "sh", "-c", "ls .qvm-remote/queue/pending | grep -v cancel").stdout == b""
     dom0.start_engine()
 
@@ -184,7 +184,7 @@ def test_a_qube_that_dom0_never_looked_into_is_told_how_to_begin(vm):
     _fails(
         vm("qvm-remote ping -t 1"),
         "dom0 has never looked into this qube; have it authorized and the service started, in dom0: ",
-        "sudo qvm-remote-dom0 authorize --from-vm stranger; sudo systemctl start qvm-remote\n",
+        "sudo qvm-remote-dom0 authorize --from-vm stranger; sudo qubesctl state.apply qvm-remote.dom0\n",
     )
     assert vm("ls .qvm-remote/queue/pending | grep -v cancel; ls .qvm-remote/queue/results").stdout == b""
 

@@ -82,3 +82,13 @@ def test_a_client_that_takes_its_request_back_says_that_it_does_not_run_only_if_
     with open(queue.agent_lock, "w", encoding="ascii") as agent:
         fcntl.flock(agent, fcntl.LOCK_SH)
         assert "may have run" in give_up()
+
+
+def test_a_client_that_says_how_long_it_waits_waits_no_shorter_without_dom0(queue):
+    request = requests.Request(queue, "ping", b"ping", 5, patience=900)
+    request.submit()
+    for taken in (False, True):
+        request._check_patience(taken, 899.0, 899.0)
+    with pytest.raises(requests.NoAnswer):
+        request._check_patience(False, 901.0, 901.0)
+    assert not os.path.exists(queue.pending(request.cid))
