@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The MCP server of the examples: driven by the official client, it runs in a VM for which dom0 has the example's rules."""
 
+import asyncio
 import contextlib
 import datetime
 import io
@@ -126,6 +127,16 @@ def test_what_the_user_reads_is_as_the_readme_shows_it():
     request = Request("agent", cid, "", None, "steps", 120, None, b"", b"", steps=tuple(steps), by=decision.rule, asks=True)
     assert (len(steps), decision.asks) == (3, True)
     assert text_of(request, "root", 120) == shown
+
+
+def test_a_ping_does_not_wait_for_as_long_as_a_command_may_run(tmp_path, monkeypatch):
+    program = tmp_path / "qvm-remote"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.syspath_prepend(_FOLDER)
+    from qvm_remote_mcp.remote import Dom0
+
+    assert asyncio.run(Dom0(120, str(program)).ping()) == "-q ping"
 
 
 def test_tools_that_look_are_told_apart_from_those_that_change(agent):

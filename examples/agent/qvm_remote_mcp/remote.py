@@ -37,6 +37,7 @@ class Dom0:
 
     def __init__(self, timeout, program="qvm-remote"):
         self._timeout = timeout
+        self._limit = ("-t", str(timeout))
         self._program = program
         self._has_rules = False
 
@@ -53,7 +54,7 @@ class Dom0:
             RemoteError
         """
         await self._require_rules()
-        return self._output(await self._start("-n", "--exec", "--", *argv), argv[0])
+        return self._output(await self._start(*self._limit, "-n", "--exec", "--", *argv), argv[0])
 
     async def run_script(self, text):
         """Run a script of single commands, one on each line, which dom0 judges as a whole.
@@ -68,7 +69,7 @@ class Dom0:
             RemoteError
         """
         await self._require_rules()
-        return self._output(await self._start(data=text.encode("utf-8")), "the plan")
+        return self._output(await self._start(*self._limit, data=text.encode("utf-8")), "the plan")
 
     async def ping(self):
         """See whether dom0 is there, and takes this qube's key.
@@ -79,13 +80,14 @@ class Dom0:
         Raises:
             RemoteError
         """
+        # Without our limit, which a command may need, and a dom0 that does not answer would be waited for.
         return self._output(await self._start("ping"), "ping").strip()
 
     async def _require_rules(self):
         """Be no way to a dom0 that lets this qube do anything: what a plan promises would not be so there."""
         if self._has_rules:
             return
-        done = await self._start("-n", "--", _NEEDS_SHELL)
+        done = await self._start(*self._limit, "-n", "--", _NEEDS_SHELL)
         if done.returncode == 0:
             raise RemoteError(
                 "dom0 has no rules for this qube: it may run anything there, and nobody is asked. This server does nothing with that. "
@@ -96,7 +98,7 @@ class Dom0:
         self._has_rules = True
 
     async def _start(self, *words, data=None):
-        argv = [self._program, "-q", "-t", str(self._timeout), *words]
+        argv = [self._program, "-q", *words]
         try:
             # Our own stdin is the agent's: no child may read it.
             process = await asyncio.create_subprocess_exec(*argv, stdin=DEVNULL if data is None else PIPE, stdout=PIPE, stderr=PIPE)
