@@ -298,7 +298,7 @@ def _pillar_key(vm):
 
 
 def explain(vm, command, config=None):
-    """Say whether a VM's policy lets it run a command, which rule decides, and as whom it would run.
+    """Say whether a VM could have a command run now (it has a key, its access has not ended, its policy lets it), and as whom.
 
     Args:
         vm: name of the VM.
@@ -310,7 +310,7 @@ def explain(vm, command, config=None):
         of lists for a script of several lines; None where a shell reads it), ``as`` (dom0's user that would run it).
 
     Raises:
-        CommandExecutionError: the VM's name or the settings can't be used, or the VMs of a tag can't be listed.
+        CommandExecutionError: the VM's name or the settings can't be used, or the ledger or the VMs of a tag can't be read.
 
     CLI Example:
 
@@ -319,9 +319,9 @@ def explain(vm, command, config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
     with _told():
-        own = _dom0(config).config.for_vm(pullrpc.ids.check_vm_name(vm))
-        shown = pullrpc.policy.explain(own.policy_in_force, command, pullrpc.transport.vms_with_tag)
-        return {**shown, "as": pullrpc.accounts.describe_account(own.run_as)}
+        dom0 = _dom0(config)
+        shown = pullrpc.rehearsal.explain(dom0, pullrpc.ids.check_vm_name(vm), command)
+        return {**shown, "as": pullrpc.accounts.describe_account(dom0.config.for_vm(vm).run_as)}
 
 
 def access(vm, config=None):

@@ -1,23 +1,53 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What would be run if the queues of all running VMs were served now. Nothing is taken, claimed or run: a command that lies
-there lies there afterwards.
+"""What would be run if it was asked for, or if the queues of all running VMs were served now. Nothing is taken, claimed or run:
+a command that lies there lies there afterwards.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+from . import policy
 from .aio import run
 from .audit_read import shown
-from .errors import FrameError, PullError, Refused
+from .errors import FrameError, KeyringError, PullError, Refused
+from .gate import Request, check_policy
 from .ids import check_cid
 from .lock import EngineLock
 from .provision import open_session
 from .session import ITEMS_MAX
 from .tokens import TOKEN_MAX
-from .transport import running_vms, uuids
+from .transport import running_vms, uuids, vms_with_tag
 from .validate import check_size
 
 #: Most characters of a command that are shown.
 _COMMAND_SHOWN = 1000
+
+
+def explain(dom0, vm, command):
+    """Say whether a VM could have a command run now: it has a key, its access has not ended, and its policy lets it.
+
+    Args:
+        dom0: Dom0.
+        vm: str, a checked name.
+        command: as for :func:`pullrpc.policy.explain`.
+
+    Returns:
+        dict, as from :func:`pullrpc.policy.explain`; the reason is that of the first that does not let it.
+
+    Raises:
+        PullError: the VMs of a tag can't be listed, or the ledger can't be read.
+    """
+    config = dom0.config.for_vm(vm)
+    try:
+        dom0.keyring.accepted(vm, config.max_age)
+        if config.until:
+            # What every policy has in common: only that it may be over is looked for.
+            any_request = Request(vm, "", "", None, "shell", config.timeout_max, b"", b"", b"")
+            check_policy(dataclasses.replace(config, policy=policy.FULL), dom0.ledger, vms_with_tag, any_request)
+    except (KeyringError, Refused) as refused:
+        return {"allowed": False, "asks": False, "reason": str(refused), "rule": "", "words": None}
+    return policy.explain(config.policy_in_force, command, vms_with_tag)
 
 
 def rehearse(dom0):

@@ -65,6 +65,17 @@ def test_verify_believes_the_token_and_nothing_else(loaders, settings, key):
     assert (other["verified"], other["code"]) == (False, "key")
 
 
+def test_explain_says_first_that_a_vm_has_no_key_or_that_its_access_has_ended(loaders, settings, key):
+    explain = loaders.modules.qvm_remote.explain
+    assert explain("work", "ls", config=settings)["allowed"] is False
+    loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
+    assert explain("dev", "ls", config=settings)["reason"] == "dom0 has no key for dev"
+    shown = explain("work", "ls", config=settings)
+    assert (shown["allowed"], shown["as"]) == (True, "root")
+    shown = explain("work", "ls", config={**settings, "vms": {"work": {"until": 1767225600}}})
+    assert (shown["allowed"], shown["asks"], shown["reason"]) == (False, False, "this qube's access to dom0 ended at 2026-01-01T00:00:00Z")
+
+
 def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, settings, key):
     loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
     cid = new_cid()
