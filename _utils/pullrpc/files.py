@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Small files, written whole and read with a bound. Used on both sides.
+"""Small files, written whole and read with a bound, and the standard streams of a program. Used on both sides.
 
 Every file appears by rename: whoever sees a name sees all of its content.
 """
 
 import errno
 import os
+import sys
 
 from .errors import PullError
 
@@ -152,6 +153,25 @@ def read_bounded(path, limit):
     if len(data) > limit:
         raise PullError(f"{os.path.basename(path)} is longer than {limit} bytes")
     return data
+
+
+def open_closed_streams():
+    """Open the standard streams that we were started without on /dev/null, so that no other file takes their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            file = open(os.devnull, mode)  # noqa: SIM115
+            # What we start is to have it, too.
+            os.set_inheritable(file.fileno(), True)
+            setattr(sys, name, file)
+
+
+def discard_stream(number):
+    """Have what is written to a standard stream, now and when the program ends, go nowhere: it can't be written.
+
+    Args:
+        number: int.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def knock(path):

@@ -12,7 +12,7 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError
-from pullrpc.files import write_fully
+from pullrpc.files import discard_stream, open_closed_streams, write_fully
 from pullrpc.layout import Queue
 
 from . import request as requests
@@ -46,7 +46,7 @@ def main(argv):
     Returns:
         int, the exit code.
     """
-    _open_closed_streams()
+    open_closed_streams()
     try:
         exit_code = _dispatch(argv)
         sys.stdout.flush()
@@ -55,7 +55,7 @@ def main(argv):
         return _fail(f"{err}{_advice(err.__cause__)}")
     except BrokenPipeError:
         # Whoever read our output went away: end as a program killed by SIGPIPE does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_stream(1)
         return 128 + signal.SIGPIPE
     except OSError as err:
         return _fail(f"{err.strerror}{f': {err.filename}' if err.filename else ''}{_advice(err)}")
@@ -74,7 +74,7 @@ def _end(text, exit_code):
         sys.stderr.flush()
     except OSError:
         # Nobody can be told; the exit code says it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        discard_stream(2)
     return exit_code
 
 
@@ -84,13 +84,6 @@ def _advice(cause):
     from .advice import advice
 
     return advice(cause)
-
-
-def _open_closed_streams():
-    """Have no file of the queue take the number of a standard stream that we were started without."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _keep_out_of_dumps():

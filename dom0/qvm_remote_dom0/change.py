@@ -9,7 +9,7 @@ from pullrpc.ids import check_vm_name
 
 from . import show
 from .salt import call
-from .usage import UsageError
+from .usage import UsageError, checked
 
 #: A key and a newline; one byte more shows that it is too long.
 _KEY_READ_MAX = 66
@@ -22,7 +22,7 @@ dom0: whoever controls such a qube, or its key, controls this whole machine, wit
 
 def authorize(options):
     """Store a key, from stdin or from the qube."""
-    vm = check_vm_name(options.vm)
+    vm = checked(check_vm_name, options.vm)
     if options.key is not None:
         raise UsageError(
             "no key is taken from the command line, where process lists and shell histories have it (this one does by now: make another); "
@@ -44,7 +44,7 @@ def _read_key(vm):
 
 def revoke(options):
     """Remove a key."""
-    vm = check_vm_name(options.vm)
+    vm = checked(check_vm_name, options.vm)
     if not call("revoke", vm, config_dir=options.config_dir):
         raise PullError(f"{vm} has no key")
     _say(f"{vm} has no key any more; pillar may give it another with the next apply, unless it says there: vms: {vm}: state: absent")
@@ -53,7 +53,7 @@ def revoke(options):
 
 def rotate(options):
     """Change a key."""
-    vm = check_vm_name(options.vm)
+    vm = checked(check_vm_name, options.vm)
     rotated = call("rotate", vm, config_dir=options.config_dir)
     if "problem" in rotated:
         raise PullError(rotated["problem"])
@@ -67,7 +67,7 @@ def enable(options):
     if not options.accept_risk:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise PullError("nobody is there to be asked; a script that is to enable the service says: enable --accept-risk")
-        sys.stdout.write(_RISK)
+        show.put(_RISK)
         if input("Type yes to accept this: ").strip() != "yes":
             raise PullError("not enabled; nothing was changed")
     return _say_done(call("enable", accept_risk=True))
@@ -92,4 +92,4 @@ def once(options):
 
 
 def _say(*lines):
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    show.put("".join(f"{line}\n" for line in lines))

@@ -9,23 +9,25 @@ import time
 import yaml
 from pullrpc import doctor as checks
 from pullrpc.audit_read import history as read_history
+from pullrpc.audit_read import moment
 from pullrpc.audit_tail import follow
 from pullrpc.config import engine_settings
 from pullrpc.dom0 import shared
 from pullrpc.errors import PullError
 from pullrpc.ids import check_vm_name
 from pullrpc.overview import overview
-from pullrpc.policy import explain as explain_policy
+from pullrpc.rehearsal import explain as explain_now
 from pullrpc.rehearsal import rehearse as rehearse_all
-from pullrpc.transport import vms_with_tag
 
 from . import show
-from .usage import UsageError
+from .usage import UsageError, checked
+from .verbs import OUTCOMES
 
 #: How often a table is made anew, and a log looked at, seconds.
 _WATCH_EVERY, _TAIL_EVERY = 2.0, 0.2
 #: From this many columns on, a table has room for a qube's last command, too.
 _WIDE = 120
+_EXIT_MAX = 255
 #: Clears the rest of a line, and all below: what stood there goes without a flicker.
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
@@ -88,12 +90,11 @@ def status(options):
         return 0
     if options.json or not sys.stdout.isatty():
         raise UsageError("--watch draws on a terminal; programs call 'status --json' again and again")
-    sys.stdout.write(_HOME + _CLEAR_BELOW)
+    show.put(_HOME + _CLEAR_BELOW)
     while True:
         size = shutil.get_terminal_size()
         lines = [show.now(), *_status_lines(overview(dom0), size.columns)][: size.lines - 1]
-        sys.stdout.write(_HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in lines) + _CLEAR_BELOW)
-        sys.stdout.flush()
+        show.put(_HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in lines) + _CLEAR_BELOW, now=True)
         time.sleep(_WATCH_EVERY)
 
 
@@ -140,20 +141,20 @@ def _last(one):
 
 def tail(options):
     """Follow the audit log."""
-    vm = options.vm and check_vm_name(options.vm)
+    vm = checked(check_vm_name, options.vm)
     config = _dom0(options).config
     for line in follow(config.audit_log, options.lines, lambda: time.sleep(_TAIL_EVERY), vm):
         if options.json:
             show.as_json_line(line)
         else:
-            sys.stdout.write(show.event(line) + "\n")
-        sys.stdout.flush()
+            show.put(show.event(line) + "\n")
+        show.put(now=True)
 
 
 def history(options):
     """List commands."""
-    vm = options.vm and check_vm_name(options.vm)
-    found = read_history(_dom0(options).config.audit_log, vm, options.since, options.outcome, options.limit)
+    vm, since, outcome = checked(check_vm_name, options.vm), checked(moment, options.since), checked(_check_outcome, options.outcome)
+    found = read_history(_dom0(options).config.audit_log, vm, since, outcome, options.limit)
     if options.json:
         show.as_json(found)
         return 0
@@ -166,14 +167,19 @@ def history(options):
     return 0
 
 
+def _check_outcome(word):
+    if word not in OUTCOMES and not (word.isascii() and word.isdigit() and int(word[:4]) <= _EXIT_MAX):
+        raise PullError(f"--outcome takes {', '.join(OUTCOMES)}, or an exit code")
+
+
 def explain(options):
-    """Say what a policy says."""
-    dom0 = _dom0(options)
+    """Say whether a qube could have a command run, and why."""
+    vm = checked(check_vm_name, options.vm)
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not words:
         raise UsageError("say which command: qvm-remote-dom0 explain VM COMMAND")
     command = words if options.exec else " ".join(words)
-    found = explain_policy(dom0.config.for_vm(check_vm_name(options.vm)).policy_in_force, command, vms_with_tag)
+    found = explain_now(_dom0(options), vm, command)
     if options.json:
         show.as_json(found)
     else:
@@ -206,7 +212,7 @@ def doctor(options):
 
 
 def _print(lines):
-    sys.stdout.write("".join(line + "\n" for line in lines))
+    show.put("".join(line + "\n" for line in lines))
 
 
 def _width():

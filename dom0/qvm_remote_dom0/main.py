@@ -8,8 +8,9 @@ import sys
 
 from pullrpc import __version__
 from pullrpc.errors import PullError
+from pullrpc.files import discard_stream, open_closed_streams
 
-from . import change
+from . import change, show
 from .usage import UsageError
 from .verbs import EXIT_CODES, OPTIONS, PROGRAM, SUMMARY, VERBS
 
@@ -29,27 +30,44 @@ def main(argv):
     Returns:
         int, the exit code.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # Whatever a command's text has that this terminal's character set has not.
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")
-    parser = make_parser()
-    options = parser.parse_args(argv)
+        stream.reconfigure(errors="backslashreplace")
     try:
-        exit_code = _do(parser, options)
-        sys.stdout.flush()
+        exit_code = _do(argv)
+        show.put(now=True)
         return exit_code
-    except (PullError, OSError) as err:
-        if isinstance(err, BrokenPipeError):
-            # Whoever read our output went away: end as a program killed by SIGPIPE does.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 128 + signal.SIGPIPE
-        text = f"{err.filename}: {err.strerror}" if isinstance(err, OSError) and err.filename else str(err)
-        sys.stderr.write(f"{PROGRAM}: error: {text}\n")
-        return _USAGE if isinstance(err, UsageError) else _FAILED
+    except BrokenPipeError:
+        # Whoever read our output went away: end as a program killed by SIGPIPE does.
+        discard_stream(1)
+        return 128 + signal.SIGPIPE
+    except UsageError as err:
+        return _end(f"{PROGRAM}: error: {err}\n", _USAGE)
+    except PullError as err:
+        return _end(f"{PROGRAM}: error: {err}\n", _FAILED)
+    except OSError as err:
+        return _end(f"{PROGRAM}: error: {f'{err.filename}: {err.strerror}' if err.filename else err}\n", _FAILED)
     except (KeyboardInterrupt, EOFError):
-        sys.stderr.write("\n")
-        return _INTERRUPTED
+        return _end("\n", _INTERRUPTED)
+
+
+def _end(text, exit_code):
+    for number, stream, more in ((1, sys.stdout, ""), (2, sys.stderr, text)):
+        try:
+            stream.write(more)
+            stream.flush()
+        except OSError:
+            # The exit code says it. Python would try once more when it ends, and complain.
+            discard_stream(number)
+    return exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all of this command does."""
+
+    def error(self, message):
+        raise UsageError(f"{' '.join(message.split())}; see: {self.prog} --help")
 
 
 def make_parser():
@@ -58,7 +76,7 @@ def make_parser():
     Returns:
         argparse.ArgumentParser
     """
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=SUMMARY, epilog=EXIT_CODES, **_EXACT)
+    parser = _Parser(prog=PROGRAM, description=SUMMARY, epilog=EXIT_CODES, **_EXACT)
     for option in OPTIONS:
         _add(parser, option)
     commands = parser.add_subparsers(dest="verb", metavar="VERB")
@@ -92,7 +110,13 @@ def _number(text):
     return int(text)
 
 
-def _do(parser, options):
+def _do(argv):
+    parser = make_parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as ended:
+        # It has shown help, or the version.
+        return ended.code
     if options.verb is None and not options.once:
         parser.error("say what to do: a verb, or --once; --help lists them")
     if options.verb is not None and (options.once or options.dry_run):

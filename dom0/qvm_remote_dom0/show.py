@@ -5,9 +5,31 @@ import json
 import sys
 import time
 
+from pullrpc.errors import PullError
+
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"))
 #: Room between columns.
 _GAP = "  "
+
+
+def put(text="", now=False):
+    """Print.
+
+    Args:
+        text: str.
+        now: bool, let nothing of it wait.
+
+    Raises:
+        PullError: it can't be written; BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text)
+        if now:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        raise PullError(f"the output can't be written: {err.strerror}") from None
 
 
 def as_json(data):
@@ -16,7 +38,7 @@ def as_json(data):
     Args:
         data: JSON data.
     """
-    sys.stdout.write(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    put(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def as_json_line(data):
@@ -25,7 +47,7 @@ def as_json_line(data):
     Args:
         data: JSON data.
     """
-    sys.stdout.write(json.dumps(data) + "\n")
+    put(json.dumps(data) + "\n")
 
 
 def table(titles, rows, width=None):

@@ -5,7 +5,9 @@ import dataclasses
 
 PROGRAM = "qvm-remote-dom0"
 SUMMARY = "Manage in dom0 which qubes may command it, and see what they had it do."
-EXIT_CODES = "exit codes: 0 done; 1 it failed, was refused, or something is wrong; 2 wrong usage; 130 interrupted"
+EXIT_CODES = "exit codes: 0 done; 1 it failed, was refused, or something is wrong; 2 wrong usage; 130 interrupted; 141 the reader of the output went away"
+#: How a command may be, or have ended.
+OUTCOMES = ("done", "timeout", "cancelled", "interrupted", "failed", "refused", "accepted", "running")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ VERBS = (
         (
             _ANY_VM,
             Option(("--since",), "not older: 2026-11-24, 2026-11-24T18:00:00Z, or 15m, 2h, 7d for so long ago", "TIME"),
-            Option(("--outcome",), "done, timeout, cancelled, interrupted, failed, refused, accepted, running, or an exit code", "WORD"),
+            Option(("--outcome",), f"{', '.join(OUTCOMES)}, or an exit code", "WORD"),
             Option(("-n", "--limit"), "at most so many, the newest ones (default: 20)", "N", 20),
             _JSON,
         ),
@@ -109,7 +111,7 @@ VERBS = (
     ),
     Verb(
         "explain",
-        "would its policy let a qube run a command, and by which rule (exit code 1 if not)",
+        "could a qube have a command run now, and by which rule of its policy (exit code 1 if not)",
         (
             _VM,
             Option(("command",), "the command line; several words are joined by spaces", "COMMAND", count="..."),

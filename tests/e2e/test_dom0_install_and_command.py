@@ -235,9 +235,9 @@ def test_the_same_once_more_changes_no_file(machine):
     [
         (["status", "--watch"], 2, "--watch draws on a terminal"),
         (["explain", "work"], 2, "say which command"),
-        (["history", "--since", "soon"], 1, "a time looks like"),
-        (["history", "a b"], 1, "not a VM's name"),
-        (["revoke", "../x"], 1, "not a VM's name"),
+        (["history", "--since", "soon"], 2, "a time looks like"),
+        (["history", "a b"], 2, "not a VM's name"),
+        (["revoke", "../x"], 2, "not a VM's name"),
         (["--config-dir", "/nowhere", "status"], 1, "not set up here"),
         (["enable"], 1, "nobody is there to be asked"),
     ],

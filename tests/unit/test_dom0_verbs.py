@@ -7,11 +7,35 @@ import subprocess
 import sys
 
 import pytest
+from pullrpc.files import write_whole
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.join(_ROOT, "dom0"))
 
 from qvm_remote_dom0 import change, look, main, verbs  # noqa: E402
+
+_COMMAND = [sys.executable, "-I", os.path.join(_ROOT, "dom0", "qvm-remote-dom0")]
+_MINION = """\
+engines:
+  - qvm_remote:
+      key_dir: {0}/qvm-remote-keys
+      state_dir: {0}/qvm-remote
+      run_dir: {0}/qvm-remote-run
+      audit_log: {0}/audit.log
+      syslog: false
+      vms: {{guest: {{until: 1767225600}}}}
+"""
+
+
+def _run(*words):
+    return subprocess.run([*_COMMAND, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+@pytest.fixture
+def config_dir(tmp_path):
+    """The configuration of a service that keeps everything in a folder of this test."""
+    (tmp_path / "minion").write_text(_MINION.format(tmp_path))
+    return str(tmp_path)
 
 
 def _functions_of_the_module():
@@ -27,9 +51,7 @@ def test_each_verb_is_done_and_can_be_done_by_salt(verb):
 
 @pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
 def test_the_help_of_each_verb_has_its_options(verb, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main.main([verb.name, "--help"])
-    assert ended.value.code == 0
+    assert main.main([verb.name, "--help"]) == 0
     shown = capsys.readouterr().out
     words = shown.replace("[", " ").replace("]", " ").split()
     for option in verb.options:
@@ -39,8 +61,7 @@ def test_the_help_of_each_verb_has_its_options(verb, capsys):
 
 
 def test_help_lists_all_verbs(capsys):
-    with pytest.raises(SystemExit):
-        main.main(["--help"])
+    assert main.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n    {verb.name} " in shown for verb in verbs.VERBS)
 
@@ -56,16 +77,59 @@ def test_help_lists_all_verbs(capsys):
         (["--dry-run"], "say what to do"),
         (["tail", "-n", "many"], "must be a number"),
         (["tail", "-n", "0"], "must be a number"),
+        (["tail", "a\nb", "c\nd"], "unrecognized arguments: c d"),
+        (["tail", "@@"], "not a VM's name"),
+        (["history", "@@"], "not a VM's name"),
+        (["history", "--since", "bogus"], "a time looks like"),
+        (["history", "--outcome", "bogus"], "--outcome takes done, timeout"),
+        (["history", "--outcome", "256"], "or an exit code"),
+        (["explain", "dom0", "ls"], "not a VM's name"),
+        (["explain", "work"], "say which command"),
+        (["revoke", "../x"], "not a VM's name"),
     ],
 )
-def test_wrong_usage_is_one_line_after_the_usage(words, line, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main.main(words)
-    assert ended.value.code == 2
-    shown = capsys.readouterr()
-    said = shown.err.splitlines()
-    assert (shown.out, line in said[-1]) == ("", True)
-    assert all(text.startswith(("usage: ", " ")) for text in said[:-1])
+def test_wrong_usage_is_one_line(words, line):
+    done = _run(*words)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert line in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", [*verbs.OUTCOMES, "0", "255"])
+def test_what_the_help_of_outcome_lists_is_taken(word, config_dir):
+    assert _run("--config-dir", config_dir, "history", "--outcome", word).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "line"),
+    [
+        ('"$@" keys >&-', 0, None),
+        ('"$@" keys > /dev/full', 1, "the output can't be written: No space left on device"),
+        ('"$@" --help > /dev/full', 1, "the output can't be written: No space left on device"),
+        ('"$@" keys --wat 2> /dev/full', 2, None),
+        ('"$@" enable <&-', 1, "nobody is there to be asked"),
+        ('"$@" authorize work <&-', 1, "salt-call can't be started"),
+        ('"$@" authorize work <&- >&- 2>&-', 1, None),
+        ('(/bin/sleep 0.5; "$@" --help) | true; exit "${PIPESTATUS[0]}"', 141, None),
+    ],
+)
+def test_a_standard_stream_that_is_closed_or_full_is_one_line(script, code, line, config_dir):
+    words = ["/bin/bash", "-c", script, "bash", *_COMMAND, "--config-dir", config_dir]
+    # There is no Salt.
+    done = subprocess.run(words, env={"PATH": "/nowhere"}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert [line in text for text in done.stderr.decode().splitlines()] == ([True] if line else [])
+
+
+def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_dir):
+    keys = os.path.join(config_dir, "qvm-remote-keys")
+    os.mkdir(keys, 0o700)
+    for vm in ("work", "guest"):
+        write_whole(os.path.join(keys, f"{vm}.key"), os.urandom(32).hex().encode())
+    for vm, said in (("work", "allowed: "), ("guest", "refused: this qube's access to dom0 ended at 2026-01-01T00:00:00Z\n"), ("nosuch", "refused: ")):
+        done = _run("--config-dir", config_dir, "explain", vm, "ls")
+        assert done.stdout.decode().startswith(said)
+        assert done.returncode == (0 if vm == "work" else 1)
 
 
 @pytest.mark.parametrize(

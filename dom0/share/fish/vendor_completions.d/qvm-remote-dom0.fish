@@ -65,7 +65,7 @@ complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a disable -d 'stop
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a status -d 'show the qubes: session and its age, key, policy, counts, times, the last command'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a tail -d 'follow the audit log, until Ctrl-C'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a history -d 'list commands, one row for each'
-complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a explain -d 'would its policy let a qube run a command, and by which rule (exit code 1 if not)'
+complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a explain -d 'could a qube have a command run now, and by which rule of its policy (exit code 1 if not)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a doctor -d 'examine the whole installation, and say what to type where something is wrong (exit code 1 then)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" -1' -l from-vm -d 'fetch the key from the qube, where \'qvm-remote key gen\' made it'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" -1' -s h -l help -d 'show its help'
