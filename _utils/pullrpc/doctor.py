@@ -15,6 +15,7 @@ import subprocess
 import time
 
 from . import __version__, audit_read, ledger_report, note
+from .accounts import describe_account
 from .audit_tail import recent
 from .config import digest, engine_settings, make_config
 from .dom0 import shared
@@ -152,7 +153,7 @@ class _Examination:
         """Can VMs be reached."""
         for program in {self._config.qvm_run, self._config.qvm_ls}:
             if shutil.which(program) is None:
-                self._problem(f"{program} is not found through PATH", "dnf install qubes-core-admin-client; or set engine: qvm_run, qvm_ls in pillar")
+                self._problem(f"{program} is not found through PATH", "qubes-dom0-update qubes-core-admin-client; or set engine: qvm_run, qvm_ls in pillar")
         self._running = running_vms(self._config)
         self._ok(f"{self._config.transport} works; {len(self._running)} VMs run")
 
@@ -198,7 +199,8 @@ class _Examination:
         ended = [vm for vm in vms if 0 < self._config.for_vm(vm).until <= time.time()]
         if full:
             mend = f"in pillar: qvm-remote: vms: {full[0]}: policy: ..., or for all: default_policy: none"
-            self._note(f"may run anything in dom0, as root (policy: full): {', '.join(full)}", mend)
+            named = [f"{vm} as {describe_account(self._config.for_vm(vm).run_as)}" for vm in full]
+            self._note(f"may run anything in dom0 (policy: full): {', '.join(named)}", mend)
         if ended:
             self._note(f"the access has ended of: {', '.join(ended)}", f"qvm-remote-dom0 revoke {ended[0]}; or another until in pillar")
         self._ok("no VM may run whatever it likes")
@@ -269,7 +271,7 @@ class _Examination:
         """Is the audit log rotated."""
         path = "/etc/logrotate.d/qvm-remote"
         if not os.path.exists(path):
-            self._note(f"there is no {path}: the audit log grows on", f"dnf install logrotate; {_APPLY}.dom0")
+            self._note(f"there is no {path}: the audit log grows on", f"qubes-dom0-update logrotate; {_APPLY}.dom0")
         self._ok(f"{path} is there")
 
 

@@ -2,6 +2,7 @@
 """The command lines of qvm-remote-dom0 and install-dom0.sh: each verb is done somewhere, and by a function of the module as well."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,9 @@ engines:
       run_dir: {0}/qvm-remote-run
       audit_log: {0}/audit.log
       syslog: false
-      vms: {{guest: {{until: 1767225600}}}}
+      qvm_run: no-qvm-run
+      qvm_ls: no-qvm-ls
+      vms: {{guest: {{until: 1767225600}}, dev: {{run_as: nobody}}}}
 """
 
 
@@ -121,11 +124,25 @@ def test_a_standard_stream_that_is_closed_or_full_is_one_line(script, code, line
     assert [line in text for text in done.stderr.decode().splitlines()] == ([True] if line else [])
 
 
-def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_dir):
+def _give_keys(config_dir, *vms):
     keys = os.path.join(config_dir, "qvm-remote-keys")
     os.mkdir(keys, 0o700)
-    for vm in ("work", "guest"):
+    for vm in vms:
         write_whole(os.path.join(keys, f"{vm}.key"), os.urandom(32).hex().encode())
+
+
+def test_doctor_names_what_a_dom0_without_a_network_has_and_as_whom_a_qube_may_run_anything(config_dir):
+    _give_keys(config_dir, "work", "dev")
+    found = json.loads(_run("--config-dir", config_dir, "doctor", "--json").stdout)
+    (text,) = (one["text"] for one in found if one["part"] == "policy")
+    assert text == "may run anything in dom0 (policy: full): dev as nobody, work as root"
+    mends = [one["mend"] for one in found if one["part"] in ("transport", "logrotate")]
+    assert any(mend.startswith("qubes-dom0-update qubes-core-admin-client; ") for mend in mends)
+    assert not any("dnf" in mend for mend in mends)
+
+
+def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_dir):
+    _give_keys(config_dir, "work", "guest")
     for vm, said in (("work", "allowed: "), ("guest", "refused: this qube's access to dom0 ended at 2026-01-01T00:00:00Z\n"), ("nosuch", "refused: ")):
         done = _run("--config-dir", config_dir, "explain", vm, "ls")
         assert done.stdout.decode().startswith(said)
