@@ -118,7 +118,7 @@ def _do(argv):
         # It has shown help, or the version.
         return ended.code
     if options.verb is None and not options.once:
-        parser.error("say what to do: a verb, or --once; --help lists them")
+        parser.error("say what to do: a verb, or --once")
     if options.verb is not None and (options.once or options.dry_run):
         parser.error("--once and --dry-run go without a verb")
     if os.geteuid() != 0:
