@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,10 @@ from saltfactories.daemons.minion import SaltMinion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.path.join(ROOT, "sim")]
+
+# What is started in the background by a shell ignores these, and so would all that tests start.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # No test asserts on time, and this machine may have other things to do.
 hypothesis.settings.register_profile("here", deadline=None)

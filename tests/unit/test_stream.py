@@ -164,8 +164,11 @@ def test_both_streams_keep_dom0s_order(qube):
     output = Output(qube, cid)
     for number in range(50):
         output.put(("out", "err")[number % 3 == 0], b"%d\n" % number)
+    whole = b"".join(b"%d\n" % number for number in range(50))
+    # While it runs: a result has one stream after the other.
+    assert read(client.stdout, len(whole)) == whole
     output.result()
-    assert rest(client) == (0, b"".join(b"%d\n" % number for number in range(50)), None)
+    assert rest(client) == (0, b"", None)
 
 
 def test_what_was_not_streamed_yet_comes_with_the_result(qube):
