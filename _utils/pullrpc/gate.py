@@ -147,7 +147,7 @@ def check_policy(config, ledger, tagged, request, now=None):
     if policy == FULL:
         return dataclasses.replace(request, by=FULL)
     if policy == NONE:
-        raise Refused("policy", f"dom0 lets this qube run nothing (policy: none); in dom0's pillar, qvm-remote:vms:{request.vm}:policy allows it something")
+        raise Refused("policy", f"dom0 lets this qube run nothing (policy: none); in dom0's pillar, qvm-remote:vms:{request.vm} gives it a policy")
     argv = steps = None
     try:
         if request.form == "script":

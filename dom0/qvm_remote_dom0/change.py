@@ -32,7 +32,7 @@ def authorize(options):
         stored = call("authorize", vm, config_dir=options.config_dir, from_vm=True)
     else:
         stored = call("authorize", vm, config_dir=options.config_dir, key=_read_key(vm))
-    _say(f"{vm} is authorized with key {stored['fingerprint']}")
+    _say(f"{vm} is authorized with key {stored['fingerprint']}; it {call('access', vm, config_dir=options.config_dir)}")
     return 0
 
 
