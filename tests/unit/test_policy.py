@@ -207,7 +207,7 @@ def test_with_rules_a_line_becomes_the_words_that_were_compared():
         (POLICY, _request("echo a | sh"), "no shell"),
         (POLICY, _request("echo a\nls | sort", "script"), "line 2"),
         (POLICY, _request("[]", "argv", ("rm", "x")), "qvm_remote.explain work"),
-        ("none", _request("true"), "qvm-remote:vms:work:policy"),
+        ("none", _request("true"), "qvm-remote:vms:work gives it a policy"),
     ],
 )
 def test_a_refusal_says_what_to_do(policy, request_, text):
