@@ -11,7 +11,7 @@ import time
 from pullrpc import __version__
 from pullrpc.errors import PullError
 from pullrpc.files import forget
-from pullrpc.ids import is_cid
+from pullrpc.ids import cid_time, is_cid
 from pullrpc.layout import RESULT_PARTS
 
 from . import journal
@@ -23,6 +23,8 @@ PENDING, RUNNING, RESULT = "pending", "running", "result"
 _EXCERPT = 80
 #: What was written lately under a name that is no id may be waited for by hand, seconds.
 _SETTLED = 60
+#: By how much a process may seem to be younger than an id that it has made, seconds: ids count whole ones.
+_TICK = 2
 
 
 def run(queue, action, values, quiet):
@@ -171,8 +173,15 @@ def _strays(queue):
 
 
 def _is_alive(cid):
-    """Whether there is a process with the number of a command's client."""
-    return os.path.exists(f"/proc/{cid.split('-')[2]}")
+    """Whether there is a process with the number of a command's client that is as old as the command; another one has got that number since."""
+    try:
+        with open(f"/proc/{cid.split('-')[2]}/stat", "rb") as file:
+            # proc(5): the 22nd word, counted behind the program's name, which may hold anything.
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age < cid_time(cid) + _TICK
 
 
 def _remove(path):

@@ -19,6 +19,7 @@ import time
 import pytest
 from pullrpc.digests import sha256
 from pullrpc.frames import encode_frame
+from pullrpc.ids import new_cid
 from pullrpc.tokens import fingerprint, make_meta
 from qvm_remote_client import main as client_main
 from qvm_remote_client import table, usage
@@ -574,8 +575,10 @@ def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
 
 
 def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
-    reading = f"20260301-101112-{os.getpid()}-0badcafe"
-    for cid in (reading, GONE_CID):
+    reading = new_cid()
+    # Of a client that had our number before us, in a qube that was started anew.
+    of_another = f"20260301-101112-{os.getpid()}-0badcafe"
+    for cid in (reading, GONE_CID, of_another):
         qube.put(f"queue/pending/.{cid}.in", b"so far")
     qube.ok("queue", "clean")
     assert os.listdir(qube.base / "queue" / "pending") == [f".{reading}.in"]
