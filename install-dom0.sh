@@ -164,7 +164,7 @@ check_names() {
     [ "$(wc -l <"$temp/names")" -le $max_files ] || fail "there are more than $max_files files in it; nothing of it was unpacked"
     name='[A-Za-z0-9_][A-Za-z0-9_.-]*'
     # Salt would load code from a __pycache__ as well, and of what is compiled a digest tells nobody anything.
-    bad=$(grep -E '(^|/)__pycache__(/|$)' "$temp/names" | head -n 1 | cut -c 1-80 | tr -cd ' -~')
+    bad=$(grep -E '(^|/)__pycache__(/|$)|\.(so|py[cod])$' "$temp/names" | head -n 1 | cut -c 1-80 | tr -cd ' -~')
     [ -z "$bad" ] || fail "there is compiled code in it, which qvm-remote has not: $bad; nothing of it was unpacked"
     allowed="(_engines|_modules|_states|_utils|client|dom0|qvm-remote-formula)(/$name)*/?|FORMULA|LICENSE|README\\.rst|pillar\\.example|install-dom0\\.sh"
     bad=$(grep -vxE "$allowed" "$temp/names" | head -n 1 | cut -c 1-80 | tr -cd ' -~')

@@ -161,7 +161,8 @@ def execute(vm, cid, config=None):
 
 
 def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
-    """Store a VM's key, so that dom0 runs what this VM asks for. It replaces the key the VM had.
+    """Store a VM's key, so that dom0 runs for it what its policy lets it: nothing, if the engine is configured by a pillar that does
+    not name it (``unlisted``). It replaces the key the VM had.
 
     The key is read from stdin unless said otherwise; it is never an argument, since arguments end up in process
     lists, logs and job caches.

@@ -756,12 +756,15 @@ def _clear_folders(ret, settings):
 
 def _remove(path):
     # Here alone, and after the module has loaded it: templates have these states, too, and nothing of it.
-    import pullrpc.supervisor
+    import pullrpc.errors
+    import pullrpc.removal
 
-    if os.path.isdir(path) and not os.path.islink(path):
-        # No further than this file system: what is mounted in there is somebody else's.
-        problems = pullrpc.supervisor.remove_place(path, unmount=False)
-        if problems:
-            raise _Failed(f"{path} can't be removed: {problems[0]}")
-    else:
-        os.unlink(path)
+    path = path.rstrip("/")
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            # No further than this file system: what is mounted in there is somebody else's.
+            pullrpc.removal.remove_folder(path)
+        else:
+            os.unlink(path)
+    except pullrpc.errors.PullError as err:
+        raise _Failed(str(err)) from err

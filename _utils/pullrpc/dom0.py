@@ -277,8 +277,9 @@ class Dom0:
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
         self._rates.check(vm, config.rate)
-        used, kept = self.spool.used(vm)
-        if used + max(0, untrusted_stdin_size) + 2 * config.output_max > config.spool_bytes_max or kept >= _KEPT_MAX * config.vm_queue:
+        wanted = max(0, untrusted_stdin_size) + 2 * config.output_max
+        # By the count that is at hand, or else by a new one.
+        if not any(self._has_room(vm, config, wanted, anew) for anew in (False, True)):
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
             self._note_use(vm, request.key, config.max_age)
@@ -286,6 +287,10 @@ class Dom0:
         except (SpoolError, LedgerError, KeyringError) as err:
             raise self._dismiss(request, Refused("storage", str(err))) from err
         return request
+
+    def _has_room(self, vm, config, wanted, anew):
+        used, kept = self.spool.used(vm, anew)
+        return used + wanted <= config.spool_bytes_max and kept < _KEPT_MAX * config.vm_queue
 
     def stdin_writer(self, request):
         """Begin to keep the stdin of a request that was admitted.

@@ -33,6 +33,8 @@ _QUOTED_SPECIAL = frozenset('$`\\!"')
 #: Properties whose values stay within their VM. Others connect it with another one: its netvm and template, whose screen and sound it
 #: gets (guivm, audiovm), in which VM it opens things (default_dispvm), which one manages it.
 _OWN_PROPERTIES = ("autostart", "include_in_backups", "label", "maxmem", "memory", "qrexec_timeout", "shutdown_timeout", "vcpus")
+#: Which of its words that are no options is the name of a property, by program (qubesadmin.tools.qvm_prefs, for both).
+_PROPERTY = {"qvm-prefs": 1, "qubes-prefs": 0}
 #: By these, one word of a Qubes tool is the names of many VMs (qubesadmin.tools.VmNameAction, since R4.3).
 _PATTERN = frozenset("*?[]")
 #: Sets of rules by name. ``observe`` only looks; ``manage`` starts, ends and sets up the VMs of one tag.
@@ -210,14 +212,14 @@ def explain(policy, command, tagged):
 
 
 def _spelled(words):
-    """A command or a rule with one spelling for what is the same: qvm-prefs takes a property's name with - for _."""
-    if not words or os.path.basename(words[0]) != "qvm-prefs":
-        return words
-    # It has no option that takes a word of its own.
+    """A command or a rule with one spelling for what is the same: these tools take a property's name with - for _."""
+    which = _PROPERTY.get(os.path.basename(words[0])) if words else None
+    # They have no option that takes a word of its own.
     plain = [at for at, word in enumerate(words) if at and not word.startswith("-")]
-    if len(plain) < 2:
+    if which is None or len(plain) <= which:
         return words
-    return (*words[: plain[1]], words[plain[1]].replace("-", "_"), *words[plain[1] + 1 :])
+    at = plain[which]
+    return (*words[:at], words[at].replace("-", "_"), *words[at + 1 :])
 
 
 def _matches(pattern, argv, tagged, is_allowed_by_it):

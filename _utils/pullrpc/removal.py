@@ -52,7 +52,7 @@ def remove(config):
     for _, paths in found:
         for path in paths:
             if os.path.isdir(path) and not os.path.islink(path):
-                _remove_folder(path)
+                remove_folder(path, unmount=True)
             else:
                 os.unlink(path)
     kept = []
@@ -64,16 +64,26 @@ def remove(config):
     return kept
 
 
-def _remove_folder(path):
-    """Remove a folder, and unmount what an engine that was killed left mounted on those in it: never what is behind such a mount."""
+def remove_folder(path, unmount=False):
+    """Remove a folder, and nothing that is behind a mount on it or in it. What can't be removed stays in it, to be found by the next try.
+
+    Args:
+        path: str.
+        unmount: bool, whether what is mounted on the folders in it is unmounted, as an engine that was killed leaves it.
+
+    Raises:
+        PullError: something can't be removed; OSError: the same, of a file.
+    """
     problems = []
     for name in os.listdir(path):
         within = os.path.join(path, name)
         if os.path.isdir(within) and not os.path.islink(within):
-            problems += supervisor.remove_place(within, unmount=True)
-    problems += supervisor.remove_place(path, unmount=False)
+            problems += supervisor.remove_place(within, unmount)
+        else:
+            os.unlink(within)
     if problems:
         raise PullError(f"{path} can't be removed: {problems[0]}")
+    os.rmdir(path)
 
 
 def _ours(config):

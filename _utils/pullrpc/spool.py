@@ -48,8 +48,13 @@ class Spool:
         """
         return os.path.join(self._folder, vm, cid, part) if part else os.path.join(self._folder, vm, cid)
 
-    def used(self, vm):
-        """What is kept for a VM, as it was a moment ago: what this process admitted since is counted, what commands wrote is not.
+    def used(self, vm, anew=False):
+        """What is kept for a VM, as it was a moment ago: what this process admitted since is counted, what commands wrote, and what
+        was delivered and went, is not.
+
+        Args:
+            vm: str, checked.
+            anew: bool, whether it is counted anew in any case.
 
         Returns:
             (int, int): bytes, and of how many commands.
@@ -57,7 +62,7 @@ class Spool:
         now = time.monotonic()
         with self._lock:
             counted, total, commands = self._counted.get(vm, (float("-inf"), 0, 0))
-        if now - counted > _COUNT_HOLDS:
+        if anew or now - counted > _COUNT_HOLDS:
             total, commands = self._count(vm)
             with self._lock:
                 self._counted[vm] = (now, total, commands)

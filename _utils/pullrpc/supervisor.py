@@ -855,7 +855,7 @@ def _become(account, view, work):
         _mount(None, "/", None, _MS_REC | _MS_SLAVE)
         _mount(*view, None, _MS_BIND)
         # Whose command lines hold what is nobody else's business. Kernels before 5.8 don't know the word, and would hide for all of dom0.
-        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=invisible")
+        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _hiding([gid, *account["groups"]]))
         for path in filter(os.path.isdir, _HIDDEN):
             _mount("none", path, "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=4k,mode=0")
         os.setgroups(account["groups"])
@@ -874,6 +874,13 @@ def _become(account, view, work):
         raise SetupError(f"{name} can't reach its working directory, {work}: {err.strerror}") from err
     if not os.path.samestat(made, os.stat(".")):
         raise SetupError(f"{work} is not the working directory that was made for {name}")
+
+
+def _hiding(groups):
+    """proc's options for one who is in some groups: nothing is hidden from the group that it names, by default root's."""
+    if 0 not in groups:
+        return "hidepid=invisible"
+    return f"hidepid=invisible,gid={next(gid for gid in range(65000, 0, -1) if gid not in groups)}"
 
 
 def _leave_keyring():

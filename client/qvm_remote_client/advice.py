@@ -75,8 +75,8 @@ def trouble_on_the_way(queue):
         return None
     if not os.path.exists(queue.limits) and not os.path.exists(queue.seen):
         return (
-            f"dom0 has never looked into this qube; have it authorized and the service started, in dom0: "
-            f"{_AUTHORIZE} {vm_name()}; sudo qubesctl state.apply qvm-remote.dom0"
+            f"dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:{vm_name()}), authorized, and the service "
+            f"started, in dom0: {_AUTHORIZE} {vm_name()}; sudo qubesctl state.apply qvm-remote.dom0"
         )
     return "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0"
 

@@ -64,7 +64,7 @@ OPTIONS = (
 VERBS = (
     Verb(
         "authorize",
-        "store a qube's key: from then on dom0 runs what that qube asks for",
+        "store a qube's key: dom0 knows it then, and runs for it what pillar lets it",
         (
             _VM,
             Option(("key",), "", "KEY", count="?", hidden=True),

@@ -183,7 +183,7 @@ def test_a_qube_that_dom0_never_looked_into_is_told_how_to_begin(vm):
     assert vm("qvm-remote key gen").returncode == 0
     _fails(
         vm("qvm-remote ping -t 1"),
-        "dom0 has never looked into this qube; have it authorized and the service started, in dom0: ",
+        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:stranger), authorized, and the service started, in dom0: ",
         "sudo qvm-remote-dom0 authorize --from-vm stranger; sudo qubesctl state.apply qvm-remote.dom0\n",
     )
     assert vm("ls .qvm-remote/queue/pending | grep -v cancel; ls .qvm-remote/queue/results").stdout == b""

@@ -145,6 +145,7 @@ def test_nothing_is_installed_unless_somebody_says_yes_to_the_digest(machine):
         ("parent", _evil(("client/../../../etc/evil", tarfile.REGTYPE, "")), "a name in it that qvm-remote has not: client/../../../etc/evil"),
         ("absolute", _evil(("/etc/evil", tarfile.REGTYPE, "")), "a name in it that qvm-remote has not: /etc/evil"),
         ("compiled", _evil(("_modules/__pycache__/test.py", tarfile.REGTYPE, "")), "there is compiled code in it, which qvm-remote has not: _modules/__pycache__"),
+        ("extension", _evil(("_utils/pullrpc/policy.abi3.so", tarfile.REGTYPE, "")), "there is compiled code in it, which qvm-remote has not: _utils/"),
         ("hidden", _evil(("client/.bashrc", tarfile.REGTYPE, "")), "a name in it that qvm-remote has not"),
         ("elsewhere", _evil(("etc/evil", tarfile.REGTYPE, "")), "a name in it that qvm-remote has not"),
         ("escapes", _evil(("client/\033]0;evil\007", tarfile.REGTYPE, "")), "a name in it that qvm-remote has not: client/\\033]0;evil\\a"),

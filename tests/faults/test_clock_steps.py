@@ -182,9 +182,13 @@ def test_a_vm_that_takes_no_results_is_refused_more_before_they_are_many(dom0):
     os.rmdir(dom0.spool.path("work", "20260101-000000-1-00000000"))
     dom0.spool._counted.clear()
     dom0.admit(*_request(), -1)
-    # Counted without looking again.
     with pytest.raises(Refused, match="too many unfinished commands and results"):
         dom0.admit(*_request(), -1)
+
+
+def test_commands_that_were_delivered_take_no_room(dom0):
+    for _ in range(16 * dom0.config.vm_queue + 5):
+        dom0.dismiss(dom0.admit(*_request(), -1))
 
 
 def test_a_ledger_made_by_a_clock_that_ran_ahead_takes_nothing_and_says_so(dom0, step):

@@ -514,7 +514,7 @@ def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     assert code == 1
     assert found["key"] == fingerprint(KEY)
     assert found["problem"].startswith(
-        "dom0 has never looked into this qube; have it authorized and the service started, in dom0: sudo qvm-remote-dom0 authorize --from-vm "
+        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:"
     )
     qube.put("dom0-limits", b"timeout_max 60\n")
     found = json.loads(qube.run("status", "--json")[1])

@@ -95,6 +95,9 @@ def test_another_spelling_of_a_property_gets_past_no_rule(name, rule):
         assert not _allowed("qvm-prefs", "--set", "sys-net", spelling, "x", policy=policy)
         assert _allowed("qvm-prefs", "--set", "sys_net", spelling, "x", policy=policy)
     assert _allowed("qvm-prefs", "build", "kernelopts", "default-dispvm", policy=policy)
+    policy = {"allow": [["qubes-prefs", "*", "*"]], name: [["qubes-prefs", rule, "*"]]}
+    assert not any(_allowed("qubes-prefs", spelling, "x", policy=policy) for spelling in ("default_dispvm", "default-dispvm"))
+    assert _allowed("qubes-prefs", "clockvm", "default-dispvm", policy=policy)
 
 
 def test_a_pattern_of_names_is_no_single_word_that_is_allowed():

@@ -56,7 +56,7 @@ complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" 0' -l dry-run -d 'with --
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" 0' -l config-dir -x -d 'where the service\'s configuration lies (default: /etc/qubes/remote)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" 0' -l version -d 'show the version'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" 0' -s h -l help -d 'show its help'
-complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a authorize -d 'store a qube\'s key: from then on dom0 runs what that qube asks for'
+complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a authorize -d 'store a qube\'s key: dom0 knows it then, and runs for it what pillar lets it'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a revoke -d 'remove a qube\'s key: from then on all that it asks for is refused; what runs is not stopped'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a rotate -d 'give a qube a new key, without losing a command'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a keys -d 'list who has a key: fingerprints, what was last seen of it in the qube, what that qube may run'
