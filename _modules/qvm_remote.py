@@ -1194,11 +1194,12 @@ def rehearse(config=None):
         return pullrpc.rehearsal.rehearse(_dom0(config))
 
 
-def keys(config=None):
+def keys(config=None, vm=None):
     """List the VMs that have a key.
 
     Args:
         config: settings (dict), default: the engine's.
+        vm: name of a VM, to look at its key alone.
 
     Returns:
         dict of VM name to a dict: ``fingerprint``, or ``problem`` when the key is there and refused; ``next``: that of a new
@@ -1214,7 +1215,7 @@ def keys(config=None):
         salt-call --local qvm_remote.keys
     """
     with _told():
-        return _dom0(config).keyring.fingerprints()
+        return _dom0(config).keyring.fingerprints(vm)
 
 
 def status(config=None):

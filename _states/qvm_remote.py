@@ -430,7 +430,7 @@ def key_present(name, key="own", settings=None):
 
 
 def _have_key(ret, vm, key, settings):
-    known = __salt__["qvm_remote.keys"](config=settings).get(vm, {})
+    known = __salt__["qvm_remote.keys"](config=settings, vm=vm).get(vm, {})
     if "problem" in known:
         raise _Failed(known["problem"])
     shown = known.get("next") or known.get("fingerprint")
@@ -504,7 +504,7 @@ def _have_fresh_key(ret, vm, days, settings):
     if age <= days:
         ret["comment"] = _and(ret["comment"], f"the key of {vm} is {age:.0f} days old")
         return
-    shown = __salt__["qvm_remote.keys"](config=settings)[vm].get("fingerprint")
+    shown = __salt__["qvm_remote.keys"](config=settings, vm=vm)[vm].get("fingerprint")
     rotated = _change(
         ret,
         "key",
@@ -618,7 +618,7 @@ def key_absent(name, settings=None):
     """
 
     def work(ret):
-        known = __salt__["qvm_remote.keys"](config=settings or {}).get(name)
+        known = __salt__["qvm_remote.keys"](config=settings or {}, vm=name).get(name)
         count = __salt__["qvm_remote.remembered"](name, config=settings or {})
         if known is None and not count:
             ret["comment"] = f"{name} is not authorized"

@@ -253,22 +253,27 @@ class Keyring:
             if self._staged(vm) is None:
                 self._forget(vm, _STAGED)
 
-    def fingerprints(self):
+    def fingerprints(self, vm=None):
         """Show which keys there are.
+
+        Args:
+            vm: str, a checked name, to look at that VM's alone; each key is compared with all others.
 
         Returns:
             dict of VM name to a dict: ``fingerprint`` (str), or ``problem`` (str) when the key is refused; ``next`` (str) when
             a new key waits to be handed over.
         """
         shown = {}
-        for vm in self.names():
+        for name in self.names():
+            if vm not in (None, name):
+                continue
             try:
-                shown[vm] = {"fingerprint": fingerprint(self.get(vm))}
-                staged = self.staged(vm)
+                shown[name] = {"fingerprint": fingerprint(self.get(name))}
+                staged = self.staged(name)
                 if staged:
-                    shown[vm]["next"] = fingerprint(staged)
+                    shown[name]["next"] = fingerprint(staged)
             except KeyringError as err:
-                shown[vm] = {"problem": str(err)}
+                shown[name] = {"problem": str(err)}
         return shown
 
     def strangers(self):
