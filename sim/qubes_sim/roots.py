@@ -43,7 +43,10 @@ _NSSWITCH = "passwd: files\ngroup: files\nshadow: files\nhosts: files\n"
 _PASSWD = "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
 _GROUP = "root:x:0:\ntty:x:5:\nuser:x:1000:\nnogroup:x:65534:\nqubes:x:98:user\n"
 #: Folders of /usr that must be the domain's own: an ordinary user's root may not write to those of the host's root.
-_WRITABLE = ("bin", "lib", "sbin", "share")
+_WRITABLE = (
+    *("bin", "lib", "sbin", "share"),
+    *(f"share/{name}" for name in ("bash-completion/completions", "fish/vendor_completions.d", "man/man1", "man/man5", "man/man8", "zsh/site-functions")),
+)
 _PRIVATE = ("home", "rw", "usrlocal")
 
 
