@@ -278,8 +278,8 @@ class Dom0:
             raise Refused("stdin", "stdin is not what was signed")
         self._rates.check(vm, config.rate)
         wanted = max(0, untrusted_stdin_size) + 2 * config.output_max
-        # By the count that is at hand, or else by a new one.
-        if not any(self._has_room(vm, config, wanted, anew) for anew in (False, True)):
+        used, kept = self.spool.used(vm)
+        if used + wanted > config.spool_bytes_max or kept >= _KEPT_MAX * config.vm_queue:
             raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
         try:
             self._note_use(vm, request.key, config.max_age)
@@ -287,10 +287,6 @@ class Dom0:
         except (SpoolError, LedgerError, KeyringError) as err:
             raise self._dismiss(request, Refused("storage", str(err))) from err
         return request
-
-    def _has_room(self, vm, config, wanted, anew):
-        used, kept = self.spool.used(vm, anew)
-        return used + wanted <= config.spool_bytes_max and kept < _KEPT_MAX * config.vm_queue
 
     def stdin_writer(self, request):
         """Begin to keep the stdin of a request that was admitted.

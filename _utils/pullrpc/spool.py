@@ -48,13 +48,11 @@ class Spool:
         """
         return os.path.join(self._folder, vm, cid, part) if part else os.path.join(self._folder, vm, cid)
 
-    def used(self, vm, anew=False):
-        """What is kept for a VM, as it was a moment ago: what this process admitted since is counted, what commands wrote, and what
-        was delivered and went, is not.
+    def used(self, vm):
+        """What is kept for a VM, as it was a moment ago: commands that came and went since are counted, what commands wrote is not.
 
         Args:
             vm: str, checked.
-            anew: bool, whether it is counted anew in any case.
 
         Returns:
             (int, int): bytes, and of how many commands.
@@ -62,7 +60,7 @@ class Spool:
         now = time.monotonic()
         with self._lock:
             counted, total, commands = self._counted.get(vm, (float("-inf"), 0, 0))
-        if anew or now - counted > _COUNT_HOLDS:
+        if now - counted > _COUNT_HOLDS:
             total, commands = self._count(vm)
             with self._lock:
                 self._counted[vm] = (now, total, commands)
@@ -79,11 +77,11 @@ class Spool:
                     continue
         return total, max(0, commands)
 
-    def _count_in(self, vm, size):
+    def _count_in(self, vm, size, more=1):
         with self._lock:
             if vm in self._counted:
                 counted, total, commands = self._counted[vm]
-                self._counted[vm] = (counted, total + size, commands + 1)
+                self._counted[vm] = (counted, total + size, commands + more)
 
     def sweep(self, known):
         """Remove what was left of commands that nobody knows any more: the engine died just before it claimed them, or just after
@@ -249,7 +247,12 @@ class Spool:
 
     def remove(self, vm, cid):
         """Remove all of a command."""
-        shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+        path = self.path(vm, cid)
+        is_there = os.path.isdir(path)
+        shutil.rmtree(path, ignore_errors=True)
+        if is_there and not os.path.lexists(path):
+            # Its bytes are seen to be gone by the next count.
+            self._count_in(vm, 0, -1)
 
 
 def _names(folder):
