@@ -1312,7 +1312,7 @@ def audit_verify(config=None):
     """
     with _told():
         settings = pullrpc.config.make_config(_settings(config))
-        found = pullrpc.audit_read.verify(settings.audit_log, settings.audit_files, settings.audit_commands_max, settings.audit_keep_days)
+        found = pullrpc.audit_read.verify(settings.audit_log, settings.audit_files)
     if found["problems"]:
         __context__["retcode"] = 1
     return found
@@ -1345,12 +1345,12 @@ def audit(vm=None, since=None, until=None, what=None, limit=100, config=None):
         return pullrpc.audit_read.query(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, until, what, limit)
 
 
-def history(vm=None, since=None, outcome=None, limit=20, config=None):
+def history(vm=None, since=None, outcome=None, limit=20, config=None, until=None):
     """List the commands that dom0's audit log knows, one row for each, the newest ones that fit.
 
     Args:
         vm: name of a VM (default: all).
-        since: a time, as for :func:`audit`.
+        since, until: times, as for :func:`audit`.
         outcome: ``done``, ``timeout``, ``cancelled``, ``interrupted``, ``failed``, ``refused``, ``accepted`` (it waits), ``running``, or an
             exit code.
         limit: most rows.
@@ -1358,7 +1358,7 @@ def history(vm=None, since=None, outcome=None, limit=20, config=None):
 
     Returns:
         list of dict, oldest first: ``time``, ``vm``, ``id``, ``outcome``, and what is known of ``command`` (its beginning), ``size``,
-        ``sha256``, ``by`` (who decided), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` (of a refusal).
+        ``sha256``, ``by`` (who decided), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` and ``reason`` (of a refusal).
 
     Raises:
         CommandExecutionError: an argument can't be, or the log can't be read.
@@ -1370,7 +1370,7 @@ def history(vm=None, since=None, outcome=None, limit=20, config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.history work outcome=timeout
     """
     with _told():
-        return pullrpc.audit_read.history(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, outcome, limit)
+        return pullrpc.audit_read.history(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, until, outcome, limit)
 
 
 def audit_files(config=None):

@@ -13,13 +13,16 @@ import json
 import threading
 import time
 
-from .audit_files import commands_folder, last_rotated
+from .audit_files import LET_GO, commands_folder, last_rotated
 from .chain import BODY_MAX, Chain
 from .commands import Commands
 from .syslog import Syslog
 
-#: Most characters of a command that are recorded; its digest stands beside them.
-_COMMAND_SHOWN = 1024
+#: Most characters of a command that are recorded, and most that its line may have of it: a character can take twelve of those. Its digest
+#: stands beside them. Of what was refused nothing more is kept, nor does it show as much.
+_COMMAND_SHOWN, _COMMAND_WRITTEN, _REFUSED_SHOWN = 1024, 2048, 256
+#: Most characters of a refusal's reason that are recorded.
+_REASON_SHOWN = 256
 #: Most characters of a rule that are recorded.
 _RULE_SHOWN = 256
 #: Refusals recorded for one VM within a minute; the rest is counted and recorded as one line.
@@ -42,7 +45,7 @@ class AuditLog:
         self._refusals = {}
         self._syslog = Syslog()
         self._to_syslog = syslog
-        self.commands = Commands(commands_folder(path))
+        self._commands = Commands(commands_folder(path))
 
     def reconfigure(self, syslog, files):
         """Go on under other settings.
@@ -85,13 +88,13 @@ class AuditLog:
                 # The digest first: with it this copy says what the log has to hold, even if all of that was made anew.
                 self._syslog.send(f"{what} {vm} {cid} line {seq} sha256 {digest} {_dump(fields)}")
 
-    def refusal(self, vm, cid, code):
+    def refusal(self, vm, cid, refused):
         """Append a refusal, at a bounded rate: a VM must not be able to fill dom0's disk by being refused.
 
         Args:
             vm: str.
             cid: str, a checked id, or ``-``.
-            code: str, one word.
+            refused: Refused.
 
         Returns:
             bool, False when it was only counted.
@@ -111,8 +114,38 @@ class AuditLog:
             self.write("refusals-not-shown", vm, count=skipped)
         if count >= _REFUSALS_PER_MINUTE:
             return False
-        self.write("refused", vm, cid, code=code)
+        about = {} if refused.command is None else _describe(refused.command, _REFUSED_SHOWN)
+        self.write("refused", vm, cid, code=refused.code, reason=str(refused)[:_REASON_SHOWN], **about)
         return True
+
+    def keep_command(self, vm, cid, raw, bytes_max, days):
+        """Keep a command beside the log; on return it is on the disk.
+
+        Args:
+            vm, cid: str, checked.
+            raw: bytes.
+            bytes_max: int, most that all of them may take.
+            days: int, for how long they are kept.
+
+        Raises:
+            AuditError: it can't be kept, or what goes for it can't be recorded.
+        """
+        self._commands.keep(vm, cid, raw, bytes_max, days, self._let_go)
+
+    def prune_commands(self, bytes_max, days):
+        """Remove whole commands that are too old or too much.
+
+        Args:
+            bytes_max, days: as for :meth:`keep_command`.
+
+        Raises:
+            AuditError: that can't be recorded, or they can't be removed.
+        """
+        self._commands.prune(bytes_max, days, self._let_go)
+
+    def _let_go(self, commands):
+        """Record that whole commands go, before they do: one that is missing without this was removed by somebody else."""
+        self.write_all([(LET_GO, vm, cid, {}) for vm, cid in commands], sync=True)
 
 
 def describe_command(command):
@@ -124,9 +157,21 @@ def describe_command(command):
     Returns:
         dict: ``command`` (its beginning), ``size`` in bytes and ``sha256`` (of all of it); ``whole`` is False when there is more.
     """
+    shown = _describe(command, _COMMAND_SHOWN)
+    return shown if len(shown["command"]) == len(command) else {**shown, "whole": False}
+
+
+def _describe(command, length):
     raw = command.encode("utf-8")
-    shown = {"command": command[:_COMMAND_SHOWN], "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    return shown if len(command) <= _COMMAND_SHOWN else {**shown, "whole": False}
+    shown = command[:length]
+    if len(_dump(shown)) > _COMMAND_WRITTEN:
+        room = _COMMAND_WRITTEN
+        for place, character in enumerate(shown):
+            room -= len(_dump(character)) - 2
+            if room < 0:
+                shown = shown[:place]
+                break
+    return {"command": shown, "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def describe_rule(rule):

@@ -10,10 +10,13 @@ from .chain import head_path
 
 #: What logrotate puts behind a name: a number or a date, and .gz.
 _ROTATED = re.compile(r"[.-][0-9]{1,14}(\.gz)?\Z")
+#: The word for a whole command that is removed, by its age or because there are too many.
+LET_GO = "command-let-go"
 _LOGROTATE = """\
 # Written by Salt (qvm-remote.dom0). By renaming alone: the next line goes to a new file, which qvm-remote makes itself.
 {path} {{
     weekly
+    maxsize 64M
     rotate {files}
     missingok
     notifempty

@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 
-from .audit_files import commands_folder, rotated
+from .audit_files import LET_GO, commands_folder, rotated
 from .chain import LINE_MAX, START, boot_id, head_path, is_lost_by_power_cut, is_number, read_line, unpack_head
 from .commands import list_kept
 from .errors import AuditError, PullError
@@ -33,16 +33,18 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _CHUNK = 1 << 20
 #: How an ended line's word for it goes on in a history; what it is before that.
 _ACCEPTED, _RUNNING, _REFUSED = "accepted", "running", "refused"
+#: What lines have of a command.
+_ABOUT = ("command", "size", "sha256")
+#: Why a command is refused whose line *accepted* is written: the claim failed.
+_CLAIM_FAILED = ("storage", "replay")
 
 
-def verify(path, files_max, commands_max, keep_days):
+def verify(path, files_max):
     """Look for whatever was removed, changed, added or moved in an audit log, in files that were rotated away as well.
 
     Args:
         path: str, the audit log.
         files_max: int, how many old files are kept.
-        commands_max: int, most bytes that whole commands may take.
-        keep_days: int, for how long whole commands are kept.
 
     Returns:
         dict: ``files`` (names, oldest first), ``lines`` (int), ``first`` and ``last`` (their numbers; None without lines),
@@ -60,7 +62,7 @@ def verify(path, files_max, commands_max, keep_days):
                 check.take(raw, is_whole)
             check.end(file.problem)
         check.finish(bool(files) and files[-1].path == path and check.lines_in_file > 0, files_max)
-    check.look_at_commands(commands_max, keep_days)
+    check.look_at_commands()
     problems = check.problems[:_PROBLEMS_MAX]
     if len(check.problems) > _PROBLEMS_MAX:
         problems.append(f"and {len(check.problems) - _PROBLEMS_MAX} more")
@@ -100,25 +102,26 @@ def query(path, vm=None, since=None, until=None, what=None, limit=100):
     return [shown(line) for line in found]
 
 
-def history(path, vm=None, since=None, outcome=None, limit=20):
+def history(path, vm=None, since=None, until=None, outcome=None, limit=20):
     """List commands, one row for each.
 
     Args:
         path: str, the audit log.
         vm: str; None for all.
-        since: str, see :func:`moment`; None for no bound.
+        since, until: str, see :func:`moment`; None for no bound.
         outcome: str: ``accepted``, ``running``, ``refused``, a status (``done``, ``timeout``, ``cancelled``, ``interrupted``,
             ``failed``), or an exit code; None for all.
         limit: int, most rows; the newest ones are listed.
 
     Returns:
         list of dict, oldest first: ``time``, ``vm``, ``id``, ``outcome``, and what is known of ``command`` (its beginning),
-        ``size``, ``sha256``, ``by`` (who decided), ``as`` (dom0's user that ran it), ``exit``, ``seconds``, ``out``, ``err`` (bytes), ``code`` (of a refusal).
+        ``size``, ``sha256``, ``by`` (who decided), ``as`` (dom0's user that ran it), ``exit``, ``seconds``, ``out``,
+        ``err`` (bytes), ``code`` and ``reason`` (of a refusal).
 
     Raises:
         PullError: an argument can't be; AuditError: the log can't be read.
     """
-    since = moment(since)
+    since, until = moment(since), moment(until)
     ended = collections.deque(maxlen=_checked_limit(limit))
     begun = {}
 
@@ -130,19 +133,21 @@ def history(path, vm=None, since=None, outcome=None, limit=20):
         if (vm and name[0] != vm) or not all(isinstance(word, str) for word in name):
             continue
         if what == "accepted":
-            kept = ("command", "size", "sha256", "whole", "by", "form")
-            begun[name] = {**_row(line, _ACCEPTED), **{word: line[word] for word in kept if word in line}}
+            begun[name] = {**_row(line, _ACCEPTED), **{word: line[word] for word in (*_ABOUT, "whole", "by", "form") if word in line}}
             if len(begun) > _OPEN_MAX:
                 del begun[next(iter(begun))]
         elif what == "run" and name in begun:
-            begun[name].update({"outcome": _RUNNING, **{word: line[word] for word in ("as",) if word in line}})
+            # Here the rule has the user's answer with it.
+            begun[name].update({"outcome": _RUNNING, **{word: line[word] for word in ("as", "by") if word in line}})
         elif what in ("ended", "refused"):
-            row = begun.pop(name, None) or _row(line, _REFUSED)
-            row.update({word: line[word] for word in ("exit", "seconds", "out", "err", "signal", "code") if word in line})
+            # A qube may show the id of a command that runs once more: that is refused, and the command goes on.
+            is_own = what == "ended" or (begun.get(name, {}).get("outcome") == _ACCEPTED and line.get("code") in _CLAIM_FAILED)
+            row = (begun.pop(name, None) if is_own else None) or {**_row(line, _REFUSED), **{word: line[word] for word in _ABOUT if word in line}}
+            row.update({word: line[word] for word in ("exit", "seconds", "out", "err", "signal", "code", "reason") if word in line})
             row["outcome"] = str(line.get("status", _REFUSED))
-            if _is_within(row, since, None) and fits(row):
+            if _is_within(row, since, until) and fits(row):
                 ended.append(row)
-    rows = [*ended, *(row for row in begun.values() if _is_within(row, since, None) and fits(row))]
+    rows = [*ended, *(row for row in begun.values() if _is_within(row, since, until) and fits(row))]
     return [shown(row) for row in sorted(rows, key=lambda row: str(row["time"]))[-ended.maxlen :]]
 
 
@@ -294,7 +299,7 @@ class _Check:
         self.last = (0, START)
         self._number = self._first_number = self._left = None
         self._oldest = 1
-        self._whole = {}
+        self._whole, self._let_go = {}, set()
         self._name, self._garbage, self._bad = "", None, False
 
     def begin(self, name):
@@ -328,7 +333,9 @@ class _Check:
         if "lost" in found:
             self.notes.append(f"a power cut came before line {seq}: up to {_count(found['lost'])} lines before it had not reached the disk")
         if line.get("whole") is False:
-            self._whole[str(line.get("vm")), str(line.get("id"))] = line.get("sha256"), line.get("time")
+            self._whole[str(line.get("vm")), str(line.get("id"))] = line.get("sha256")
+        elif line.get("what") == LET_GO:
+            self._let_go.add((str(line.get("vm")), str(line.get("id"))))
         self.first = seq if self.first is None else self.first
         self.last = seq, digest
         self.lines += 1
@@ -412,20 +419,22 @@ class _Check:
             count = self._first_number - oldest
             self._problem(f"the oldest {'file is' if count == 1 else f'{count} files are'} missing (before line {self.first})")
 
-    def look_at_commands(self, commands_max, keep_days):
-        """Compare whole commands with their digests."""
+    def look_at_commands(self):
+        """Compare the whole commands that are kept with their digests in the log."""
         folder = commands_folder(self._path)
-        kept = {path: size for _, size, path in list_kept(folder)}
-        has_room = sum(kept.values()) < commands_max * 3 // 4
-        oldest = moment(f"{keep_days}d")
-        for (vm, cid), (digest, at) in self._whole.items():
+        kept, missing = {path for _, _, path in list_kept(folder)}, []
+        for (vm, cid), digest in self._whole.items():
             path = os.path.join(folder, vm, cid)
             if path in kept:
                 self.compared += 1
                 if _digest(path) != digest:
                     self.problems.append(f"the whole command {_safe(cid)} of {_safe(vm)} was changed")
-            elif has_room and str(at) > oldest:
-                self.problems.append(f"the whole command {_safe(cid)} of {_safe(vm)} is missing")
+            elif (vm, cid) not in self._let_go:
+                missing.append((vm, cid))
+        if missing:
+            # Some may have gone since the log was read.
+            gone = {(line.get("vm"), line.get("id")) for line in _lines(self._path) if line.get("what") == LET_GO}
+            self.problems += [f"the whole command {_safe(cid)} of {_safe(vm)} is missing" for vm, cid in missing if (vm, cid) not in gone]
 
 
 class _Garbage:

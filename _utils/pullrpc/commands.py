@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whole commands, kept beside the audit log where a line has room for the beginning only: a bounded number of bytes and days.
 
-Written by one process at a time, the engine (or ``run_once``); the oldest go first.
+Written by one process at a time, the engine (or ``run_once``); of the VM that has most of them the oldest go first.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import threading
 import time
@@ -28,9 +29,8 @@ class Commands:
     def __init__(self, folder):
         self._folder = folder
         self._lock = threading.Lock()
-        #: (time, bytes, path) of each file, oldest first; None until they are needed.
+        #: VM to (time, bytes, id) of each of its files, oldest first; None until they are needed.
         self._known = None
-        self._total = 0
 
     def path(self, vm, cid):
         """Where a command is kept.
@@ -43,7 +43,7 @@ class Commands:
         """
         return os.path.join(self._folder, vm, cid)
 
-    def keep(self, vm, cid, raw, bytes_max, days):
+    def keep(self, vm, cid, raw, bytes_max, days, on_let_go):
         """Keep a command; on return it is on the disk.
 
         Args:
@@ -51,28 +51,28 @@ class Commands:
             raw: bytes.
             bytes_max: int, most that all of them may take.
             days: int, for how long they are kept.
+            on_let_go: callable of a list of (vm, cid): told which ones go for it, before they do; what it raises keeps them there.
 
         Raises:
             AuditError: it can't be kept.
         """
-        path = self.path(vm, cid)
+        path, size = self.path(vm, cid), _size(len(raw))
         try:
             with self._lock:
                 self._look()
                 # Before it is written: it must not be pruned itself, and the disk may have room only then.
-                self._prune(bytes_max - _size(len(raw)), days)
+                self._prune(bytes_max, days, {vm: size}, on_let_go)
                 make_private(os.path.dirname(path))
                 write_durably(path, raw)
-                self._known.append((time.time(), _size(len(raw)), path))
-                self._total += _size(len(raw))
+                self._known.setdefault(vm, collections.deque()).append((time.time(), size, cid))
         except OSError as err:
             raise AuditError(f"the whole command can't be kept in {self._folder}: {err.strerror}") from err
 
-    def prune(self, bytes_max, days):
+    def prune(self, bytes_max, days, on_let_go):
         """Remove what is too old or too much.
 
         Args:
-            bytes_max, days: as for :meth:`keep`.
+            bytes_max, days, on_let_go: as for :meth:`keep`.
 
         Raises:
             AuditError: it can't be removed.
@@ -80,22 +80,45 @@ class Commands:
         try:
             with self._lock:
                 self._look()
-                self._prune(bytes_max, days)
+                self._prune(bytes_max, days, {}, on_let_go)
         except OSError as err:
             raise AuditError(f"old commands in {self._folder} can't be removed: {err.strerror}") from err
 
     def _look(self):
-        if self._known is None:
-            self._known = collections.deque(sorted(list_kept(self._folder)))
-            self._total = sum(size for _, size, _ in self._known)
+        if self._known is not None:
+            return
+        known = {}
+        for at, size, path in sorted(list_kept(self._folder)):
+            folder, cid = os.path.split(path)
+            known.setdefault(os.path.basename(folder), collections.deque()).append((at, size, cid))
+        self._known = known
 
-    def _prune(self, bytes_max, days):
+    def _prune(self, bytes_max, days, wanted, on_let_go):
+        """Let go what is older than it may be, and what is too much beside what is ``wanted`` (VM to bytes)."""
         before = time.time() - days * 86400
-        while self._known and (self._total > bytes_max or self._known[0][0] < before):
-            _, size, path = self._known[0]
-            forget(path)
-            self._known.popleft()
-            self._total -= size
+        sizes = collections.Counter(wanted)
+        goes = {}
+        for vm, files in self._known.items():
+            goes[vm] = sum(at < before for at, _, _ in files)
+            sizes[vm] += sum(size for _, size, _ in itertools.islice(files, goes[vm], None))
+        total = sum(sizes.values())
+        while total > bytes_max:
+            # Whoever fills the room loses its own: no VM makes what another one had run unseen.
+            left = [vm for vm, files in self._known.items() if goes[vm] < len(files)]
+            if not left:
+                break
+            vm = max(left, key=sizes.__getitem__)
+            size = self._known[vm][goes[vm]][1]
+            goes[vm] += 1
+            sizes[vm] -= size
+            total -= size
+        names = [(vm, cid) for vm, count in goes.items() for _, _, cid in itertools.islice(self._known[vm], count)]
+        if not names:
+            return
+        on_let_go(names)
+        for vm, cid in names:
+            forget(self.path(vm, cid))
+            self._known[vm].popleft()
 
 
 def list_kept(folder):

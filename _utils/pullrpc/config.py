@@ -48,6 +48,7 @@ _BOUNDS = {
     "until": (0, 1 << 40),
     "ask_timeout": (5, 3600),
     "rate": (1, 1000000),
+    "rate_day": (1, 100000000),
 }
 #: Words that a setting may have.
 _CHOICES = {
@@ -67,7 +68,7 @@ _HELPERS = ("ask_helper", "notify_helper")
 _OWN_FOLDERS = ("key_dir", "state_dir", "run_dir")
 #: Settings that only make sense for one VM, and those that a VM may have of its own, under ``vms``.
 _ONLY_PER_VM = ("accept_v1", "key", "policy", "run_as", "until", "user")
-_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "rate", *_ONLY_PER_VM)
+_PER_VM = ("timeout_max", "stdin_max", "vm_parallel", "rate", "rate_day", *_ONLY_PER_VM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Config:
         run_dir: lock and sandboxes; must not survive one.
         audit_log: the audit log; its head and whole commands lie beside it.
         audit_files: how many files of it are kept after their rotation.
-        audit_commands_max, audit_keep_days: how many bytes of whole commands are kept (the oldest go first), and for how long.
+        audit_commands_max, audit_keep_days: how many bytes of whole commands are kept (the oldest of the VM with most go first), and for how long.
         syslog: whether the system's log gets a copy of each line, where there is one.
         transport: ``qvm-run``, or ``qubesadmin`` (the library, which starts no Python program for each session).
         qvm_run, qvm_ls: programs, found through PATH.
@@ -97,7 +98,7 @@ class Config:
         answer_wait: how long any other answer may take.
         discover_interval: how often running VMs are listed.
         agentless_interval: how often a VM without the agent is asked.
-        rate: most commands of one VM accepted within a minute.
+        rate, rate_day: most commands of one VM accepted within a minute, and within a day.
         ask_helper: the program that puts questions to dom0's user, or ``screen`` for the one that comes with qvm-remote.
         ask_timeout: how long that user has to answer.
         notify_refusals: whether that user is told on the screen of what is refused, and of questions that ran out of time.
@@ -145,6 +146,7 @@ class Config:
     discover_interval: int = 5
     agentless_interval: int = 2
     rate: int = 6000
+    rate_day: int = 100000
     ask_helper: str = SCREEN
     ask_timeout: int = 60
     notify_refusals: bool = False

@@ -227,7 +227,7 @@ class _Examination:
     def audit_log(self):
         """Is the audit log whole."""
         config = self._config
-        found = audit_read.verify(config.audit_log, config.audit_files, config.audit_commands_max, config.audit_keep_days)
+        found = audit_read.verify(config.audit_log, config.audit_files)
         for text in found["problems"]:
             self._problem(text, "somebody was at the log: compare it with the system's log, where each line has its digest")
         self._ok(f"{found['lines']} lines in {len(found['files'])} files, none is missing or changed")

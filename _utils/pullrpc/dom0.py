@@ -276,7 +276,7 @@ class Dom0:
         check_size(untrusted_stdin_size, config.stdin_max, "stdin")
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
-        self._rates.check(vm, config.rate)
+        self._rates.check(vm, config.rate, config.rate_day)
         wanted = max(0, untrusted_stdin_size) + 2 * config.output_max
         used, kept = self.spool.used(vm)
         if used + wanted > config.spool_bytes_max or kept >= _KEPT_MAX * config.vm_queue:
@@ -371,7 +371,7 @@ class Dom0:
         shown = describe_command(request.command)
         if "whole" in shown:
             raw = request.command.encode("utf-8")
-            self.audit.commands.keep(request.vm, request.cid, raw, self.config.audit_commands_max, self.config.audit_keep_days)
+            self.audit.keep_command(request.vm, request.cid, raw, self.config.audit_commands_max, self.config.audit_keep_days)
         fields = {"by": describe_rule(request.by), "form": request.form, "timeout": request.timeout, "stdin": stdin_size, **shown}
         return "accepted", request.vm, request.cid, fields
 
@@ -567,9 +567,17 @@ class Dom0:
         for vm in self.ledger.open_counts():
             # One that comes back in less than that is told. Others may be gone for good.
             self.expire(vm, 2 * self.config.spool_max_age)
-        self.ledger.prune(self.config.ledger_keep_days)
-        self.audit.commands.prune(self.config.audit_commands_max, self.config.audit_keep_days)
+        self.prune()
         return left
+
+    def prune(self):
+        """Forget what is kept for some days only, and is older.
+
+        Raises:
+            LedgerError: the ledger can't be written; AuditError: what goes can't be recorded.
+        """
+        self.ledger.prune(self.config.ledger_keep_days)
+        self.audit.prune_commands(self.config.audit_commands_max, self.config.audit_keep_days)
 
     def _finish_left(self, vm, cid, reason, status):
         """Finish what does not run any more: by its result if that is all there, otherwise by why there is none."""

@@ -15,11 +15,15 @@ class Refused(PullError):
     Args:
         code: one short word for audit, events and tests (``token``, ``replay``, ...).
         message: the reason, in words that help whoever typed the command.
+
+    Attributes:
+        command: str, what is refused, once a token is known to fit; else None.
     """
 
     def __init__(self, code, message):
         super().__init__(message)
         self.code = code
+        self.command = None
 
 
 class ConfigError(PullError):

@@ -27,6 +27,7 @@ _LIMITS = {
     "parallel_per_vm": "vm_parallel",
     "queue": "vm_queue",
     "rate": "rate",
+    "rate_day": "rate_day",
     "memory": "memory_max",
     "tasks": "tasks_max",
     "cpu_weight": "cpu_weight",
@@ -34,7 +35,7 @@ _LIMITS = {
     "work": "work_max",
 }
 #: The same for one VM.
-_VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel", "rate": "rate"}
+_VM_LIMITS = {"timeout": "timeout_max", "stdin": "stdin_max", "parallel": "vm_parallel", "rate": "rate", "rate_day": "rate_day"}
 #: Pillar's words for how dom0's user is asked.
 _ASK = {"helper": "ask_helper", "timeout": "ask_timeout"}
 #: And for how that one is told of refusals.

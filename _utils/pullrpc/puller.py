@@ -377,7 +377,7 @@ class Puller:
                 await self._took(cid, end, listed[cid])
         for cid, item in listed.items():
             if cid not in whole:
-                await self._took(cid, await self._accept_in_parts(cid, item), item)
+                await self._took(cid, *await self._accept_in_parts(cid, item))
 
     async def _took(self, cid, end, item):
         """Go on with a command: ``end`` is None once it is on its way, a Refused, or an already known word."""
@@ -445,27 +445,31 @@ class Puller:
         check_size(item.token_size, TOKEN_MAX, "token")
 
     async def _accept_in_parts(self, cid, item):
-        """The same for a command that is large, or has stdin: nothing of that is fetched before the token was checked."""
+        """The same for a command that is large, or has stdin: nothing of that is fetched before the token was checked.
+
+        Returns:
+            (what :meth:`_took` takes, Item with what was fetched)
+        """
         call = self._hub.call
         try:
             self._check_sizes(item)
-            untrusted_command, untrusted_token = item.command, item.token
-            if untrusted_command is None:
-                untrusted_command = b"".join([piece async for piece in self._fetch(cid, "command", item.command_size)])
-                untrusted_token = b"".join([piece async for piece in self._fetch(cid, "auth", item.token_size)])
-            request = await call(self._admit, cid, item, untrusted_command, untrusted_token)
+            if item.command is None:
+                command = b"".join([piece async for piece in self._fetch(cid, "command", item.command_size)])
+                token = b"".join([piece async for piece in self._fetch(cid, "auth", item.token_size)])
+                item = dataclasses.replace(item, command=command, token=token)
+            request = await call(self._admit, cid, item, item.command, item.token)
             if request is None:
-                return "known"
+                return "known", item
             if request.stdin_digest:
                 await self._fetch_stdin(request, item.stdin_size)
-            return (await call(self._claim, [(request, max(0, item.stdin_size))]))[cid]
+            return (await call(self._claim, [(request, max(0, item.stdin_size))]))[cid], item
         except Refused as refused:
-            return refused
+            return refused, item
         except SpoolError as err:
-            return Refused("storage", str(err))
+            return Refused("storage", str(err)), item
         except AgentUnable:
             # No matter of the session: its client has taken it back, or put something else there.
-            return Refused("gone", "the qube listed a request that it can't give: it was taken back, or can't be read there")
+            return Refused("gone", "the qube listed a request that it can't give: it was taken back, or can't be read there"), item
 
     async def _fetch_stdin(self, request, size):
         call, dom0 = self._hub.call, self._hub.dom0
@@ -497,8 +501,12 @@ class Puller:
         await self._spend()
         if refused.code in ("token", "identity"):
             self._key_doubted = time.monotonic()
+        is_proven = refused.code not in _BEFORE_THE_TOKEN
+        if is_proven and item.command is not None:
+            # What an authorized qube tried is to be found in the log; its bytes were checked before its token was.
+            refused.command = item.command.decode("utf-8")
         try:
-            shown = await self._hub.call(self._hub.dom0.audit.refusal, self.vm, cid, refused.code)
+            shown = await self._hub.call(self._hub.dom0.audit.refusal, self.vm, cid, refused)
         except AuditError as err:
             # Whoever asked hears of the refusal all the same: a full disk must not look like a hanging dom0.
             self._hub.log(str(err))
@@ -506,7 +514,6 @@ class Puller:
         if shown:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
-        is_proven = refused.code not in _BEFORE_THE_TOKEN
         request = (item.command, item.token) if item.command is not None else None
         refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven, request)
         self._asked = True

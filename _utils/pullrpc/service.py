@@ -11,7 +11,7 @@ import functools
 import os
 import time
 
-from . import note, sandbox
+from . import __version__, note, sandbox
 from .aio import Bell, Threads, run
 from .config import digest
 from .dom0 import of_bytes
@@ -32,6 +32,10 @@ _THREADS = 8
 _AT_HAND = 1 << 16
 #: How often it is noted what time it is, for those who have access for a time, seconds.
 _NOTE_EVERY = 30.0
+#: How often what is kept for some days is looked through, seconds.
+_PRUNE_EVERY = 6 * 3600.0
+#: Most VMs that are named whose settings changed.
+_NAMED_MAX = 64
 #: How often :meth:`Service.run_once` looks whether all is done, seconds.
 _WAIT_STEP = 0.01
 
@@ -82,8 +86,12 @@ class Service:
             EngineBusy: another service holds the lock; PullError: the ledger or a folder can't be used.
         """
         with EngineLock(self.dom0.config.run_dir, takes_signals=True):
+            self._note("started", version=__version__, settings=digest(self.dom0.config))
             self._begin()
-            run(self._in_loop(self._serve()))
+            try:
+                run(self._in_loop(self._serve()))
+            finally:
+                self._note("stopped")
 
     def run_once(self):
         """Serve what lies in the queues of all running VMs now.
@@ -219,6 +227,13 @@ class Service:
             self.log(f"the last service ended early: {len(left)} commands of it were closed, {swept} sandboxes removed")
         self._warm()
 
+    def _note(self, what, **fields):
+        """Have a line in the audit log for what runs nothing. If that can't be, nothing can: whoever asks is told so."""
+        try:
+            self.dom0.audit.write(what, "-", **fields)
+        except PullError as err:
+            self.log(str(err))
+
     def _warm(self):
         try:
             self.dom0.warm()
@@ -246,12 +261,16 @@ class Service:
         watcher = Watcher(self._bell.ring, self.log)
         watcher.start()
         looked = noted = float("-inf")
+        pruned = time.monotonic()
         try:
             while not self._stopping:
                 interval = self.dom0.config.discover_interval
                 if time.monotonic() >= noted + _NOTE_EVERY:
                     noted = time.monotonic()
-                    await self._note_time()
+                    await self._do(self.dom0.note_time)
+                if time.monotonic() >= pruned + _PRUNE_EVERY:
+                    pruned = time.monotonic()
+                    await self._do(self.dom0.prune)
                 if time.monotonic() >= watcher.next_look(looked, interval):
                     looked = time.monotonic()
                     await self._look_who_runs()
@@ -292,11 +311,15 @@ class Service:
         self._bell.ring()
 
     def _reload(self):
+        before = self.dom0.config
         try:
             self._on_reload()
         except PullError as err:
             self.log(f"the new settings are not used: {err}")
             return
+        after = self.dom0.config
+        changed = sorted(vm for vm in {*before.vms, *after.vms} if before.for_vm(vm) != after.for_vm(vm))
+        self._note("settings", settings=digest(after), vms=changed[:_NAMED_MAX], count=len(changed))
         for puller in self._pullers.values():
             puller.wake()
         self._warm()
@@ -332,11 +355,11 @@ class Service:
             self._tasks[vm] = asyncio.ensure_future(self._pullers[vm].run())
         await self.call(self._publish)
 
-    async def _note_time(self):
+    async def _do(self, work):
+        """Have something done that is done again later if it can't be now. While that is so nobody runs anything, or what is old stays."""
         try:
-            await self.call(self.dom0.note_time)
+            await self.call(work)
         except PullError as err:
-            # Without the ledger nobody has access for a time.
             self.log(str(err))
 
     def _publish(self):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The VM's side of the audit: one line for each request, in ``~/.qvm-remote/audit.log``, and the command ``log``."""
+"""The VM's side of the audit, ``~/.qvm-remote/audit.log``: a line before each request, and one for its end; and the command ``log``.
+
+Their words are those of qvm-remote 1.x, whose log goes on here: ``SUBMIT id= size= cmd=`` and ``DONE id= exit=``. Its times were local.
+"""
 
 import os
 import time
@@ -13,17 +16,32 @@ _COMMAND_SHOWN = 400
 _READ_MAX = 4 * _LOG_MAX
 
 
-def append(queue, cid, form, command, exit_code, status):
-    """Add a request to the log.
+def submitted(queue, cid, form, command):
+    """Note that a request is about to be queued.
 
     Args:
         queue: Queue.
-        cid, form, status: str.
+        cid, form: str.
         command: bytes.
-        exit_code: int.
     """
     shown = command[:_COMMAND_SHOWN].decode("utf-8", "replace").encode("unicode_escape").decode("ascii")
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {cid} {form} exit={exit_code} {status} {shown}\n"
+    _append(queue, f"SUBMIT id={cid} size={len(command)}B form={form} cmd={shown}")
+
+
+def ended(queue, cid, exit_code, status):
+    """Note how a request ended.
+
+    Args:
+        queue: Queue.
+        cid: str.
+        exit_code: int.
+        status: str, dom0's word for it, or why there is none.
+    """
+    _append(queue, f"DONE id={cid} exit={exit_code} status={status}")
+
+
+def _append(queue, text):
+    line = f"[{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}] {text}\n"
     try:
         fd = os.open(queue.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:

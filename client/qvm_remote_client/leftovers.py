@@ -127,7 +127,7 @@ def _clean(queue):
             taken_back += 1
             take_back(queue, one["id"])
             forget(queue.running(one["id"]))
-            journal.append(queue, one["id"], "-", one["command"].encode("utf-8"), 125, "cleaned")
+            journal.ended(queue, one["id"], 125, "cleaned")
     removed = [path for path in _strays(queue) if _remove(path)]
     if not (taken_back or moved or removed):
         put("nothing was left\n")

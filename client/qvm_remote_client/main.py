@@ -15,6 +15,7 @@ from pullrpc.errors import PullError
 from pullrpc.files import discard_stream, open_closed_streams, write_fully
 from pullrpc.layout import Queue
 
+from . import journal
 from . import request as requests
 
 #: Exit codes of our own; see --help.
@@ -248,29 +249,28 @@ def _run(queue, options, known, form, command, use_stdin):
     progress = Waiting(options.quiet)
     started = time.monotonic()
     request = requests.Request(queue, form, command, timeout)
-    on_signals_give_up(request, progress)
-    if use_stdin:
-        _keep_out_of_dumps()
-        request.add_stdin(0, known["stdin_max"], progress.tick)
-    request.submit()
-    _keep_out_of_dumps()
-    if options.verbose:
-        sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
-    # Imported here: while dom0 works, it costs nobody time.
-    from . import journal
+    journal.submitted(queue, request.cid, form, command)
+    on_signals_give_up(request, progress, lambda exit_code: journal.ended(queue, request.cid, exit_code, "given-up"))
 
     def show(part, data):
         progress.end()
         write_fully(_STREAMS[part], data)
 
     try:
+        if use_stdin:
+            _keep_out_of_dumps()
+            request.add_stdin(0, known["stdin_max"], progress.tick)
+        request.submit()
+        _keep_out_of_dumps()
+        if options.verbose:
+            sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
         result = request.wait(progress.tick, show)
         is_given_up = not result.authentic and request.is_open()
         if is_given_up:
             # It was answered by somebody else. What failed here must not run there.
             request.give_up()
     except (OSError, PullError):
-        journal.append(queue, request.cid, form, command, EXIT_FAILED, "no result")
+        journal.ended(queue, request.cid, EXIT_FAILED, "no-result")
         raise
     finally:
         progress.end()
@@ -288,7 +288,7 @@ def _run(queue, options, known, form, command, use_stdin):
         raise PullError(f"can't write all of the output; it is kept, see: qvm-remote history show {request.cid} ({err.strerror})") from err
     finally:
         # Whether or not somebody read all of it.
-        journal.append(queue, request.cid, form, command, exit_code, result.fields.get("status", "refused"))
+        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused"))
         request.keep(unread)
     return exit_code
 
@@ -340,12 +340,13 @@ def _copy(part, fd, start):
         write_fully(fd, block)
 
 
-def on_signals_give_up(request, progress):
+def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
     """End the command when we are told to end.
 
     Args:
         request: Request.
         progress: Waiting.
+        on_end: callable of int, told the exit code.
     """
 
     def give_up(number, _frame):
@@ -355,8 +356,10 @@ def on_signals_give_up(request, progress):
             os.write(2, b"qvm-remote: interrupted; dom0 is asked to kill the command\n")
         except OSError:
             pass
+        exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+        on_end(exit_code)
         # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
-        os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
+        os._exit(exit_code)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # What our caller has us ignore, as nohup does, and a shell with what it starts in the background, is none of our business.

@@ -153,8 +153,9 @@ def tail(options):
 
 def history(options):
     """List commands."""
-    vm, since, outcome = checked(check_vm_name, options.vm), checked(moment, options.since), checked(_check_outcome, options.outcome)
-    found = read_history(_dom0(options).config.audit_log, vm, since, outcome, options.limit)
+    vm, outcome = checked(check_vm_name, options.vm), checked(_check_outcome, options.outcome)
+    since, until = checked(moment, options.since), checked(moment, options.until)
+    found = read_history(_dom0(options).config.audit_log, vm, since, until, outcome, options.limit)
     if options.json:
         show.as_json(found)
         return 0

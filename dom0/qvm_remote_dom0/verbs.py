@@ -103,6 +103,7 @@ VERBS = (
         (
             _ANY_VM,
             Option(("--since",), "not older: 2026-11-24, 2026-11-24T18:00:00Z, or 15m, 2h, 7d for so long ago", "TIME"),
+            Option(("--until",), "not younger; as for --since", "TIME"),
             Option(("--outcome",), f"{', '.join(OUTCOMES)}, or an exit code", "WORD"),
             Option(("-n", "--limit"), "at most so many, the newest ones (default: 20)", "N", 20),
             _JSON,

@@ -17,7 +17,6 @@ _CID = "20260131-235959-4711-0badcafe"
 _FILES = 12
 #: One input takes as long as so many of the others.
 COST = 10
-_MIB = 1 << 20
 WORDS = (b'{"seq":1,"prev":"', b"0" * 64, b'"log":{"file":1,"keep":12}', b'"vm":"work"', b'"id":[]', b'"whole":false', b'"what":"ended"')
 WORDS += (b'"ahead":', b'"lost":', b'"torn":', b'"headless":true', b"\xfe", b"\n", b"9" * 40, b"\\u001b[2J", b"[[[[[[[[", b"]]]]]]]]")
 
@@ -72,7 +71,7 @@ def check(data):
 
 
 def _look(path):
-    verified = audit_read.verify(path, _FILES, _MIB, 90)
+    verified = audit_read.verify(path, _FILES)
     rows = audit_read.history(path, limit=50)
     lines = audit_read.query(path, limit=50)
     _check_shown([verified, rows, lines])

@@ -2,6 +2,7 @@
 """The client's own words: keys, help, bad usage. One clear line each, and nothing is lost."""
 
 import os
+import re
 
 import pytest
 
@@ -72,7 +73,9 @@ def test_an_argument_that_is_not_text_is_refused_at_once(vm, stand):
 def test_log_shows_what_was_asked(dom0):
     assert dom0.remote("-n", "echo for the log").returncode == 0
     last = dom0.remote("log", "1").stdout
-    assert b"exit=0 done echo for the log\n" in last
+    assert re.fullmatch(rb"\[[0-9T:-]+Z\] DONE id=[0-9a-f-]+ exit=0 status=done\n", last), last
+    before = dom0.remote("log", "2").stdout.splitlines()[0]
+    assert before.endswith(b" size=16B form=shell cmd=echo for the log") and b"] SUBMIT id=" in before, before
 
 
 def test_no_start_of_the_client_compiles_its_source(stand):

@@ -314,11 +314,27 @@ def test_a_no_stays_a_no_though_the_rules_allow_it_by_now(world):
 def test_a_vm_has_a_minutes_commands_at_once_and_no_more():
     rates = Rates()
     for _ in range(60):
-        rates.check("work", 60)
-    with pytest.raises(Refused) as caught:
-        rates.check("work", 60)
+        rates.check("work", 60, 100000)
+    with pytest.raises(Refused, match="at most 60 commands a minute") as caught:
+        rates.check("work", 60, 100000)
     assert caught.value.code == "rate"
-    rates.check("dev", 60)
+    rates.check("dev", 60, 100000)
+
+
+def test_a_vm_has_a_days_commands_and_then_waits_for_each_one(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    rates = Rates()
+    for _ in range(10):
+        rates.check("work", 60, 10)
+    for _ in range(3):
+        # What was refused costs nothing.
+        with pytest.raises(Refused, match="at most 10 commands a day from this qube; send it again in 8640 s"):
+            rates.check("work", 60, 10)
+    now[0] += 8641
+    rates.check("work", 60, 10)
+    with pytest.raises(Refused, match="commands a day"):
+        rates.check("work", 60, 10)
 
 
 def test_a_vm_over_its_rate_is_told_so_and_nothing_of_it_is_kept(world):

@@ -2,6 +2,7 @@
 """The audit log under everything that happens to logs: tampering, rotation, crashes, full disks, and many writers at once."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -18,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pullrpc import audit_files, audit_read, chain
 from pullrpc.audit import AuditLog, describe_command
-from pullrpc.commands import Commands, list_kept
+from pullrpc.commands import list_kept
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
-from pullrpc.errors import AuditError, PullError
+from pullrpc.errors import AuditError, PullError, Refused
 from pullrpc.ids import new_cid
 from pullrpc.tokens import make_token
 
@@ -36,7 +37,7 @@ def path(tmp_path):
 
 
 def _verify(path, files=12):
-    return audit_read.verify(path, files, 64 * _MIB, 90)
+    return audit_read.verify(path, files)
 
 
 def _fill(path, count, log=None):
@@ -362,7 +363,7 @@ def test_a_full_disk_is_an_error_and_what_is_written_stays_whole(small_disk):
     done = _verify(path)
     assert (done["problems"], done["notes"], done["lines"]) == ([], [], written)
     with pytest.raises(AuditError):
-        log.commands.keep("work", CID, b"x" * 5000, _MIB, 90)
+        log.keep_command("work", CID, b"x" * 5000, _MIB, 90)
     assert list_kept(audit_files.commands_folder(path)) == []
     ballast.unlink()
     _fill(path, 3, log)
@@ -459,32 +460,99 @@ def test_the_real_logrotate_with_the_shipped_configuration(path, tmp_path):
     assert _verify(path, files=3)["problems"]
 
 
-def test_whole_commands_are_bounded_and_the_oldest_go_first(tmp_path):
-    commands = Commands(str(tmp_path / "commands"))
+def _kept(path):
+    return [os.path.basename(one) for _, _, one in sorted(list_kept(audit_files.commands_folder(path)))]
+
+
+def _keep(log, vm, cid, size, bytes_max=_MIB, days=90):
+    """Have a whole command in the log, as the gate has."""
+    command = "echo " + "x" * size
+    log.keep_command(vm, cid, command.encode(), bytes_max, days)
+    log.write("accepted", vm, cid, sync=True, **describe_command(command))
+
+
+def test_whole_commands_are_bounded_and_the_oldest_go_first(path):
+    log = AuditLog(path)
     for number in range(6):
-        commands.keep("work", f"id-{number}", b"x" * 5000, 4 * 8192, 90)
-    kept = [os.path.basename(path) for _, _, path in sorted(list_kept(str(tmp_path / "commands")))]
-    assert kept == ["id-2", "id-3", "id-4", "id-5"]
-    assert os.stat(commands.path("work", "id-5")).st_mode & 0o777 == 0o600
+        _keep(log, "work", f"id-{number}", 5000, 4 * 8192)
+    assert _kept(path) == ["id-2", "id-3", "id-4", "id-5"]
+    folder = os.path.join(audit_files.commands_folder(path), "work")
+    assert os.stat(os.path.join(folder, "id-5")).st_mode & 0o777 == 0o600
     old = time.time() - 3 * 86400
-    os.utime(commands.path("work", "id-2"), (old, old))
+    os.utime(os.path.join(folder, "id-2"), (old, old))
     # Another process, at its start.
-    Commands(str(tmp_path / "commands")).prune(_MIB, 2)
-    assert len(list_kept(str(tmp_path / "commands"))) == 3
+    AuditLog(path).prune_commands(_MIB, 2)
+    assert _kept(path) == ["id-3", "id-4", "id-5"]
+    # What went is in the log, so that nothing is missing; also under other settings.
+    assert [line["id"] for line in audit_read.query(path, what="command-let-go")] == ["id-0", "id-1", "id-2"]
+    done = _verify(path)
+    assert (done["problems"], done["commands"]) == ([], 3)
+
+
+def test_a_vm_that_fills_the_room_for_whole_commands_loses_its_own(path):
+    log = AuditLog(path)
+    _keep(log, "work", "id-work", 5000, 8 * 8192)
+    for number in range(40):
+        _keep(log, "dev", f"id-{number}", 5000, 8 * 8192)
+    assert _kept(path) == ["id-work", *(f"id-{number}" for number in range(33, 40))]
+
+
+def test_a_whole_command_that_somebody_removed_is_missed_also_where_the_room_is_full(path):
+    log = AuditLog(path)
+    for number in range(6):
+        _keep(log, "work", f"id-{number}", 5000, 4 * 8192)
+    os.unlink(os.path.join(audit_files.commands_folder(path), "work", "id-5"))
+    assert _verify(path)["problems"] == ["the whole command id-5 of work is missing"]
+
+
+def test_no_whole_command_goes_that_the_log_has_no_line_of(path):
+    log = AuditLog(path)
+    _keep(log, "work", "id-0", 5000, 8192)
+    _break(path)
+    with pytest.raises(AuditError):
+        log.keep_command("work", "id-1", b"x" * 5000, 8192, 90)
+    _mend(path)
+    assert (_kept(path), _verify(path)["problems"]) == (["id-0"], [])
+
+
+def test_a_command_goes_while_the_log_is_verified(path, monkeypatch):
+    log = AuditLog(path)
+    _keep(log, "work", "id-0", 5000)
+
+    def look(check, real=audit_read._Check.look_at_commands):
+        # After the lines were read.
+        log.prune_commands(0, 90)
+        real(check)
+
+    monkeypatch.setattr(audit_read._Check, "look_at_commands", look)
+    assert _verify(path)["problems"] == []
+
+
+def test_a_command_takes_no_more_room_in_a_line_whatever_its_characters_are(path):
+    log = AuditLog(path)
+    lengths = []
+    for character in ("x", "\u00e9", "\U0001f600", "\x1b", "\x7f"):
+        command = character * 5000
+        log.write("accepted", "work", CID, **describe_command(command))
+        line = _lines(path)[-1]
+        assert command.startswith(line["command"]) and len(line["command"]) > 100 and line["whole"] is False
+        assert line["sha256"] == hashlib.sha256(command.encode()).hexdigest()
+        lengths.append(len(_read(path).splitlines()[-1]))
+    assert max(lengths) < 2048 + 512
 
 
 @pytest.mark.parametrize("harm", ["changed", "removed"])
 def test_a_whole_command_that_was_harmed_is_found(path, harm):
     log = AuditLog(path)
     command = "echo " + "x" * 5000
-    log.commands.keep("work", CID, command.encode(), _MIB, 90)
+    log.keep_command("work", CID, command.encode(), _MIB, 90)
     log.write("accepted", "work", CID, sync=True, **describe_command(command))
     done = _verify(path)
     assert (done["problems"], done["commands"]) == ([], 1)
     if harm == "changed":
-        _put(log.commands.path("work", CID), b"echo")
+        _put(os.path.join(audit_files.commands_folder(path), "work", CID), b"echo")
     else:
-        os.unlink(log.commands.path("work", CID))
+        os.unlink(os.path.join(audit_files.commands_folder(path), "work", CID))
     assert any(CID in problem for problem in _verify(path)["problems"])
 
 
@@ -512,6 +580,41 @@ def test_a_history_has_one_row_for_each_command(path):
     assert [row["id"] for row in audit_read.history(path, limit=2)] == ["three", "four"]
     assert audit_read.history(path, since="2100-01-01") == []
     assert len(audit_read.history(path, since="1h")) == 4
+
+
+def test_a_refusal_of_an_id_that_runs_is_no_end_of_it(path):
+    log = AuditLog(path)
+    _run(log, "work", "one")
+    # Whoever owns the VM's disk shows the id once more, without the key.
+    log.write("refused", "work", "one", code="token", reason="the token does not fit")
+    running, refused = audit_read.history(path)
+    assert (running["outcome"], running["command"]) == ("running", "echo one")
+    assert (refused["outcome"], refused["code"], "command" in refused) == ("refused", "token", False)
+    log.write("ended", "work", "one", exit=0, status="done")
+    assert [(row["outcome"], row["command"]) for row in audit_read.history(path, outcome="done")] == [("done", "echo one")]
+    assert audit_read.history(path, until="2020-01-01") == []
+    assert len(audit_read.history(path, since="1h", until="2100-01-01")) == 2
+
+
+def test_a_claim_that_failed_is_one_row(path):
+    log = AuditLog(path)
+    log.write("accepted", "work", "one", command="true", by="full")
+    log.write("refused", "work", "one", code="storage", command="true")
+    assert [(row["outcome"], row["code"], row["command"]) for row in audit_read.history(path)] == [("refused", "storage", "true")]
+
+
+def test_a_refusal_says_what_was_refused_and_why_once_its_token_fits(path):
+    log = AuditLog(path)
+    refused = Refused("policy", "no rule lets it " + "x" * 5000)
+    refused.command = "qvm-remove vault " + "\x1b" * 5000
+    assert log.refusal("work", CID, refused)
+    assert log.refusal("work", CID, Refused("token", "the token does not fit"))
+    told, bare = _lines(path)
+    assert told["command"].startswith("qvm-remove vault ") and len(told["command"]) == 256 == len(told["reason"])
+    assert (told["size"], told["sha256"]) == (5017, hashlib.sha256(refused.command.encode()).hexdigest())
+    assert (bare["reason"], "command" in bare) == ("the token does not fit", False)
+    # It was not kept, and nobody misses it.
+    assert _verify(path)["problems"] == []
 
 
 def test_lines_are_found_by_vm_time_and_word(path):
@@ -587,7 +690,7 @@ def test_commands_that_come_together_are_logged_by_one_write_and_one_fsync(dom0,
     assert len(count) == 1
     lines = _lines(path)[1:]
     assert [(line["what"], line["by"], line.get("whole", True)) for line in lines] == [("accepted", "full", True)] * 2 + [("accepted", "full", False)]
-    assert _read(dom0.audit.commands.path("work", requests[2].cid)) == b"true " + b"x" * 5000
+    assert _read(os.path.join(audit_files.commands_folder(path), "work", requests[2].cid)) == b"true " + b"x" * 5000
     assert _verify(path)["problems"] == []
 
 

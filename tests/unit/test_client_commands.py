@@ -568,7 +568,7 @@ def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
         assert os.listdir(qube.base / "queue" / "running") == []
         assert os.listdir(qube.base / "queue" / "results") == [f"{CID}.bell"]
         assert qube.ok("history", "show", "--out", result) == b"kept"
-        assert b"cleaned x" in qube.ok("log")
+        assert b" exit=125 status=cleaned\n" in qube.ok("log")
         assert qube.ok("queue", "clean") == b"nothing was left\n"
     finally:
         os.close(bell)

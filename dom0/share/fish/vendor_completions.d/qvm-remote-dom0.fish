@@ -5,7 +5,7 @@
 function _qvm_remote_dom0_at
     set -l alone --once --dry-run -h --help --version
     set -l commands 'authorize' 'revoke' 'rotate' 'keys' 'enable' 'disable' 'status' 'tail' 'history' 'explain' 'doctor'
-    set -l valued ' --config-dir' 'tail -n' 'tail --lines' 'history --since' 'history --outcome' 'history -n' 'history --limit'
+    set -l valued ' --config-dir' 'tail -n' 'tail --lines' 'history --since' 'history --until' 'history --outcome' 'history -n' 'history --limit'
     set -l command ''
     set -l skip 0
     set -l taken 0
@@ -87,6 +87,7 @@ complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "tail" -1' -l json -d 'as JS
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "tail" -1' -s h -l help -d 'show its help'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "tail" 0' -a '(_qvm_remote_dom0_values vm)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "history" -1' -l since -x -d 'not older: 2026-11-24, 2026-11-24T18:00:00Z, or 15m, 2h, 7d for so long ago'
+complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "history" -1' -l until -x -d 'not younger; as for --since'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "history" -1' -l outcome -x -d 'done, timeout, cancelled, interrupted, failed, refused, accepted, running, or an exit code'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "history" -1' -s n -l limit -x -d 'at most so many, the newest ones (default: 20)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "history" -1' -l json -d 'as JSON, for programs'
