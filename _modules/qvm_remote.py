@@ -64,11 +64,23 @@ def __virtual__():
 
 
 def _settings(config):
-    if config is not None:
-        return config
-    found = pullrpc.config.engine_settings(__opts__)
+    found = _found(config)
+    return {} if found is None else found
+
+
+def _found(config):
+    """The settings; None where there are none."""
+    found = pullrpc.config.engine_settings(__opts__) if config is None else config
     # Asked by qubesctl, whose minion has no engine, it is the service's that is meant.
-    return (pullrpc.config.engine_settings(_service_minion()) if found is None else found) or {}
+    return pullrpc.config.engine_settings(_service_minion()) if found is None else found
+
+
+def _applied(config):
+    """The settings under which commands are run. Without any none is: what pillar says of a VM is not known then."""
+    found = _found(config)
+    if found is None:
+        raise CommandExecutionError("qvm-remote is not set up here, and nothing is run: sudo qubesctl state.apply qvm-remote.dom0")
+    return found
 
 
 def _service_minion():
@@ -87,6 +99,10 @@ def _service_minion():
 
 def _dom0(config):
     return pullrpc.dom0.shared(_settings(config))
+
+
+def _dom0_in_force(config):
+    return pullrpc.dom0.shared(_applied(config))
 
 
 @contextlib.contextmanager
@@ -127,7 +143,7 @@ def verify(vm, cid, command, token, config=None):
     """
     try:
         pullrpc.ids.check_vm_name(vm)
-        _, state = _dom0(config).verify(vm, _raw(cid), _raw(command), _raw(token))
+        _, state = _dom0_in_force(config).verify(vm, _raw(cid), _raw(command), _raw(token))
     except pullrpc.errors.Refused as refused:
         return {"verified": False, "code": refused.code, "reason": str(refused)}
     except pullrpc.errors.PullError as err:
@@ -157,7 +173,7 @@ def execute(vm, cid, config=None):
     """
     with _told():
         pullrpc.ids.check_vm_name(vm)
-        return _dom0(config).execute(vm, pullrpc.ids.check_cid(cid))
+        return _dom0_in_force(config).execute(vm, pullrpc.ids.check_cid(cid))
 
 
 def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
@@ -320,7 +336,7 @@ def explain(vm, command, config=None):
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
     with _told():
-        dom0 = _dom0(config)
+        dom0 = _dom0_in_force(config)
         shown = pullrpc.rehearsal.explain(dom0, pullrpc.ids.check_vm_name(vm), command)
         return {**shown, "as": pullrpc.accounts.describe_account(dom0.config.for_vm(vm).run_as)}
 
@@ -925,6 +941,34 @@ def started_as(config=None):
     return pullrpc.note.read(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
 
 
+def is_safe(vm, config=None):
+    """Say whether a VM that got a key now could do no more than it is to: there is no engine at work, or it knows these settings, or
+    lets nobody run anything whom it does not know.
+
+    Args:
+        vm: name of the VM.
+        config: settings (dict) that are to hold, default: the engine's.
+
+    Returns:
+        bool
+
+    Raises:
+        CommandExecutionError: the settings can't be used.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call --local qvm_remote.is_safe work
+    """
+    if not config or started_as(config) is None or in_use(config):
+        return True
+    with _told():
+        # What the engine was given last; it has not taken over what is to hold.
+        known = pullrpc.config.make_config(_settings(None))
+        return known.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force == pullrpc.policy.NONE
+
+
 def code():
     """Name the code of this formula that Salt has here, to tell it from another version's.
 
@@ -1191,7 +1235,7 @@ def rehearse(config=None):
         salt-call --local qvm_remote.rehearse
     """
     with _told():
-        return pullrpc.rehearsal.rehearse(_dom0(config))
+        return pullrpc.rehearsal.rehearse(_dom0_in_force(config))
 
 
 def keys(config=None, vm=None):
@@ -1436,7 +1480,7 @@ def run_once(config=None):
 
         salt-call --local qvm_remote.run_once
     """
-    settings = _settings(config)
+    settings = _applied(config)
     with _told():
         service = pullrpc.service.Service(
             pullrpc.dom0.shared(settings),

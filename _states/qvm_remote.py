@@ -449,6 +449,8 @@ def _have_key(ret, vm, key, settings):
         "given": lambda: _give_key(vm, shown, settings),
     }[key]
     new = "a new key" if changed_there or not wanted else wanted
+    if not shown and not __opts__["test"] and not __salt__["qvm_remote.is_safe"](vm, config=settings):
+        raise _Failed(f"the service does not know yet what {vm} may do: apply all of it (sudo qubesctl state.apply qvm-remote)")
     stored = _change(ret, "key", shown, new, f"{vm} would be authorized", do, f"{vm} was authorized")
     if stored:
         ret["changes"]["key"]["new"] = stored.get("fingerprint") or stored["new"]

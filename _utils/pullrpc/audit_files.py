@@ -16,7 +16,7 @@ _LOGROTATE = """\
 # Written by Salt (qvm-remote.dom0). By renaming alone: the next line goes to a new file, which qvm-remote makes itself.
 {path} {{
     weekly
-    maxsize 64M
+    maxsize 256M
     rotate {files}
     missingok
     notifempty

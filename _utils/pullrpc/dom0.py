@@ -41,6 +41,8 @@ with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py
     _RUN_STEPS = _file.read()
 #: How long a request counts as verified: from the execution module's check to the engine's next step, seconds.
 _VERIFIED_HOLDS = 0.5
+#: How long the list of the VMs that have a tag holds while requests are taken in, seconds.
+_TAGS_HOLD = 1.0
 _NONE_VERIFIED = (float("-inf"), None, None, None)
 _STRANGER = (
     "this is another qube than the one that got access to dom0 under the name {vm}; if it is to have access as well: in dom0, "
@@ -125,6 +127,8 @@ class Dom0:
         #: What dom0's user said of commands that wait: (vm, cid) to (token MAC, word, reason).
         self._answers = {}
         self._rates = Rates()
+        #: Tag to when it was looked up, and the names.
+        self._tags, self._tags_lock = {}, threading.Lock()
         #: Told of what a command that runs has written so far: callable of vm, cid, bytes of stdout and of stderr; or None.
         self.on_output = None
         self._lock = threading.Lock()
@@ -243,9 +247,20 @@ class Dom0:
         if seen:
             # It was allowed when it was claimed, and is looked at again before it runs.
             return request, seen
-        request = check_policy(config, self.ledger, vms_with_tag, request)
+        request = check_policy(config, self.ledger, self._tagged, request)
         self._verified.last = (time.monotonic(), config, (vm, untrusted_cid, untrusted_command, untrusted_token), request)
         return request, None
+
+    def _tagged(self, tag):
+        """The VMs that have a tag, as it was a moment ago: a VM that asks for much does not have as many programs started. What was let
+        in by this is looked at anew before it runs.
+        """
+        with self._tags_lock:
+            at, names = self._tags.get(tag, (float("-inf"), None))
+            if time.monotonic() - at > _TAGS_HOLD:
+                at, names = time.monotonic(), vms_with_tag(tag)
+                self._tags[tag] = (at, names)
+            return names
 
     def _verify_once(self, *untrusted_request):
         """The same, unless this thread has just done it for exactly these bytes and under these settings. That counts once."""
@@ -277,16 +292,25 @@ class Dom0:
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
         self._rates.check(vm, config.rate, config.rate_day)
-        wanted = max(0, untrusted_stdin_size) + 2 * config.output_max
-        used, kept = self.spool.used(vm)
-        if used + wanted > config.spool_bytes_max or kept >= _KEPT_MAX * config.vm_queue:
-            raise Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
+        if self._check_room(config, vm, max(0, untrusted_stdin_size)) >= _KEPT_MAX * config.vm_queue:
+            raise _no_room()
         try:
             self._note_use(vm, request.key, config.max_age)
             self.spool.store_request(vm, request.cid, untrusted_command, untrusted_token)
         except (SpoolError, LedgerError, KeyringError) as err:
             raise self._dismiss(request, Refused("storage", str(err))) from err
         return request
+
+    def _check_room(self, config, vm, more):
+        """See whether there is room for one more command of a VM, with as much output as it may have, and so many bytes.
+
+        Returns:
+            int, of how many commands something is kept.
+        """
+        used, kept = self.spool.used(vm)
+        if used + more + 2 * config.output_max > config.spool_bytes_max:
+            raise _no_room()
+        return kept
 
     def stdin_writer(self, request):
         """Begin to keep the stdin of a request that was admitted.
@@ -410,6 +434,8 @@ class Dom0:
             key = request.key
             request = self._answered(check_policy(config, self.ledger, vms_with_tag, request))
             account = None if request.form == "ping" else find_account(config.run_as)
+            # When it was let in, those before it had written nothing yet.
+            self._check_room(config, vm, self._running_room(config, vm))
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -427,6 +453,11 @@ class Dom0:
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
+
+    def _running_room(self, config, vm):
+        """What the commands of a VM that run may still write, bytes."""
+        with self._lock:
+            return 2 * config.output_max * sum(name == vm for name, _ in self._running)
 
     def cancel(self, vm, cid):
         """Have done with a command whose client gave up: kill it if it runs; keep no result in any case.
@@ -826,6 +857,7 @@ class Dom0:
     def _finish_run(self, request, ended):
         outcome, why_stopped = ended
         vm, cid = request.vm, request.cid
+        self.spool.wrote(vm, min(outcome.out_bytes + outcome.err_bytes, 2 * self.config.output_max))
         if outcome.cancelled and why_stopped == "cancelled":
             return self._finish_cancelled(vm, cid, outcome.seconds, **_sizes(outcome))
         status = "timeout" if outcome.timed_out else "interrupted" if outcome.cancelled else "done"
@@ -897,6 +929,10 @@ class Dom0:
         except KeyringError:
             # Revoked meanwhile, or never there: the client can't be given a proof, and treats the answer as a refusal only.
             return None
+
+
+def _no_room():
+    return Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
 
 
 def _sizes(outcome):

@@ -126,6 +126,28 @@ def forget(*paths):
             pass
 
 
+def move(source, target):
+    """Move a file, to another disk if need be: a queue may lie in memory, and the history not.
+
+    Args:
+        source, target: str; what was at ``target`` goes.
+
+    Raises:
+        OSError: it can't be moved, and is where it was.
+    """
+    try:
+        os.rename(source, target)
+    except OSError as err:
+        if err.errno != errno.EXDEV:
+            raise
+        # Imported here: it takes longer than the move, where that is a renaming.
+        import shutil
+
+        shutil.copyfile(source, target, follow_symlinks=False)
+        os.chmod(target, 0o600)
+        os.unlink(source)
+
+
 def read_bounded(path, limit):
     """Read a small file.
 

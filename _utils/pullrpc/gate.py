@@ -19,6 +19,8 @@ from .validate import check_command, parse_argv
 
 #: How far dom0's clock may be behind while a VM's access has an end, in all, seconds: what keeping time by the network does.
 _CLOCK_SLACK = 60
+#: What a ping has for a command.
+PING = "ping"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def authenticate(config, accepted_keys, vm, untrusted_cid, untrusted_command, un
     try:
         keys = accepted_keys()
     except KeyringError as err:
-        raise Refused("key", f"{err}; in dom0: qvm_remote.authorize {vm}") from None
+        raise Refused("key", f"{err}; in dom0: sudo qvm-remote-dom0 authorize --from-vm {vm}") from None
     token = parse_token(untrusted_token)
     if token.version == 1 and not config.accept_v1:
         raise Refused("token", "this is a token of qvm-remote 1.x, which dom0 does not accept from this VM; update the client")
@@ -139,7 +141,9 @@ def check_policy(config, ledger, tagged, request, now=None):
         Refused: it may not (code ``policy``), its access has ended (``ended``), or dom0 can't tell (``clock``, ``ledger``, ``storage``).
     """
     if request.form == "ping":
-        # Runs nothing, and tells nothing but that the key fits.
+        # Runs nothing, and tells nothing but that the key fits: no policy is asked, so that nothing else may come in this way.
+        if request.command != PING:
+            raise Refused("policy", f"a ping has no text but {PING}")
         return dataclasses.replace(request, by="ping")
     if config.until:
         _check_until(config, ledger, request.vm, time.time() if now is None else now)
@@ -159,7 +163,7 @@ def check_policy(config, ledger, tagged, request, now=None):
     except TransportError as err:
         raise Refused("storage", f"dom0 can't tell whether this qube may run that: {err}") from None
     if not decision.allowed and not decision.asks:
-        raise Refused("policy", f"dom0's policy for this qube does not let it run that: {decision.reason} (in dom0: qvm_remote.explain {request.vm} COMMAND)")
+        raise Refused("policy", f"dom0's policy for this qube does not let it run that: {decision.reason} (in dom0: sudo qvm-remote-dom0 explain {request.vm} COMMAND)")
     return dataclasses.replace(request, argv=argv, steps=steps, form="steps" if steps else "argv", by=decision.rule, asks=decision.asks)
 
 

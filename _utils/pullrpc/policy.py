@@ -27,9 +27,10 @@ _RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
 _STEPS_MAX = 256
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
 _TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
-#: Characters that a shell takes as they are, outside of quotes and inside of double ones.
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-^")
-_QUOTED_SPECIAL = frozenset('$`\\!"')
+#: What a line without a shell is made of: blanks, characters that a shell takes as they are, and text in either kind of quotes.
+_PIECE = re.compile(
+    r"""(?P<space>[ \t]+)|(?P<plain>[A-Za-z0-9_@%+=:,./^\x80-\U0010ffff-]+)|'(?P<single>[^']*)'|"(?P<double>[^"$`\\!]*)\""""
+)
 #: Properties whose values stay within their VM. Others connect it with another one: its netvm and template, whose screen and sound it
 #: gets (guivm, audiovm), in which VM it opens things (default_dispvm), which one manages it.
 _OWN_PROPERTIES = ("autostart", "include_in_backups", "label", "maxmem", "memory", "qrexec_timeout", "shutdown_timeout", "vcpus")
@@ -37,6 +38,8 @@ _OWN_PROPERTIES = ("autostart", "include_in_backups", "label", "maxmem", "memory
 _PROPERTY = {"qvm-prefs": 1, "qubes-prefs": 0}
 #: By these, one word of a Qubes tool is the names of many VMs (qubesadmin.tools.VmNameAction, since R4.3).
 _PATTERN = frozenset("*?[]")
+#: Programs all of whose words, but options and what belongs to those, are names of VMs.
+_TAKE_NAMES = ("qvm-check", "qvm-kill", "qvm-ls", "qvm-pause", "qvm-remove", "qvm-shutdown", "qvm-start", "qvm-unpause")
 #: Sets of rules by name. ``observe`` only looks; ``manage`` starts, ends and sets up the VMs of one tag.
 SETS = {
     "observe": (
@@ -154,7 +157,7 @@ def decide(policy, argv, tagged):
     for name in _LISTS:
         for rule in policy.get(name, ()):
             for pattern in _expand(rule):
-                if _matches(_spelled(pattern), given, tagged, name == "allow"):
+                if _fits(name, _spelled(pattern), given, tagged):
                     shown = f"{name}: {' '.join(pattern)}"
                     return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
     return Decision(False, "", "no rule allows it")
@@ -222,20 +225,52 @@ def _spelled(words):
     return (*words[:at], words[at].replace("-", "_"), *words[at + 1 :])
 
 
-def _matches(pattern, argv, tagged, is_allowed_by_it):
-    rest = pattern[-1] == _REST
-    fixed = pattern[:-1] if rest else pattern
-    if len(argv) < len(fixed) or (len(argv) > len(fixed) and not rest):
+def _fits(name, pattern, argv, tagged):
+    """Whether a rule of one of the lists is about a command."""
+    if not argv:
         return False
-    # A pattern of names is forbidden or asked about as any word is, but is no one word that may be allowed.
-    is_one_word = not is_allowed_by_it or not os.path.basename(argv[0]).startswith("qvm-")
-    return all(_word_matches(word, given, tagged, is_one_word) for word, given in zip(fixed, argv))
+    matches = functools.partial(_word_matches, tagged=tagged, name=name, takes_patterns=os.path.basename(argv[0]).startswith("qvm-"))
+    return _matches(pattern, argv, matches) or (name == "deny" and _forbids(pattern, argv, matches))
 
 
-def _word_matches(word, given, tagged, is_one_word):
+def _matches(pattern, argv, matches):
+    fixed = pattern[:-1] if pattern[-1] == _REST else pattern
+    if len(argv) < len(fixed) or (len(argv) > len(fixed) and fixed is pattern):
+        return False
+    return all(map(matches, fixed, argv))
+
+
+def _forbids(pattern, argv, matches):
+    """Whether a command does what a rule forbids, in other words: a doubt is no.
+
+    The same program by its path; options that the rule does not name; one of several names; all VMs; a shutdown that ends in a kill.
+    """
+    program, same = os.path.basename(argv[0]), os.path.basename(pattern[0])
+    if program == "qvm-shutdown" and same == "qvm-kill" and any(word.startswith("-") and "w" in word for word in argv[1:]):
+        # With --wait it kills what has not shut down after a while (qubesadmin.tools.qvm_shutdown).
+        program = same
+    if program != same:
+        return False
+    given = tuple(word for word in argv[1:] if not word.startswith("-") or word in pattern)
+    if _matches(pattern, (pattern[0], *given), matches):
+        return True
+    if program not in _TAKE_NAMES or len(pattern) < 2:
+        return False
+    if any(word.startswith("--a") for word in argv[1:]):
+        # --all, or how it may be shortened: every VM there is.
+        return True
+    left = iter(given)
+    return all(any(matches(word, one) for one in left) for word in pattern[1:] if word != _REST)
+
+
+def _word_matches(word, given, tagged, name, takes_patterns):
+    is_pattern = takes_patterns and not _PATTERN.isdisjoint(given)
+    if is_pattern and name == "deny" and not given.startswith("-"):
+        # The names that it stands for may be among those that are meant.
+        return True
     if word == _ANY:
-        # An option in a name's or value's place may turn the command into another.
-        return not given.startswith("-") and (is_one_word or _PATTERN.isdisjoint(given))
+        # An option in a name's or value's place may turn the command into another; and a pattern of names is no one word.
+        return not given.startswith("-") and (not is_pattern or name != "allow")
     if word.startswith(_TAG):
         return given in tagged(word[len(_TAG) :])
     return word == given
@@ -278,26 +313,20 @@ def split_plain(line):
     Raises:
         Refused: a shell would do more with it than to split it (code ``policy``).
     """
-    words, word, at = [], None, 0
+    words, at = [], 0
     while at < len(line):
-        char = line[at]
-        if char in "'\"":
-            end = line.find(char, at + 1)
-            text = line[at + 1 : end]
-            if end < 0 or (char == '"' and not _QUOTED_SPECIAL.isdisjoint(text)):
+        # Each piece once: a line is long, and whoever sends it may be no friend.
+        pieces = []
+        while at < len(line):
+            piece = _PIECE.match(line, at)
+            if piece is None:
                 raise _needs_shell()
-            word, at = (word or "") + text, end
-        elif char in " \t":
-            if word is not None:
-                words.append(word)
-            word = None
-        elif char in _PLAIN or ord(char) > 0x7F:
-            word = (word or "") + char
-        else:
-            raise _needs_shell()
-        at += 1
-    if word is not None:
-        words.append(word)
+            at = piece.end()
+            if piece["space"]:
+                break
+            pieces.append(piece["plain"] or piece["single"] or piece["double"] or "")
+        if pieces:
+            words.append("".join(pieces))
     if not words or not words[0] or "=" in words[0]:
         raise _needs_shell()
     return tuple(words)
@@ -315,16 +344,16 @@ def split_script(text):
     Raises:
         Refused: there is none, there are too many, or a shell would do more with one (code ``policy``).
     """
+    lines = ((at, line.strip(" \t")) for at, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1))
+    lines = [(at, line) for at, line in lines if line and not line.startswith("#")]
+    if not 1 <= len(lines) <= _STEPS_MAX:
+        raise Refused("policy", f"for this qube dom0 takes scripts of 1 to {_STEPS_MAX} lines, each a single command; this one has {len(lines)}")
     steps = []
-    for at, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if not line.strip(" \t") or line.lstrip(" \t").startswith("#"):
-            continue
+    for at, line in lines:
         try:
             steps.append((at, split_plain(line)))
         except Refused as refused:
             raise Refused(refused.code, f"line {at}: {refused}") from None
-    if not 1 <= len(steps) <= _STEPS_MAX:
-        raise Refused("policy", f"for this qube dom0 takes scripts of 1 to {_STEPS_MAX} lines, each a single command; this one has {len(steps)}")
     return steps
 
 

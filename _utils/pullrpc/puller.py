@@ -44,6 +44,8 @@ _KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
 #: How long the results of commands just taken in are waited for before the VM is told that dom0 has them, seconds: most
 #: are there by then, which spares a request for each.
 _LINGER = 0.015
+#: Most of a VM's results that are at hand, in all, bytes.
+_AT_HAND_MAX = 1 << 20
 #: A VM that could not take its results is offered them again after this long, seconds.
 _DELIVER_AGAIN = 5.0
 #: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
@@ -174,6 +176,9 @@ class Puller:
             cid: str.
             end: Finished.
         """
+        if end.result and _weight(end) + sum(map(_weight, self._outbox.values())) > _AT_HAND_MAX:
+            # A VM that does not take its results does not fill dom0's memory with them: it is read again.
+            end = dataclasses.replace(end, result=None)
         self._outbox[cid] = end
         self.wake()
 
@@ -663,6 +668,11 @@ class _Allowance:
         self._left = min(_IDLE_BURST, self._left + (now - self._at) * _IDLE_RATE) - 1
         self._at = now
         return max(0.0, -self._left / _IDLE_RATE)
+
+
+def _weight(end):
+    """What a result takes that is at hand, bytes."""
+    return sum(size for size, _ in end.result[1].values()) if end.result else 0
 
 
 def _claimed_cid(untrusted_cid):

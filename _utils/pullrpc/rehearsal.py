@@ -5,6 +5,7 @@ a command that lies there lies there afterwards.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 from . import policy
@@ -22,6 +23,8 @@ from .validate import check_size
 
 #: Most characters of a command that are shown.
 _COMMAND_SHOWN = 1000
+#: Longest that one VM is looked at, as a multiple of how long each of its answers may take.
+_LOOKS = 2
 
 
 def explain(dom0, vm, command):
@@ -74,7 +77,9 @@ def _look(dom0, vm):
     try:
         if dom0.keyring.exists(vm) and dom0.keyring.bound(vm) not in ("", uuids(dom0.config, vm)[vm]):
             return {"problem": "it is another qube than the one that has access under this name"}
-        return {"commands": run(_look_into(dom0, vm))}
+        return {"commands": run(asyncio.wait_for(_look_into(dom0, vm), _LOOKS * dom0.config.answer_wait))}
+    except asyncio.TimeoutError:
+        return {"problem": "it answers too slowly"}
     except PullError as err:
         return {"problem": str(err)}
 
@@ -116,9 +121,10 @@ async def _whole(session, cid, part, size, untrusted_data):
     untrusted_data = b""
     while len(untrusted_data) < size:
         piece = await session.fetch(cid, part, len(untrusted_data), size - len(untrusted_data))
-        if not piece:
-            break
         untrusted_data += piece
+        if len(piece) < session.fetch_max:
+            # The last one, or it changed there. As when it is served, none comes in crumbs.
+            break
     return untrusted_data
 
 

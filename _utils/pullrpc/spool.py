@@ -49,7 +49,7 @@ class Spool:
         return os.path.join(self._folder, vm, cid, part) if part else os.path.join(self._folder, vm, cid)
 
     def used(self, vm):
-        """What is kept for a VM, as it was a moment ago: commands that came and went since are counted, what commands wrote is not.
+        """What is kept for a VM, as it was a moment ago: what came and went since is counted, as far as it is known.
 
         Args:
             vm: str, checked.
@@ -65,6 +65,15 @@ class Spool:
             with self._lock:
                 self._counted[vm] = (now, total, commands)
         return total, commands
+
+    def wrote(self, vm, size):
+        """Count what a command has written.
+
+        Args:
+            vm: str, checked.
+            size: int, bytes.
+        """
+        self._count_in(vm, size, 0)
 
     def _count(self, vm):
         total, commands = 0, -1

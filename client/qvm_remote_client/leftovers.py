@@ -10,7 +10,7 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError
-from pullrpc.files import forget
+from pullrpc.files import forget, move
 from pullrpc.ids import cid_time, is_cid
 from pullrpc.layout import RESULT_PARTS
 
@@ -143,7 +143,7 @@ def _move_to_history(queue, cid):
         # The exit code last: while it lies here, this can be done again.
         for part in RESULT_PARTS:
             if os.path.exists(queue.results(cid + part)):
-                os.rename(queue.results(cid + part), os.path.join(folder, part[1:]))
+                move(queue.results(cid + part), os.path.join(folder, part[1:]))
     except OSError as err:
         raise PullError(f"can't move the result of {cid} to {folder}: {err.strerror}") from err
     return 1

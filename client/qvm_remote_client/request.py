@@ -11,7 +11,7 @@ import time
 
 from pullrpc.digests import hasher
 from pullrpc.errors import PullError
-from pullrpc.files import forget, knock, read_bounded, write_fully, write_whole
+from pullrpc.files import forget, knock, move, read_bounded, write_fully, write_whole
 from pullrpc.ids import new_cid
 from pullrpc.layout import REQUEST_PARTS, RESULT_PARTS
 from pullrpc.tokens import META_MAX, make_token, parse_key, read_meta
@@ -406,7 +406,7 @@ class Request:
             for part in RESULT_PARTS:
                 source = self._queue.results(self.cid + part)
                 if os.path.exists(source):
-                    os.rename(source, os.path.join(folder, part[1:]))
+                    move(source, os.path.join(folder, part[1:]))
             write_whole(os.path.join(folder, "command"), self._command)
             if is_new_day:
                 # Imported here: once a day, not at each start.

@@ -1,6 +1,13 @@
 # Everything: qubesctl state.apply qvm-remote
+{%- from "qvm-remote/map.jinja" import plan with context %}
 include:
   - qvm-remote.pillar
   - qvm-remote.client
+{%- if plan.problem is defined or salt["qvm_remote.is_safe"]("any", config=plan.settings) %}
   - qvm-remote.vm
   - qvm-remote.dom0
+{%- else %}
+  # The service at work lets those whom it does not know run something: it must know a VM before that one has a key.
+  - qvm-remote.dom0
+  - qvm-remote.vm
+{%- endif %}

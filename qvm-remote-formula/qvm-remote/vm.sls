@@ -11,6 +11,8 @@ qvm-remote-vm-{{ vm }}:
   qvm_remote.key_absent:
     - name: {{ vm | json }}
     - settings: {{ plan.settings | json }}
+    # Before the service forgets what it was let have.
+    - order: 1
 {%-       else %}
   qvm_remote.authorized:
     - name: {{ vm | json }}
@@ -25,6 +27,7 @@ qvm-remote-unlisted:
     - listed: {{ plan.vms | list | json }}
     - remove: {{ (plan.unlisted == "absent") | json }}
     - settings: {{ plan.settings | json }}
+    - order: 1
 {%-   endif %}
 {%- else %}
 {%-   set wanted = salt["pillar.get"]("qvm-remote:vms:" ~ grains["id"], {}) or {} %}

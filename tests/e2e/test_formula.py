@@ -427,6 +427,26 @@ def test_keys_that_pillar_does_not_name_are_shown_and_taken_on_demand(machine):
     assert "extra" not in machine.call("keys")
 
 
+def test_a_vm_gets_no_key_before_the_service_knows_what_it_may_do(machine):
+    # Until then those that are not named may do anything.
+    machine.dom0("qvm-start", "--skip-if-running", "spare", check=True)
+    machine.set_pillar(_pillar(unlisted="keep", vms={"idle": {}}))
+    machine.apply()
+    machine.set_pillar(_pillar(unlisted="keep", vms={"idle": {}, "spare": {"policy": "none"}}))
+    states, _ = machine.fail(sls="qvm-remote.vm")
+    assert "the service does not know yet what spare may do" in states["qvm-remote-vm-spare"]["comment"]
+    assert "spare" not in machine.call("keys")
+    states = machine.apply()
+    order = [name for name, ret in sorted(states.items(), key=lambda one: one[1]["__run_num__"])]
+    assert order.index("qvm-remote-dom0-service") < order.index("qvm-remote-vm-spare")
+    assert b"policy: none" in machine.remote("id", vm="spare").stderr
+    machine.set_pillar(_pillar(unlisted="keep", vms={"idle": {}, "spare": {"state": "absent"}}))
+    states = machine.apply()
+    order = [name for name, ret in sorted(states.items(), key=lambda one: one[1]["__run_num__"])]
+    assert order.index("qvm-remote-vm-spare") < order.index("qvm-remote-dom0-service")
+    assert "spare" not in machine.call("keys")
+
+
 @pytest.mark.long
 def test_salts_own_tools_work_beside_the_service_and_a_wiped_cache_does_not_hurt_it(machine):
     machine.dom0("sh", "-c", "rm -rf /var/cache/salt /var/cache/qvm-remote/*", check=True)

@@ -120,6 +120,16 @@ def test_execute_runs_nothing_that_was_not_claimed(loaders, settings, key):
     assert not os.path.exists(os.path.join(settings["state_dir"], "spool"))
 
 
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("run_once", ()), ("rehearse", ()), ("verify", ("work", "id", "ls", "v2")), ("execute", ("work", "id")), ("explain", ("work", "ls"))],
+)
+def test_nothing_runs_where_nothing_was_set_up(loaders, function, words):
+    # A key may be there: without the settings nobody knows what its VM may do.
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="not set up here, and nothing is run"):
+        getattr(loaders.modules.qvm_remote, function)(*words)
+
+
 def test_revoke_says_whether_there_was_a_key(loaders, settings, key):
     loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
     assert loaders.modules.qvm_remote.revoke("work", config=settings) is True

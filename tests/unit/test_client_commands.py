@@ -574,6 +574,21 @@ def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
         os.close(bell)
 
 
+def test_results_reach_the_history_from_a_queue_on_a_disk_of_its_own(qube):
+    qube.ok("queue", "make")
+    results = str(qube.base / "queue" / "results")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", results], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for part, data in (("out", b"kept"), ("err", b""), ("meta", b"m"), ("exit", b"0\n")):
+            qube.put(f"queue/results/{GONE_CID}.{part}", data)
+        assert qube.ok("queue", "clean") == b"0 taken back or cancelled, 1 results moved to the history, 0 other files removed\n"
+        assert os.listdir(results) == []
+        assert qube.ok("history", "show", "--out", GONE_CID) == b"kept"
+    finally:
+        subprocess.run(["umount", "-l", results], check=True)
+
+
 def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
     reading = new_cid()
     # Of a client that had our number before us, in a qube that was started anew.

@@ -5,18 +5,20 @@ import dataclasses
 import os
 import subprocess
 import time
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 from pullrpc import ledger as ledger_module
+from pullrpc import policy as policy_module
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import ConfigError, LedgerError, Refused, TransportError
 from pullrpc.gate import Request, check_policy
 from pullrpc.ids import new_cid
 from pullrpc.ledger import Ledger
-from pullrpc.policy import SETS, decide, decide_steps, split_plain
+from pullrpc.policy import SETS, decide, decide_steps, split_plain, split_script
 from pullrpc.tokens import make_token
 
 TAGS = {"mine": {"build", "test"}}
@@ -106,6 +108,66 @@ def test_a_pattern_of_names_is_no_single_word_that_is_allowed():
         assert not _allowed("qvm-shutdown", word, policy=policy)
         assert decide(policy, ("qvm-remove", "--force", word), _tagged).asks
         assert _allowed("echo", word, policy=policy)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("qvm-kill", "test"),
+        ("/usr/bin/qvm-kill", "test"),
+        ("qvm-kill", "--force", "test"),
+        ("qvm-kill", "test", "-v"),
+        ("qvm-kill", "build", "test"),
+        ("qvm-kill", "tes*"),
+        ("qvm-kill", "build", "[t]est"),
+        ("qvm-kill", "--all"),
+        ("qvm-kill", "--al", "--exclude", "x"),
+        # It kills what has not shut down in time.
+        ("qvm-shutdown", "--wait", "test"),
+        ("qvm-shutdown", "--wai", "--timeout", "0", "build", "test"),
+        ("qvm-shutdown", "-w", "test"),
+        ("xl", "destroy", "-f", "test"),
+        ("qvm-prefs", "--set", "test", "netvm", "sys-net"),
+        ("qvm-prefs", "te?t", "netvm", "sys-net"),
+    ],
+)
+def test_what_is_denied_is_denied_in_other_words_too(argv):
+    deny = [["qvm-kill", "test"], ["xl", "destroy", "test"], ["qvm-prefs", "test", "netvm", "*"]]
+    programs = ("qvm-kill", "/usr/bin/qvm-kill", "qvm-shutdown", "xl", "qvm-prefs")
+    allow = [[program, "**"] for program in programs]
+    decision = decide({"allow": allow, "ask": allow, "deny": deny}, argv, _tagged)
+    assert (decision.allowed, decision.asks) == (False, False)
+    assert decision.rule.startswith("deny: ")
+    # And what is not meant is not forbidden.
+    other = tuple("other" if word in ("test", "tes*", "te?t", "[t]est") else word for word in argv if not word.startswith("--al"))
+    assert _allowed(*other, policy={"allow": allow, "deny": deny})
+
+
+@pytest.mark.parametrize("argv", [("qvm-kill", "build"), ("qvm-kill", "--force", "build"), ("qvm-shutdown", "--wait", "build"), ("qvm-kill", "b*")])
+def test_a_tag_that_is_denied_is_denied_in_other_words_too(argv):
+    # As pillar.example has it: managed, but not killed.
+    policy = {"allow": [{"manage": "mine"}, [argv[0], "**"]], "deny": [["qvm-kill", "@tag:mine"]]}
+    assert not _allowed(*argv, policy=policy)
+    assert _allowed("qvm-shutdown", "build", policy=policy)
+
+
+def test_a_long_line_is_read_piece_by_piece(monkeypatch):
+    pieces, real = [], policy_module._PIECE
+    monkeypatch.setattr(policy_module, "_PIECE", SimpleNamespace(match=lambda line, at: pieces.append(at) or real.match(line, at)))
+    # By the character that was half a minute of dom0's time.
+    assert split_plain("a" * (1 << 20)) == ("a" * (1 << 20),)
+    assert len(pieces) == 1
+    assert split_plain("'a'" * 300000) == ("a" * 300000,)
+    assert len(pieces) == 300001
+    with pytest.raises(Refused, match="this one has 500000"):
+        split_script("\na" * 500000)
+    # Too many lines are not read at all.
+    assert len(pieces) == 300001
+
+
+def test_a_ping_has_no_other_text():
+    with pytest.raises(Refused, match="no text but ping"):
+        check_policy(_config(policy="none"), None, _tagged, _request("x" * 1000, "ping"))
 
 
 @pytest.mark.parametrize("name", ["netvm", "template", "guivm", "audiovm", "default_dispvm", "management_dispvm", "provides_network", "kernelopts"])
@@ -209,7 +271,7 @@ def test_with_rules_a_line_becomes_the_words_that_were_compared():
     [
         (POLICY, _request("echo a | sh"), "no shell"),
         (POLICY, _request("echo a\nls | sort", "script"), "line 2"),
-        (POLICY, _request("[]", "argv", ("rm", "x")), "qvm_remote.explain work"),
+        (POLICY, _request("[]", "argv", ("rm", "x")), "qvm-remote-dom0 explain work"),
         ("none", _request("true"), "qvm-remote:vms:work gives it a policy"),
     ],
 )

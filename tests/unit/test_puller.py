@@ -7,10 +7,13 @@ import threading
 import time
 
 import pytest
+from pullrpc import dom0 as dom0_module
 from pullrpc import sandbox
+from pullrpc import service as service_module
 from pullrpc.aio import run
+from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
-from pullrpc.dom0 import Dom0, _Running
+from pullrpc.dom0 import Dom0, _Running, of_bytes
 from pullrpc.errors import AgentUnable, FrameError, Refused
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
@@ -116,6 +119,10 @@ class _Vm:
 
     async def close(self):
         """Nothing is open."""
+
+
+def _folders(dom0):
+    return {name: getattr(dom0.config, name) for name in ("key_dir", "state_dir", "run_dir", "audit_log")}
 
 
 def _item(form="shell", command=b"true"):
@@ -282,6 +289,35 @@ def test_a_vm_whose_disk_is_full_is_still_heard_and_gets_its_results_later(dom0,
     _play(dom0, scene, monkeypatch)
 
 
+def test_a_vm_that_takes_no_results_does_not_fill_dom0s_memory_with_them(dom0, monkeypatch):
+    outbox = {}
+
+    async def scene(puller, hub, vm):
+        for number in range(40):
+            parts = {"out": of_bytes(b"x" * 60000), "err": of_bytes(b""), "meta": of_bytes(b"m")}
+            puller.finished(f"20260101-000000-1-{number:08x}", Finished(status="done", result=(0, parts)))
+        outbox.update(puller._outbox)
+
+    _play(dom0, scene, monkeypatch)
+    assert sum(60001 for end in outbox.values() if end.result) <= 1 << 20
+    # Known all the same, and read again when the VM takes it.
+    assert len(outbox) == 40 and sum(1 for end in outbox.values() if end.result) == 17
+
+
+def test_a_refusal_is_recorded_with_what_was_refused(dom0, monkeypatch):
+    dom0.config = make_config({**_folders(dom0), "vms": {"work": {"policy": {"allow": [["true"]]}}}})
+    cid, item = _item(command=b"qvm-remove -f vault")
+
+    async def scene(puller, hub, vm):
+        await puller._open()
+        await puller._take_in([item], [])
+
+    _play(dom0, scene, monkeypatch)
+    (row,) = history(dom0.config.audit_log, outcome="refused")
+    assert (row["id"], row["code"], row["command"]) == (cid, "policy", "qvm-remove -f vault")
+    assert "no rule allows it" in row["reason"]
+
+
 def test_nothing_is_kept_of_commands_that_ended_while_there_was_no_session(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         await puller._open()
@@ -388,3 +424,65 @@ def test_the_first_qube_seen_under_a_name_is_the_one_the_key_is_for(dom0, monkey
 def test_a_note_of_whom_the_key_is_for_that_can_not_be_read_lets_nobody_in(dom0, tmp_path):
     os.mkfifo(tmp_path / "qvm-remote-keys" / "work.key.uuid")
     assert "can't tell" in dom0.stranger("work", "one")
+
+
+def _claimed(dom0, command):
+    cid, item = _item(command=command)
+    request = dom0.admit("work", cid, item.command, item.token, -1)
+    assert dom0.claim([(request, 0)]) == {}
+    return cid
+
+
+def test_what_a_vm_keeps_in_dom0_is_bounded_also_if_all_of_it_was_let_in_before(dom0):
+    mib = 1 << 20
+    dom0.config = make_config({**_folders(dom0), "output_max": mib, "stdin_max": 0, "spool_bytes_max": 5 * mib})
+    cids = [_claimed(dom0, b"head -c 1048576 /dev/zero; head -c 1048576 /dev/zero >&2") for _ in range(6)]
+    ends = [dom0.execute("work", cid)["status"] for cid in cids]
+    assert ends == ["done", "done", "refused", "refused", "refused", "refused"]
+    assert sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(dom0.spool.path("work", "")) for name in names) < 5 * mib
+    # Each of them is told why.
+    err = b"".join(dom0.result("work", cids[-1])[1]["err"][1](0))
+    assert b"dom0 keeps too many unfinished commands and results" in err
+
+
+def test_a_vm_that_asks_for_much_has_a_tag_looked_up_once_and_its_commands_looked_at_anew(dom0, monkeypatch):
+    asked, tagged = [], {"build"}
+
+    def vms_with_tag(tag):
+        asked.append(tag)
+        return set(tagged)
+
+    monkeypatch.setattr(dom0_module, "vms_with_tag", vms_with_tag)
+    dom0.config = make_config({**_folders(dom0), "vms": {"work": {"policy": {"allow": [["echo", "@tag:mine"]]}}}})
+    cids = [_claimed(dom0, b"echo build") for _ in range(5)]
+    assert asked == ["mine"]
+    assert dom0.execute("work", cids[0])["status"] == "done"
+    tagged.clear()
+    # What was let in before the tag was taken away.
+    assert dom0.execute("work", cids[1])["status"] == "refused"
+
+
+def test_what_is_old_goes_while_the_service_runs(dom0, tmp_path, monkeypatch):
+    qvm_ls = tmp_path / "qvm-ls"
+    qvm_ls.write_text("#!/bin/sh\n")
+    qvm_ls.chmod(0o700)
+    dom0.config = make_config({**_folders(dom0), "qvm_ls": str(qvm_ls), "discover_interval": 1})
+    monkeypatch.setattr(service_module, "_PRUNE_EVERY", 0.5)
+    service = service_module.Service(dom0, None, None, lambda *_: None, lambda text: None)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    try:
+        cid, request = _started(dom0)
+        dom0.ledger.finish("work", cid, 0, "done")
+        dom0.ledger.delivered([("work", cid)])
+        with dom0.ledger._transaction():
+            dom0.ledger._db.execute("UPDATE command SET claimed_at = claimed_at - 91 * 86400")
+        deadline = time.monotonic() + 20
+        while dom0.ledger.state("work", cid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert dom0.ledger.state("work", cid) is None
+    finally:
+        service.stop()
+        thread.join(20)
+    words = [line["what"] for line in query(dom0.config.audit_log)]
+    assert words[0] == "started" and words[-1] == "stopped"
