@@ -119,9 +119,9 @@ class Service(Lines):
         self.order("ran")
         return json.loads(self.wait_for("["))
 
-    def hold(self, step):
-        """Stop it at a step, the next time it comes there."""
-        self.order(f"hold {step}")
+    def hold(self, step, vm=""):
+        """Stop it at a step, the next time it comes there, or the next time with a command of a VM."""
+        self.order(f"hold {step} {vm}".rstrip())
 
     def kill(self):
         """Kill -9."""
