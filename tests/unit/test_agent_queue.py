@@ -131,6 +131,8 @@ def test_without_the_agent_too_a_device_in_the_queue_is_never_read(tmp_path, suf
         _touch(queue.pending(cid + part))
     _device(queue.pending(cid + suffix))
     script = f"{agentless._BEGIN}set -- 24 65536\n{agentless._LIST}"
-    done = subprocess.run(["/bin/sh", "-s"], input=script.encode(), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, timeout=30, check=True)
+    # A shell that reads it is ended with those that it has started.
+    words = ["timeout", "30", "/bin/sh", "-s"]
+    done = subprocess.run(words, input=script.encode(), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=True)
     sizes = {"": [], ".auth": [f"I {cid} 0 -1 0"], ".in": [f"I {cid} 0 0 -1"]}[suffix]
     assert [line for line in done.stdout.decode().splitlines() if line.startswith("I ")] == sizes
