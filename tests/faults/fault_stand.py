@@ -274,6 +274,11 @@ class FaultStand(Sim):
         """Have a small disk of dom0's read-only, or not any more."""
         self.dom0("mount", "-o", f"remount,{'ro' if on else 'rw'}", path, check=True)
 
+    def cover(self, path, on=True, where=None):
+        """Have a read-only disk in a folder's place, or not any more: for folders in which somebody has files open."""
+        command = ("mount", "-t", "tmpfs", "-o", "ro,mode=755", "tmpfs", path) if on else ("umount", path)
+        self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
+
     def power_cut(self, vm):
         """Kill a VM with all that is in it, and start it again."""
         self.kill(vm)

@@ -233,6 +233,13 @@ def _age_ledger(dom0, _):
     say("aged")
 
 
+def _ledger_read_only(dom0, on):
+    """Have SQLite refuse to write, as it does on a disk that has become read-only under it: no such disk can be made of one in use."""
+    with dom0.ledger._lock:
+        dom0.ledger._db.execute(f"PRAGMA query_only = {on}")
+    say(f"ledger read-only {on}")
+
+
 def _set_clock(_, seconds, real=time.time):
     time.time = lambda: real() + float(seconds)
     say(f"clock {seconds}")
@@ -269,6 +276,7 @@ def main():
         "rotate": functools.partial(_rotate, dom0),
         "align-audit": functools.partial(_align_audit, dom0),
         "age-ledger": functools.partial(_age_ledger, dom0),
+        "ledger-read-only": functools.partial(_ledger_read_only, dom0),
         "clock": functools.partial(_set_clock, dom0),
     }
 
