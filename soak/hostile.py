@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 
-from attackers import AGENT, AGENT_ATTACKS, KINDS, LIB
+from attackers import AGENT, AGENT_ATTACKS, KINDS, LIB, has_met
 from fault_stand import MARKS, PROGRAMS, Lines
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -104,6 +104,10 @@ class Hostile:
         self._stand.vm(self._vm, "sh", "-c", f"cat > {path} && chmod 755 {path}", user="root", data=f"{AGENT}{AGENT_ATTACKS[name]}\n".encode(), check=True)
         self._stand.in_vms_root(self._vm, "mount", "--bind", path, _AGENT)
         self._stand.vm(self._vm, "pkill", "-f", "qvm-remote agent", user="root")
+
+    def is_met(self):
+        """Whether dom0 has met the attacker's agent."""
+        return has_met(self._stand, self._vm)
 
     def be_itself(self):
         """Bring the VM's own agent back, with the VM as its template has it."""

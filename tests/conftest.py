@@ -15,7 +15,7 @@ import pytest
 from saltfactories.daemons.minion import SaltMinion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [os.path.join(ROOT, "_utils"), os.path.join(ROOT, "client"), os.path.join(ROOT, "sim")]
+sys.path[:0] = [os.path.join(ROOT, folder) for folder in ("_utils", "client", "sim", "tests/security")]
 
 # What is started in the background by a shell ignores these, and so would all that tests start.
 for _number in (signal.SIGINT, signal.SIGHUP):

@@ -13,6 +13,7 @@ import subprocess
 import time
 
 import pytest
+from attackers import LIB
 from pullrpc.package import CLIENT_PATHS, COMMAND_PATHS
 from qubes_sim.stand import Stand
 
@@ -489,12 +490,62 @@ def test_the_service_is_gone_after_a_reboot(machine):
 
 
 def test_with_the_risk_accepted_it_survives_one(machine):
-    machine.set_pillar(_pillar(service={"enable": True, "accept_risk": True}, transport="qubesadmin"))
+    work = {"key": "generate", "policy": {"allow": [["hostname"], ["echo", "**"]]}}
+    machine.set_pillar(_pillar(service={"enable": True, "accept_risk": True}, transport="qubesadmin", vms={"work": work}))
     assert "enabled" in machine.apply()["qvm-remote-dom0-service"]["changes"]
     machine.reboot()
     machine.start("work")
     machine.wait_served("work")
     assert machine.remote("hostname").stdout == b"dom0\n"
+
+
+#: Asks dom0 for things, by hand; gives exit code and stderr of each.
+_ASKS = """
+def ask(command, cid=None, line=None):
+    cid = cid or new_cid()
+    put(cid, command, line)
+    code = wait(lambda: exit_of(cid) is not None and [exit_of(cid)])[0]
+    with open(f"{QUEUE}/results/{cid}.err", errors="replace") as file:
+        answer = [code, file.read()]
+    for part in ("out", "err", "meta", "exit"):
+        os.unlink(f"{QUEUE}/results/{cid}.{part}")
+    return answer
+
+cid = new_cid()
+asks = {
+    "forged": lambda: ask(b"echo forged", cid, token(cid, b"echo forged", os.urandom(32))),
+    "allowed": lambda: ask(b"echo allowed", cid),
+    "replayed": lambda: ask(b"echo allowed", cid),
+    "denied": lambda: ask(b"touch /srv/attacked"),
+    "malformed": lambda: ask(b"echo \\x1b[2J"),
+    "unrecorded": lambda: ask(b"echo unrecorded"),
+}
+print(json.dumps({name: asks[name]() for name in sys.argv[1:]}))
+"""
+
+
+def _ask(machine, *names):
+    program = f"import sys; sys.path.insert(0, '/usr/lib/qvm-remote')\n{LIB}{_ASKS}"
+    return json.loads(machine.vm("work", "/usr/bin/python3", "-", *names, data=program.encode(), check=True).stdout)
+
+
+def test_without_transience_the_other_layers_hold(machine):
+    answers = _ask(machine, "forged", "allowed", "replayed", "denied", "malformed")
+    assert answers.pop("allowed") == [0, ""]
+    why = {"forged": "token does not fit", "replayed": "used before", "denied": "policy", "malformed": "control bytes"}
+    assert {name: (code, why[name] in text) for name, (code, text) in answers.items()} == dict.fromkeys(why, (125, True)), answers
+    assert machine.dom0("test", "-e", "/srv/attacked").returncode == 1
+    # Whoever is root may write to any file, but to no folder.
+    log = "/var/log/qvm-remote/audit.log"
+    machine.dom0("sh", "-c", f"mv {log} {log}.away && mkdir {log}", check=True)
+    try:
+        ((code, text),) = _ask(machine, "unrecorded").values()
+    finally:
+        machine.dom0("sh", "-c", f"rmdir {log} && mv {log}.away {log}", check=True)
+    assert (code, "the audit log" in text) == (125, True), text
+    assert _ask(machine, "allowed")["allowed"] == [0, ""]
+    # That one after it was the last that ran, and the first one had run once.
+    assert [row.get("command") for row in machine.call("history", "work")].count("echo allowed") == 2
 
 
 def test_through_the_library_no_qvm_run_stays_behind(machine):

@@ -119,9 +119,9 @@ class Service(Lines):
         self.order("ran")
         return json.loads(self.wait_for("["))
 
-    def hold(self, step):
-        """Stop it at a step, the next time it comes there."""
-        self.order(f"hold {step}")
+    def hold(self, step, vm=""):
+        """Stop it at a step, the next time it comes there, or the next time with a command of a VM."""
+        self.order(f"hold {step} {vm}".rstrip())
 
     def kill(self):
         """Kill -9."""
@@ -273,6 +273,11 @@ class FaultStand(Sim):
     def make_read_only(self, path, on=True):
         """Have a small disk of dom0's read-only, or not any more."""
         self.dom0("mount", "-o", f"remount,{'ro' if on else 'rw'}", path, check=True)
+
+    def cover(self, path, on=True, where=None):
+        """Have a read-only disk in a folder's place, or not any more: for folders in which somebody has files open."""
+        command = ("mount", "-t", "tmpfs", "-o", "ro,mode=755", "tmpfs", path) if on else ("umount", path)
+        self.in_vms_root(where, *command) if where else self.dom0(*command, check=True)
 
     def power_cut(self, vm):
         """Kill a VM with all that is in it, and start it again."""

@@ -28,6 +28,7 @@ from pullrpc.config import make_config
 from pullrpc.errors import PullError, Refused
 from pullrpc.keyring import Keyring
 from pullrpc.service import Service
+from pullrpc.session import Session
 
 #: What every command of a test writes to: a line for each time it beats.
 RAN = "/var/tmp/ran"
@@ -78,15 +79,50 @@ STEPS = {
 }
 
 
+def _names_in(value):
+    """The VMs that a call is about, by what it is given and by whose method it is."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _names_in(one)
+    else:
+        yield getattr(value, "vm", getattr(value, "_vm", None))
+
+
+def _name_parts():
+    """Have those know their VM that are made for one and are not told so."""
+    start, open_session = pullrpc.sandbox.start, Session.open.__func__
+
+    @functools.wraps(start)
+    def start_of(job, *args, **kwargs):
+        handle = start(job, *args, **kwargs)
+        handle.vm = job.vm
+        return handle
+
+    async def open_of(cls, config, vm):
+        session = await open_session(cls, config, vm)
+        session._duplex.vm = vm
+        return session
+
+    pullrpc.sandbox.start, Session.open = start_of, classmethod(open_of)
+
+
 class _Hold:
-    """Stops whoever comes to the step that is wanted, once, until it is let go."""
+    """Stops whoever comes to the step that is wanted, with a command of the VM that is wanted, once, until it is let go."""
 
     def __init__(self):
-        self.wanted = None
+        self.wanted = self.vm = None
         self._go = threading.Event()
 
-    def reached(self, step):
-        if step != self.wanted:
+    def want(self, order):
+        """Be told what to stop at: a step, and perhaps a VM."""
+        step, _, vm = order.partition(" ")
+        self.wanted, self.vm = None, vm
+        self.wanted = step
+
+    def reached(self, step, args):
+        if step != self.wanted or (self.vm and self.vm not in _names_in(args)):
             return
         self.wanted = None
         self._go.clear()
@@ -104,10 +140,10 @@ def _watch(hold, step, owner, name, when, fits):
     def watched(*args, **kwargs):
         is_meant = fits(*args, **kwargs)
         if is_meant and when == "before":
-            hold.reached(step)
+            hold.reached(step, args)
         outcome = original(*args, **kwargs)
         if is_meant and when == "after":
-            hold.reached(step)
+            hold.reached(step, args)
         return outcome
 
     setattr(owner, name, watched)
@@ -197,6 +233,13 @@ def _age_ledger(dom0, _):
     say("aged")
 
 
+def _ledger_read_only(dom0, on):
+    """Have SQLite refuse to write, as it does on a disk that has become read-only under it: no such disk can be made of one in use."""
+    with dom0.ledger._lock:
+        dom0.ledger._db.execute(f"PRAGMA query_only = {on}")
+    say(f"ledger read-only {on}")
+
+
 def _set_clock(_, seconds, real=time.time):
     time.time = lambda: real() + float(seconds)
     say(f"clock {seconds}")
@@ -206,9 +249,10 @@ def main():
     """Serve until told to stop."""
     settings = json.loads(sys.argv[1])
     hold = _Hold()
+    _name_parts()
     for step, place in STEPS.items():
         _watch(hold, step, *place)
-    hold.wanted = sys.argv[2] if len(sys.argv) > 2 else None
+    hold.want(sys.argv[2] if len(sys.argv) > 2 else "")
     for vm in settings["vms"]:
         if not Keyring(make_config(settings).key_dir).exists(vm):
             Keyring(make_config(settings).key_dir).put(vm, os.urandom(32).hex())
@@ -221,7 +265,7 @@ def main():
         lambda text: say(f"log {text}"),
     )
     orders = {
-        "hold": lambda step: setattr(hold, "wanted", step),
+        "hold": hold.want,
         "go": hold.let_go,
         "die": lambda _: os.kill(os.getpid(), signal.SIGKILL),
         "stop": lambda _: service.stop(),
@@ -232,6 +276,7 @@ def main():
         "rotate": functools.partial(_rotate, dom0),
         "align-audit": functools.partial(_align_audit, dom0),
         "age-ledger": functools.partial(_age_ledger, dom0),
+        "ledger-read-only": functools.partial(_ledger_read_only, dom0),
         "clock": functools.partial(_set_clock, dom0),
     }
 

@@ -66,18 +66,32 @@ def _check_told(end, text):
     assert re.search(text, told[0]), told[0]
 
 
-_CAUSES = {"full": "No space left on device|disk is full", "read-only": "Read-only file system"}
+_CAUSES = {"full": "No space left on device|disk is full", "read-only": "Read-only file system|readonly database"}
 
 
 def _spoil(stand, path, cause):
+    if cause == "read-only":
+        _set_read_only(stand, path, True)
+        return
     if path == AUDIT:
         stand.service.order("align-audit")
         stand.service.wait_for("aligned")
-    stand.fill(path) if cause == "full" else stand.make_read_only(path)
+    stand.fill(path)
 
 
 def _mend(stand, path, cause):
-    stand.free(path) if cause == "full" else stand.make_read_only(path, on=False)
+    stand.free(path) if cause == "full" else _set_read_only(stand, path, False)
+
+
+def _set_read_only(stand, path, on):
+    """While the service runs, which has the ledger and the audit log open."""
+    if path == STATE:
+        stand.service.order(f"ledger-read-only {int(on)}")
+        stand.service.wait_for("ledger read-only")
+    elif path == AUDIT:
+        stand.cover(path, on)
+    else:
+        stand.make_read_only(path, on)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +100,8 @@ def _mend(stand, path, cause):
         (SPOOL, _SHORT, "", "dom0 can't keep the commands of work", _CAUSES),
         pytest.param(SPOOL, ["wc -c; exit 7"], "x" * 300_000, "dom0 can't keep the commands of work", _CAUSES, marks=pytest.mark.long),
         pytest.param(COMMANDS, _LONG, "", "the whole command can't be kept", _CAUSES, marks=pytest.mark.long),
-        (STATE, _SHORT, "", "the ledger failed", ["full"]),
-        (AUDIT, _SHORT, "", "the audit log .* can't be written", ["full"]),
+        (STATE, _SHORT, "", "the ledger failed", _CAUSES),
+        (AUDIT, _SHORT, "", "the audit log .* can't be written", _CAUSES),
     ],
     ids=["spool", "stdin", "commands", "ledger", "audit"],
 )
@@ -102,17 +116,18 @@ def test_what_dom0_can_not_write_down_is_refused_and_not_run(stand, path, words,
     stand.check([])
 
 
+@pytest.mark.parametrize("cause", _CAUSES)
 @pytest.mark.parametrize(("step", "path"), [("finishing", STATE), ("proven", AUDIT), ("starting", STATE)])
-def test_an_end_that_can_not_be_recorded_is_told_and_recorded_later(stand, step, path):
+def test_an_end_that_can_not_be_recorded_is_told_and_recorded_later(stand, step, path, cause):
     stand.service.hold(step)
     key = _start(stand)
     stand.service.wait_for(f"at {step}")
-    _spoil(stand, path, "full")
+    _spoil(stand, path, cause)
     stand.service.order("go")
-    _check_told(_wait(stand, key), "its end could not be recorded: .*(full|No space)")
+    _check_told(_wait(stand, key), f"its end could not be recorded: .*({_CAUSES[cause]})")
     # As the ledger has it, it has not ended.
     assert [row[2] for row in stand.service.look()["ledger"] if row[2] != "delivered"] in (["running"], ["claimed"])
-    stand.free(path)
+    _mend(stand, path, cause)
     # Not by a restart: by the service that runs.
     stand.check([])
     assert _remote(stand).code == 7
@@ -224,6 +239,27 @@ def test_a_result_waits_until_its_vm_has_room(small_vm, words):
     small_vm.free(_QUEUE, "work")
     end = _wait(small_vm, key)
     assert (end.code, end.out) == (7, "y" * 400_000 if words != _SHORT else "")
+    small_vm.check([])
+
+
+def test_a_result_waits_until_its_vms_disk_is_not_read_only_any_more(small_vm):
+    small_vm.service.hold("ended")
+    key = _start(small_vm, ["-n", "echo here; exit 7"])
+    small_vm.service.wait_for("at ended")
+    small_vm.cover(f"{_QUEUE}/queue/results", where="work")
+    small_vm.service.order("go")
+    small_vm.service.wait_for("log work: its results wait")
+    small_vm.cover(f"{_QUEUE}/queue/results", on=False, where="work")
+    end = _wait(small_vm, key)
+    assert (end.code, end.out) == (7, "here\n")
+    small_vm.check([])
+
+
+def test_a_read_only_history_costs_nobody_the_output(small_vm):
+    small_vm.in_vms_root("work", "mount", "-o", "remount,ro", f"{_QUEUE}/history")
+    end = _remote(small_vm, ["-n", "echo here; exit 7"])
+    assert (end.code, end.out) == (7, "here\n")
+    small_vm.in_vms_root("work", "mount", "-o", "remount,rw", f"{_QUEUE}/history")
     small_vm.check([])
 
 

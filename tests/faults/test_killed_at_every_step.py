@@ -32,7 +32,7 @@ def stand(tmp_path_factory):
 
 
 def _start(stand, *kinds):
-    """Start clients in work, and one in dev beside them; give their keys."""
+    """Start clients in work, whose commands come to the step, and one in dev beside them; give their keys."""
     keys = {"work": [], "dev": []}
     for vm, kind in [*(("work", kind) for kind in kinds), ("dev", "beats")]:
         key = f"{kind}-{next(_numbers)}"
@@ -53,7 +53,7 @@ def _finish(stand, keys, dead=()):
 
 @pytest.mark.parametrize("step", _steps(_ON_THE_WAY + _AT_ITS_END, _SHORT))
 def test_the_service_is_killed(stand, step):
-    stand.service.hold(step)
+    stand.service.hold(step, "work")
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
     stand.restart_service()
@@ -100,7 +100,7 @@ def test_a_command_is_interrupted_by_the_key_that_it_was_signed_with(stand, step
 
 @pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
 def test_sessions_are_cut_at_either_end(stand, step):
-    stand.service.hold(step)
+    stand.service.hold(step, "work")
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
     stand.clients["work"].kill_agent()
@@ -112,7 +112,7 @@ def test_sessions_are_cut_at_either_end(stand, step):
 
 @pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
 def test_clients_of_one_vm_and_all_of_another_one_are_killed(stand, step):
-    stand.service.hold(step)
+    stand.service.hold(step, "work")
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
     for key in keys["dev"]:

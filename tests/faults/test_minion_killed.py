@@ -1,53 +1,154 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The real minion and its engine are killed one without the other: no command is lost or run twice, and none outlives its answer."""
+"""The real minion and its engine are killed one without the other, at several moments of a command: none is lost or run twice, and
+none outlives its answer.
+"""
 
+import json
 import subprocess
 import time
+
+import pytest
+from fault_stand import INTERRUPTED, RESULT, Ended, outcome
+from pullrpc.config import Config
+
+_MARKS, _HELD = "/tmp/minion-marks", "/tmp/minion-held"
+#: Has its mark made, and goes on when somebody writes to the FIFO.
+_HOLDS = f"echo $QVM_REMOTE_ID >> {_MARKS}; cat {_HELD}; echo done; exit 7"
+_ENDS = f"echo $QVM_REMOTE_ID >> {_MARKS}; echo done; exit 7"
+_STATES = """
+import json, sqlite3
+db = sqlite3.connect("file:/var/lib/qvm-remote/ledger.sqlite?mode=ro", uri=True, timeout=20)
+print(json.dumps([state for state, in db.execute("SELECT state FROM command WHERE state <> 'delivered'")]))
+"""
 
 
 def _wait(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not condition():
+    while True:
+        found = condition()
+        if found:
+            return found
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.1)
-
-
-def _start(dom0, marker):
-    line = f"echo x >> {marker}; sleep 7654333"
-    client = dom0.popen_vm("work", "qvm-remote", "-n", line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _wait(lambda: dom0.dom0("test", "-s", marker).returncode == 0)
-    return client
-
-
-def _check_interrupted(dom0, client, marker):
-    _, errors = client.communicate(timeout=90)
-    assert (client.returncode, b"interrupted" in errors) == (125, True), errors
-    assert dom0.dom0("pgrep", "-f", "sleep 7654333").returncode == 1
-    assert dom0.dom0("cat", marker).stdout == b"x\n"
 
 
 def _engine(dom0):
     return int(dom0.dom0("cat", "/run/qvm-remote/engine.lock", check=True).stdout)
 
 
-def test_an_engine_that_is_killed_alone_is_started_again_by_its_minion(dom0):
-    marker = "/tmp/engine-alone"
-    client = _start(dom0, marker)
+def _marks(dom0):
+    return dom0.dom0("cat", _MARKS).stdout.decode().split()
+
+
+def _has_rows(dom0, state, count):
+    return json.loads(dom0.dom0("/usr/bin/python3", "-c", _STATES, check=True).stdout).count(state) == count
+
+
+def _start(dom0, line):
+    return dom0.popen_vm("work", "qvm-remote", "-v", "-n", line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _start_held(dom0, count):
+    clients = [_start(dom0, _HOLDS) for _ in range(count)]
+    _wait(lambda: len(_marks(dom0)) == count)
+    return clients
+
+
+# Each brings commands to a moment, and gives their clients and what is to be undone once somebody was killed then.
+
+
+def _queued(dom0):
+    engine = str(_engine(dom0))
+    # Whoever stands still takes nothing in.
+    dom0.dom0("kill", "-STOP", engine, check=True)
+    client = _start(dom0, _ENDS)
+    _wait(lambda: b"1" in dom0.vm("work", "sh", "-c", "ls ~/.qvm-remote/queue/pending | grep -c auth").stdout)
+    return [client], lambda: dom0.dom0("kill", "-CONT", engine)
+
+
+def _claimed(dom0):
+    clients = _start_held(dom0, Config.vm_parallel)
+    # One more than may run at a time.
+    clients.append(_start(dom0, _HOLDS))
+    _wait(lambda: _has_rows(dom0, "claimed", 1))
+    return clients, lambda: None
+
+
+def _running(dom0):
+    return _start_held(dom0, 1), lambda: None
+
+
+def _undelivered(dom0):
+    clients = _start_held(dom0, 1)
+    dom0.pause("work")
+    dom0.dom0("sh", "-c", f": > {_HELD}", check=True)
+    _wait(lambda: _has_rows(dom0, "done", 1))
+    return clients, lambda: dom0.unpause("work")
+
+
+#: Name to what brings it about, and what may become of its commands.
+_MOMENTS = {
+    # An engine that loses its minion may still take it in.
+    "queued": (_queued, {RESULT, INTERRUPTED}),
+    "claimed": (_claimed, {INTERRUPTED}),
+    "running": (_running, {INTERRUPTED}),
+    "undelivered": (_undelivered, {RESULT}),
+}
+#: The others take as long, and are much the same.
+_SHORT = (("engine", "claimed"), ("engine", "undelivered"), ("minion", "queued"), ("minion", "claimed"))
+
+
+def _kill_engine(dom0, undo):
+    """The minion starts another one."""
     engine = _engine(dom0)
     dom0.dom0("kill", "-9", str(engine), check=True)
-    _check_interrupted(dom0, client, marker)
-    assert _engine(dom0) != engine
-    dom0.wait_served("work", "dev")
+    _wait(lambda: _engine(dom0) != engine)
+    undo()
 
 
-def test_an_engine_whose_minion_is_killed_alone_ends_and_tells_the_clients(dom0):
-    marker = "/tmp/minion-alone"
-    client = _start(dom0, marker)
+def _kill_minion(dom0, undo):
+    """The engine ends by itself."""
     stat = dom0.dom0("cat", f"/proc/{_engine(dom0)}/stat", check=True).stdout
     dom0.dom0("kill", "-9", stat.rpartition(b")")[2].split()[1].decode(), check=True)
-    _check_interrupted(dom0, client, marker)
+    undo()
+    _wait(lambda: dom0.dom0("flock", "-n", "/run/qvm-remote/engine.lock", "true").returncode == 0)
     dom0.kill_engine()
     dom0.start_engine()
+
+
+_KILLS = {"engine": _kill_engine, "minion": _kill_minion}
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [
+        pytest.param(victim, moment, marks=() if (victim, moment) in _SHORT else pytest.mark.long)
+        for victim in sorted(_KILLS)
+        for moment in _MOMENTS
+    ],
+)
+def test_each_command_ends_once_whoever_of_both_is_killed_when(dom0, victim, moment):
+    dom0.dom0("sh", "-c", f"rm -f {_MARKS} {_HELD}; mkfifo {_HELD}", check=True)
+    bring_about, may_become = _MOMENTS[moment]
+    try:
+        clients, undo = bring_about(dom0)
+        _KILLS[victim](dom0, undo)
+        for client in clients:
+            out, err = (text.decode() for text in client.communicate(timeout=90))
+            cid = err.partition("qvm-remote: sent ")[2].partition(" ")[0]
+            found = outcome(Ended("work", "short", client.returncode, out, err, time.time(), cid))
+            assert found in may_become, err
+            assert out == ("done\n" if found == RESULT else "")
+            # One that waited for its turn never runs any more.
+            ran = 0 if moment == "claimed" and client is clients[-1] else 1
+            assert _marks(dom0).count(cid) in {ran, int(found == RESULT)}
+        assert dom0.dom0("pgrep", "-f", f"cat {_HELD}").returncode == 1
+        dom0.wait_served("work", "dev")
+        # What was told is final.
+        assert len(_marks(dom0)) == len(set(_marks(dom0)))
+    finally:
+        dom0.vm("work", "pkill", "-TERM", "-f", "qvm-remote -v")
+        dom0.dom0("rm", "-f", _MARKS, _HELD)
 
 
 def test_an_engine_with_a_damaged_ledger_serves_nobody_until_that_was_set_aside(dom0):

@@ -72,6 +72,10 @@ KINDS = (
 AGENT = """\
 #!/usr/bin/python3 -IS
 import json, os, sys, time
+if sys.argv[1:] != ["agent"]:
+    sys.exit(1)
+# Whoever runs the attack learns that dom0 has met it.
+open("/tmp/met-agent", "w").close()
 def read(size):
     data = b""
     while len(data) < size:
@@ -97,8 +101,6 @@ def answer(header, payload=b""):
 def greet():
     answer({"v": 2})
     answer({"fingerprint": None, "problems": []})
-if sys.argv[1:] != ["agent"]:
-    sys.exit(1)
 """
 
 _ID = "20261124-000000-1-0badcafe"
@@ -153,8 +155,19 @@ def agents(dom0, vm="work"):
 
 
 def be_agent(dom0, vm, program):
-    """Put a program in the place of a VM's agent, and have dom0 meet it."""
+    """Put a program in the place of a VM's agent, and return once dom0 has met it."""
     dom0.vm(vm, "sh", "-c", "cat > /usr/bin/qvm-remote; pkill -f 'qvm-remote agent'", user="root", data=(AGENT + program + "\n").encode())
+    wait(lambda: has_met(dom0, vm))
+
+
+def has_met(stand, vm):
+    """Whether dom0 has started the attacker's agent in a VM since that VM was started."""
+    return stand.vm(vm, "test", "-e", "/tmp/met-agent").returncode == 0
+
+
+def in_session(dom0, vm):
+    """Whether dom0 holds a session to a VM open."""
+    return dom0.dom0("pgrep", "-f", f"qvm-run .* {vm} ").returncode == 0
 
 
 def be_itself(dom0, vm):

@@ -143,6 +143,51 @@ def test_files_that_grow_and_shrink_while_they_are_read_are_refused_and_nobody_w
     _assert_all_are_served(attacked)
 
 
+_GROWING_STDIN = """
+import hashlib
+cids, done = [new_cid() for _ in range(3)], threading.Event()
+sizes = dict(zip(cids, (10, 60_000, 700_000)))
+
+def grow(cid, size):
+    signed = hashlib.sha256(b"x" * size)
+    line = make_token(key(), os.uname().nodename, cid, 60, "shell", b"sha256sum", signed.digest())
+    with open(f"{QUEUE}/pending/{cid}.in", "wb", buffering=0) as file:
+        file.write(b"x" * size)
+        put(cid, b"sha256sum", line)
+        while not done.is_set():
+            file.write(b"y" * 65536)
+            # Now and then it is what was signed, or goes far beyond all bounds in an instant.
+            if os.fstat(file.fileno()).st_size > 30_000_000:
+                os.ftruncate(file.fileno(), size)
+                file.seek(size)
+            elif size == 10:
+                os.ftruncate(file.fileno(), 1 << 40)
+                os.ftruncate(file.fileno(), size)
+                file.seek(size)
+
+threads = [threading.Thread(target=grow, args=one) for one in sizes.items()]
+for thread in threads:
+    thread.start()
+codes = wait(lambda: (codes := [exit_of(cid) for cid in cids]) and None not in codes and codes)
+done.set()
+for thread in threads:
+    thread.join()
+outs = []
+for cid in cids:
+    with open(f"{QUEUE}/results/{cid}.out") as file:
+        outs.append(file.read().split())
+print(json.dumps([[code, out[:1] == [hashlib.sha256(b"x" * size).hexdigest()]] for code, out, size in zip(codes, outs, sizes.values())]))
+"""
+
+
+def test_a_stdin_that_grows_while_it_is_read_is_what_was_signed_or_refused(attacked):
+    ended = attacked.python(LIB + _GROWING_STDIN)
+    assert len(ended) == 3
+    # Nothing ran with more than was signed.
+    assert [end for end in ended if end not in ([125, False], [0, True])] == []
+    _assert_all_are_served(attacked)
+
+
 #: Names that are none of an id, and want to look like one, or like a line of a log, on whatever shows them.
 _TRICKS = (
     *("20261124-000000-1-0badf00d\u200b", "\u202e20261124-000000-1-0badf00d", "\uff12\uff10261124-000000-1-0badf00d", "20261124-000000-1-0badf\u04300d"),
@@ -218,10 +263,38 @@ print("1")
 """
 
 
+def _take_agent(dom0, vm):
+    """As with a template that has no client: nothing named qvm-remote is in the PATH of qvm-run's shell."""
+    dom0.vm(vm, "sh", "-c", f"find {_BASE}/queue -mindepth 2 -delete")
+    dom0.vm(vm, "sh", "-c", "mv /usr/bin/qvm-remote /usr/lib/qvm-remote/launcher; pkill -f 'qvm-remote agent'", user="root")
+
+
+def test_many_names_in_a_vm_without_the_agent_delay_no_other(dom0):
+    def pending():
+        return int(dom0.vm("dev", "sh", "-c", f"ls -U {_BASE}/queue/pending | wc -l").stdout)
+
+    _take_agent(dom0, "dev")
+    try:
+        dom0.python(LIB + _MANY, "20000", "both", vm="dev")
+        # By the shell's script, which puts some of them aside in each turn.
+        wait(lambda: dom0.vm("dev", "sh", "-c", f"ls {_BASE}/queue/rejected/* 2>/dev/null | head -n 1").stdout)
+        turns = []
+        while len(turns) < 3:
+            assert dom0.remote("hostname").stdout == b"dom0\n"
+            if pending() not in turns:
+                turns.append(pending())
+        # It goes on meanwhile, turn by turn, and others were served before it was done with.
+        assert turns == sorted(turns, reverse=True)
+        assert turns[-1] > 0
+    finally:
+        dom0.vm("dev", "sh", "-c", f"rm -rf {_BASE}/queue {_BASE}/dom0-seen")
+        dom0.shutdown("dev")
+        dom0.start("dev")
+        dom0.wait_served("dev")
+
+
 def test_a_vm_without_the_agent_is_served_whatever_lies_in_its_queue(dom0):
-    # As with a template that has no client: nothing named qvm-remote is in the PATH of qvm-run's shell.
-    dom0.vm("work", "sh", "-c", f"find {_BASE}/queue -mindepth 2 -delete")
-    dom0.vm("work", "sh", "-c", "mv /usr/bin/qvm-remote /usr/lib/qvm-remote/launcher; pkill -f 'qvm-remote agent'", user="root")
+    _take_agent(dom0, "work")
     program = "/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher"
     try:
         dom0.python(LIB + _REQUESTS, *KINDS)

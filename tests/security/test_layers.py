@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The layers are independent: each is taken away by itself, is seen to be gone, and all others still hold."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -86,13 +87,38 @@ class _World:
         return out == b"\n" and not left
 
     def records(self):
-        """What can't be recorded is not run."""
-        path = self.dom0.config.audit_log
+        """What runs is recorded; what can't be recorded when it is taken in, or when it is to begin, does not run."""
         request = self.sign(b"echo recorded")
         self.run(request)
-        with open(path, encoding="ascii") as file:
+        with open(self.dom0.config.audit_log, encoding="ascii") as file:
             lines = [json.loads(line) for line in file]
-        return any(line["what"] == "run" and line["id"] == request[1].decode() for line in lines)
+        is_recorded = any(line["what"] == "run" and line["id"] == request[1].decode() for line in lines)
+        return is_recorded and not any(self._runs_unrecorded(when) for when in ("taken in", "begun"))
+
+    def _runs_unrecorded(self, when):
+        """Whether a command is taken in, or runs, although from then on nothing can be written to the log."""
+        log, mark = self.dom0.config.audit_log, os.path.join(self.dom0.config.state_dir, f"ran-{when[:2]}")
+        request = self.sign(f"sh -c 'echo > {mark}'".encode())
+        admitted = self.dom0.admit(*request, -1)
+        if when == "begun":
+            assert self.dom0.claim([(admitted, 0)]) == {}
+        with _nothing_is_written_to(log), contextlib.suppress(AuditError, Refused):
+            if when == "taken in" and admitted.cid not in self.dom0.claim([(admitted, 0)]):
+                return True
+            self.dom0.execute("work", admitted.cid)
+        return os.path.exists(mark)
+
+
+@contextlib.contextmanager
+def _nothing_is_written_to(log):
+    """Whoever is root may write to any file, but to no folder."""
+    os.rename(log, f"{log}.away")
+    os.mkdir(log)
+    try:
+        yield
+    finally:
+        os.rmdir(log)
+        os.rename(f"{log}.away", log)
 
 
 _HOLDS = ("authenticates", "validates", "is_at_most_once", "keeps_to_rules", "confines", "records")

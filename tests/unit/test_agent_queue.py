@@ -2,8 +2,11 @@
 """How the agent goes through its queue: a bounded number of names at a time, however many there are, and it reaches each of them."""
 
 import os
+import stat
+import subprocess
 
 import pytest
+from pullrpc import agentless
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
 from qvm_remote_client import agent as module
@@ -90,3 +93,46 @@ def test_of_what_is_put_aside_a_bounded_number_is_kept(agent, monkeypatch):
     assert os.listdir(agent.pending()) == []
     assert len(os.listdir(agent._queue.rejected())) == 10
     assert len(os.listdir(agent._queue.results())) == 20
+
+
+def _device(path):
+    """A device that may be read without end; whose folder's user is root can have one lie anywhere."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("only root may make a device here")
+
+
+@pytest.mark.parametrize("suffix", ["", ".auth", ".in"])
+def test_a_device_in_the_queue_is_never_read(agent, monkeypatch, suffix):
+    cid = new_cid()
+    for part in {"", ".auth", ".in"} - {suffix}:
+        _touch(agent.pending(cid + part))
+    _device(agent.pending(cid + suffix))
+    opened = []
+    monkeypatch.setattr(module.os, "open", lambda path, *args, real=os.open, **kwargs: opened.append(path) or real(path, *args, **kwargs))
+    found, _ = agent._scan(24, 0)
+    described, payload = agent._describe(found, [], 1 << 16)
+    assert payload == b""
+    # One in the command's place is no request; beside it, it is told as none, and nobody asks for it.
+    sizes = [item[1:4] for item in described["items"]]
+    assert sizes == {"": [], ".auth": [[0, -1, 0]], ".in": [[0, 0, -1]]}[suffix]
+    assert [path for path in opened if str(path).endswith(cid + suffix)] == []
+    left = agent._queue.rejected() if suffix == "" else agent.pending()
+    assert [name for name in os.listdir(left) if stat.S_ISCHR(os.lstat(os.path.join(left, name)).st_mode)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".auth", ".in"])
+def test_without_the_agent_too_a_device_in_the_queue_is_never_read(tmp_path, suffix):
+    queue = Queue(str(tmp_path / ".qvm-remote"))
+    queue.make_folders()
+    cid = new_cid()
+    for part in {"", ".auth", ".in"} - {suffix}:
+        _touch(queue.pending(cid + part))
+    _device(queue.pending(cid + suffix))
+    script = f"{agentless._BEGIN}set -- 24 65536\n{agentless._LIST}"
+    # A shell that reads it is ended with those that it has started.
+    words = ["timeout", "30", "/bin/sh", "-s"]
+    done = subprocess.run(words, input=script.encode(), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=True)
+    sizes = {"": [], ".auth": [f"I {cid} 0 -1 0"], ".in": [f"I {cid} 0 0 -1"]}[suffix]
+    assert [line for line in done.stdout.decode().splitlines() if line.startswith("I ")] == sizes
