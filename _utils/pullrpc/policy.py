@@ -23,6 +23,8 @@ _SAYS = {"deny": "forbids it", "ask": "has dom0's user asked", "allow": "allows 
 #: Any one word that is no option; whatever follows, options included; the name of a VM that has this tag.
 _ANY, _REST, _TAG = "*", "**", "@tag:"
 _RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
+#: Most of a word that an error repeats, characters.
+_SHOWN_MAX = 40
 #: Most commands in a script.
 _STEPS_MAX = 256
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
@@ -128,6 +130,9 @@ def _expand(rule):
             raise ConfigError(f"{_REST} may only be the last word")
         if word.startswith(_TAG) and not _TAG_NAME.match(word[len(_TAG) :]):
             raise ConfigError(f"{_TAG} needs a tag's name behind it")
+        # Compared as it stands it would fit nothing, and where it is to forbid, it would forbid nothing.
+        if (word.startswith("@") and not word.startswith(_TAG)) or (word not in (_ANY, _REST) and not _PATTERN.isdisjoint(word)):
+            raise ConfigError(f"{word[:_SHOWN_MAX]!r}: patterns are not known here; {_ANY} is any one word, {_TAG}NAME a qube with that tag")
     if not _PROGRAM.match(rule[0]):
         raise ConfigError("the first word must be the program itself, without wildcards")
     return (tuple(rule),)
