@@ -138,6 +138,21 @@ def _expand(rule):
     return (tuple(rule),)
 
 
+def tags_of(policy):
+    """List the tags that a policy's rules name.
+
+    Args:
+        policy: as :func:`check_policy` takes it; None for no policy.
+
+    Returns:
+        set of str
+    """
+    if not isinstance(policy, dict):
+        return set()
+    patterns = [pattern for rules in policy.values() for rule in rules for pattern in _expand(rule)]
+    return {word[len(_TAG) :] for pattern in patterns for word in pattern if word.startswith(_TAG)}
+
+
 def decide(policy, argv, tagged):
     """Say whether a command may run.
 

@@ -69,6 +69,7 @@ VERBS = (
             _VM,
             Option(("key",), "", "KEY", count="?", hidden=True),
             Option(("--from-vm",), "fetch the key from the qube, where 'qvm-remote key gen' made it"),
+            Option(("--in-advance",), "there is no such qube yet: the key is for the first one that gets this name"),
         ),
         "authorize",
         "The key is read from stdin; on a terminal it is asked for, and not shown. It is never taken from the command line, where\n"

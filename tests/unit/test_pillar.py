@@ -8,17 +8,19 @@ import os
 import pytest
 import salt.utils.yaml
 from pullrpc.config import Config, make_config
-from pullrpc.errors import PillarError
+from pullrpc.errors import PillarError, TransportError
 from pullrpc.pillar import given_key, read_pillar
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 KEY = "4f1d2c3b5a69788796a5b4c3d2e1f00112233445566778899aabbccddeeff001"
 VMS = [
-    {"name": "dom0", "class": "AdminVM", "template": "", "tags": []},
-    {"name": "fedora-41", "class": "TemplateVM", "template": "", "tags": ["remote"]},
-    {"name": "work", "class": "AppVM", "template": "fedora-41", "tags": ["remote"]},
-    {"name": "dev", "class": "AppVM", "template": "fedora-41", "tags": []},
-    {"name": "web", "class": "AppVM", "template": "debian-13", "tags": ["remote", "slow"]},
+    {"name": "dom0", "class": "AdminVM", "template": "", "tags": [], "for_disposables": False},
+    {"name": "fedora-41", "class": "TemplateVM", "template": "", "tags": ["remote"], "for_disposables": False},
+    {"name": "work", "class": "AppVM", "template": "fedora-41", "tags": ["remote"], "for_disposables": False},
+    {"name": "dev", "class": "AppVM", "template": "fedora-41", "tags": [], "for_disposables": False},
+    {"name": "web", "class": "AppVM", "template": "debian-13", "tags": ["remote", "slow"], "for_disposables": False},
+    {"name": "fedora-41-dvm", "class": "AppVM", "template": "fedora-41", "tags": ["remote"], "for_disposables": True},
+    {"name": "disp7", "class": "DispVM", "template": "fedora-41-dvm", "tags": ["remote"], "for_disposables": False},
 ]
 
 
@@ -158,6 +160,35 @@ def test_vms_are_selected_by_tag_template_and_name_and_their_own_entry_wins():
     assert plan.settings["vms"]["web"]["user"] == "bob"
 
 
+def test_a_tag_and_a_selection_that_nobody_has_and_a_template_among_the_vms_are_said():
+    rules = {"allow": ["observe", {"manage": "remote"}], "deny": [["qvm-kill", "@tag:nosuchtag"]]}
+    pillar = {
+        "select": [{"name": "w*"}, {"tag": "agnet", "policy": "none"}],
+        "vms": {"dev": {"policy": rules}, "fedora-41": {}, "fedora-41-dvm": {}, "work": {"policy": rules}},
+    }
+    assert read_pillar(pillar, _list_vms).notes == [
+        "no qube has the tag nosuchtag, which rules of dev, work name",
+        "select:1 fits no qube",
+        "fedora-41 is a template: the access is its own, not that of the qubes based on it; name these instead",
+        "fedora-41-dvm is a template of disposables: each of them gets a copy of its key",
+    ]
+    assert read_pillar({"vms": {"dev": {"policy": rules}}}).notes == []
+
+
+def test_qubes_that_can_not_be_listed_cost_a_note_and_a_selection_by_them_the_plan():
+    def fail(tags):
+        raise TransportError("qvm-ls ended with exit code 1")
+
+    assert read_pillar({"vms": {"dev": {}}}, fail).notes == ["whether pillar's qubes and tags are there can't be told: qvm-ls ended with exit code 1"]
+    assert read_pillar({}, fail).notes == []
+    with pytest.raises(TransportError):
+        read_pillar({"select": [{"name": "*"}]}, fail)
+
+
+def test_neither_templates_nor_disposables_nor_their_templates_are_selected():
+    assert sorted(read_pillar({"select": [{"name": "*"}]}, _list_vms).vms) == ["dev", "web", "work"]
+
+
 def test_an_absent_vm_stays_absent_though_its_tag_selects_it():
     plan = read_pillar({"select": [{"tag": "remote"}], "vms": {"work": {"state": "absent"}}}, _list_vms)
     assert plan.vms["work"]["state"] == "absent"
@@ -206,7 +237,8 @@ def test_whoever_is_kept_has_the_default_policy():
 
 
 def test_no_disposable_is_selected():
-    listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": []} for name, klass in (("disp1234", "DispVM"), ("work", "AppVM"))]
+    named = (("disp1234", "DispVM"), ("work", "AppVM"))
+    listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": [], "for_disposables": False} for name, klass in named]
     assert list(read_pillar({"select": [{"template": "fedora-*"}]}, lambda tags: listed).vms) == ["work"]
 
 

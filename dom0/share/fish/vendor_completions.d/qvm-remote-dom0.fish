@@ -68,6 +68,7 @@ complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a history -d 'list
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a explain -d 'could a qube have a command run now, and by which rule of its policy (exit code 1 if not)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "" next' -a doctor -d 'examine the whole installation, and say what to type where something is wrong (exit code 1 then)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" -1' -l from-vm -d 'fetch the key from the qube, where \'qvm-remote key gen\' made it'
+complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" -1' -l in-advance -d 'there is no such qube yet: the key is for the first one that gets this name'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" -1' -s h -l help -d 'show its help'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "authorize" 0' -a '(_qvm_remote_dom0_values vm)'
 complete -c qvm-remote-dom0 -n '_qvm_remote_dom0_at "revoke" -1' -s h -l help -d 'show its help'
