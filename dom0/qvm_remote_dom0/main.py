@@ -35,6 +35,9 @@ def main(argv):
         # Whatever a command's text has that this terminal's character set has not.
         stream.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            # The program has it so while it loads.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         exit_code = _do(argv)
         show.put(now=True)
         return exit_code
