@@ -53,6 +53,9 @@ _RELOAD_WAIT = 10
 #: How long the engine may take to end, once what runs had its time, seconds.
 _STOP_WAIT = 15
 _PILLAR = "qvm-remote"
+#: How a command may be, or have ended.
+_OUTCOMES = ("done", "timeout", "cancelled", "interrupted", "failed", "refused", "accepted", "running")
+_EXIT_MAX = 255
 #: A misspelt name, an empty file or a missing top file is not to pass for the wish that no qube has access.
 _PILLAR_MISSING = (
     "dom0's pillar has no qvm-remote; is it in /srv/pillar, and does a top file give it to dom0 (qubesctl top.enable qvm-remote pillar=True)? "
@@ -331,6 +334,10 @@ def explain(vm, command, config=None):
 
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
+    for word in command if isinstance(command, list) else [command]:
+        # What YAML took for something else can't be turned back into what was typed.
+        if not isinstance(word, str):
+            raise CommandExecutionError(f"put {word} in quotes, once more than for the shell: YAML reads it as no text")
     with _told():
         dom0 = _dom0(config)
         shown = pullrpc.rehearsal.explain(dom0, pullrpc.ids.check_vm_name(vm), command)
@@ -1394,6 +1401,8 @@ def history(vm=None, since=None, outcome=None, limit=20, config=None, until=None
 
         salt-call --local -c /etc/qubes/remote qvm_remote.history work outcome=timeout
     """
+    if outcome is not None and outcome not in _OUTCOMES and not (str(outcome).isascii() and str(outcome).isdigit() and int(str(outcome)[:4]) <= _EXIT_MAX):
+        raise CommandExecutionError(f"outcome is {', '.join(_OUTCOMES)}, or an exit code")
     with _told():
         return pullrpc.audit_read.history(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, until, outcome, limit)
 

@@ -120,6 +120,8 @@ def _do(argv):
     except SystemExit as ended:
         # It has shown help, or the version.
         return ended.code
+    # Some argparse takes it away, and some does not.
+    options.after_dashes = argv[argv.index("--") + 1 :] if "--" in argv else None
     if options.verb is None and not options.once:
         parser.error("say what to do: a verb, or --once")
     if options.verb is not None and (options.once or options.dry_run):

@@ -4,6 +4,7 @@
 import ast
 import hmac
 import os
+import sys
 
 import pullrpc.dom0
 import pullrpc.lock
@@ -106,6 +107,23 @@ def test_explain_says_first_that_a_vm_has_no_key_or_that_its_access_has_ended(lo
     assert (shown["allowed"], shown["as"]) == (True, "root")
     shown = explain("work", "ls", config={**settings, "vms": {"work": {"until": 1767225600}}})
     assert (shown["allowed"], shown["asks"], shown["reason"]) == (False, False, "this qube's access to dom0 ended at 2026-01-01T00:00:00Z")
+
+
+@pytest.mark.parametrize(("command", "word"), [(["qvm-prefs", "work", "memory", 400], "400"), (400, "400"), (True, "True")])
+def test_what_yaml_took_for_something_else_is_not_explained(loaders, settings, command, word):
+    with pytest.raises(salt.exceptions.CommandExecutionError, match=f"put {word} in quotes"):
+        loaders.modules.qvm_remote.explain("work", command, config=settings)
+
+
+def test_an_outcome_that_there_is_not_is_refused(loaders, settings):
+    sys.path.insert(0, os.path.join(ROOT, "dom0"))
+    from qvm_remote_dom0.verbs import OUTCOMES
+
+    for outcome in (*OUTCOMES, 0, "255", None):
+        assert loaders.modules.qvm_remote.history(outcome=outcome, config=settings) == []
+    for outcome in ("foo", 256, "-1", ""):
+        with pytest.raises(salt.exceptions.CommandExecutionError, match=f"outcome is {', '.join(OUTCOMES)}, or an exit code"):
+            loaders.modules.qvm_remote.history(outcome=outcome, config=settings)
 
 
 def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, settings, key):

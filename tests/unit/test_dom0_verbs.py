@@ -103,6 +103,30 @@ def test_what_the_help_of_outcome_lists_is_taken(word, config_dir):
     assert _run("--config-dir", config_dir, "history", "--outcome", word).returncode == 0
 
 
+def test_keys_and_status_of_one_qube(config_dir):
+    _give_keys(config_dir, "work", "dev")
+    assert set(json.loads(_run("--config-dir", config_dir, "keys", "work", "--json").stdout)) == {"work"}
+    found = json.loads(_run("--config-dir", config_dir, "status", "dev", "--json").stdout)
+    assert (set(found["vms"]), set(found["keys"])) == ({"dev"}, {"dev"})
+    shown = _run("--config-dir", config_dir, "status", "guest").stdout.decode()
+    assert ("guest" in shown, "work" in shown) == (True, False)
+    for verb, text in (("keys", "has no key"), ("status", "has no key, and pillar does not name it")):
+        done = _run("--config-dir", config_dir, verb, "nosuch")
+        assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", f"qvm-remote-dom0: error: nosuch {text}\n")
+
+
+def test_explain_takes_options_before_the_qube_and_no_empty_command(config_dir):
+    _give_keys(config_dir, "work")
+    for word in ("--exec", "--json", "-x"):
+        done = _run("--config-dir", config_dir, "explain", "work", word, "ls")
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr.decode().startswith(f"qvm-remote-dom0: error: options go before VM: qvm-remote-dom0 explain {word} work COMMAND; ")
+    assert _run("--config-dir", config_dir, "explain", "work", "--", "-x").returncode == 0
+    for words, reason in ((["work", ""], "the command is empty"), (["work", " "], "the command is empty"), (["--exec", "work", ""], "names no program")):
+        done = _run("--config-dir", config_dir, "explain", *words)
+        assert (done.returncode, reason in done.stdout.decode()) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("script", "code", "line"),
     [
