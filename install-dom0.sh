@@ -238,7 +238,8 @@ print(plan.get("problem") or ("named" if vm and vm["state"] == "present" else "o
 }
 
 plan=$(planned) || fail "Salt can't say what pillar wants; type: qubesctl qvm_remote.plan"
-if [ "$plan" = none ] && [ ! -e "$pillar.sls" ]; then
+case $plan in none | "dom0's pillar has no qvm-remote"*) missing=1 ;; *) missing= ;; esac
+if [ "$missing" ] && [ ! -e "$pillar.sls" ]; then
     # A standalone has no template, and gets the client itself.
     template=$(qvm-prefs -- "$vm" template 2>/dev/null) || template=
     case $template in '' | None | [!A-Za-z]* | *[!A-Za-z0-9_.-]*) template=$vm ;; esac

@@ -53,6 +53,16 @@ _RELOAD_WAIT = 10
 #: How long the engine may take to end, once what runs had its time, seconds.
 _STOP_WAIT = 15
 _PILLAR = "qvm-remote"
+#: How a command may be, or have ended.
+_OUTCOMES = ("done", "timeout", "cancelled", "interrupted", "failed", "refused", "accepted", "running")
+_EXIT_MAX = 255
+#: A misspelt name, an empty file or a missing top file is not to pass for the wish that no qube has access.
+_PILLAR_MISSING = (
+    "dom0's pillar has no qvm-remote; is it in /srv/pillar, and does a top file give it to dom0 (qubesctl top.enable qvm-remote pillar=True)? "
+    "For no qubes at all write: qvm-remote: {}"
+)
+#: What Salt says of it shows lines of pillar, in which a key may stand.
+_PILLAR_UNREADABLE = "Salt can't read dom0's pillar, and applies nothing; what is wrong there says: qubesctl pillar.items"
 #: Where the configuration of the service's minion lies.
 _SERVICE_CONFIG = "/etc/qubes/remote"
 #: How long a list of running VMs holds, so that a fleet's states do not start qvm-ls for each VM, seconds.
@@ -176,7 +186,7 @@ def execute(vm, cid, config=None):
         return _dom0_in_force(config).execute(vm, pullrpc.ids.check_cid(cid))
 
 
-def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
+def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None, in_advance=False):
     """Store a VM's key, so that dom0 runs for it what its policy lets it: nothing, if the engine is configured by a pillar that does
     not name it (``unlisted``). It replaces the key the VM had.
 
@@ -189,12 +199,13 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
         from_vm: ask the VM itself, which must be running and have made a key (``qvm-remote key gen``).
         from_pillar: take the key that stands in pillar, under ``qvm-remote:vms:VM:key``.
         config: settings (dict), default: the engine's.
+        in_advance: there need be no such qube yet: the key is for the first one that is seen under this name.
 
     Returns:
-        dict: ``vm`` and ``fingerprint``.
+        dict: ``vm``, ``fingerprint``, and ``known`` (bool): dom0 had this very key for it already.
 
     Raises:
-        CommandExecutionError: the key is malformed or another VM's, or can't be read or stored.
+        CommandExecutionError: the key is malformed or another VM's, or can't be read or stored; or there is no such qube.
 
     CLI Example:
 
@@ -214,18 +225,22 @@ def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None):
             untrusted_key = _pillar_key(vm)
         else:
             untrusted_key = _read_stdin()
-        shown = _authorize(dom0, vm, untrusted_key)
+        known = dom0.keyring.fingerprints(vm).get(vm, {}).get("fingerprint")
+        shown = _authorize(dom0, vm, untrusted_key, in_advance)
         if from_vm:
             dom0.handover.has_own(vm)
     except OSError as err:
         raise CommandExecutionError(f"can't read the key: {err.strerror}") from None
     except pullrpc.errors.PullError as err:
         raise CommandExecutionError(str(err)) from None
-    return {"vm": vm, "fingerprint": shown}
+    return {"vm": vm, "fingerprint": shown, "known": shown == known}
 
 
-def _authorize(dom0, vm, untrusted_key):
+def _authorize(dom0, vm, untrusted_key, in_advance=False):
     uuid = _uuid(dom0.config, vm)
+    if not uuid and not in_advance:
+        # It would be for whoever gets this name later.
+        raise pullrpc.errors.KeyringError(f"there is no qube {vm}, so that nobody was authorized; for one that is yet to be made: --in-advance (in_advance=True)")
     return dom0.keyring.put(vm, untrusted_key, lambda shown: dom0.audit.write("authorized", vm, sync=True, fingerprint=shown, uuid=uuid), uuid)
 
 
@@ -335,6 +350,10 @@ def explain(vm, command, config=None):
 
         salt-call --local -c /etc/qubes/remote qvm_remote.explain work "qvm-prefs work memory 400"
     """
+    for word in command if isinstance(command, list) else [command]:
+        # What YAML took for something else can't be turned back into what was typed.
+        if not isinstance(word, str):
+            raise CommandExecutionError(f"put {word} in quotes, once more than for the shell: YAML reads it as no text")
     with _told():
         dom0 = _dom0_in_force(config)
         shown = pullrpc.rehearsal.explain(dom0, pullrpc.ids.check_vm_name(vm), command)
@@ -394,7 +413,8 @@ def plan(defaults=None):
 
     Returns:
         dict: ``problem`` (str) when something in pillar is wrong, else ``settings``, ``service``, ``minion``, ``templates``,
-        ``vms``, ``unlisted``, ``clean_logs``, as :class:`pullrpc.pillar.Plan` has them.
+        ``vms``, ``unlisted``, ``clean_logs``, ``notes``, as :class:`pullrpc.pillar.Plan` has them. Both when there is no
+        such pillar: then the plan is that of an empty one, by which nothing is to be applied but ``qvm-remote.clean``.
 
     CLI Example:
 
@@ -402,14 +422,26 @@ def plan(defaults=None):
 
         salt-call --local qvm_remote.plan
     """
+    if __pillar__.get("_errors"):
+        return {"problem": _PILLAR_UNREADABLE}
     pillar = __pillar__.get(_PILLAR)
     if isinstance(pillar, dict) or pillar is None:
         pillar = {**(defaults or {}), **(pillar or {})}
     try:
-        return dataclasses.asdict(pullrpc.pillar.read_pillar(pillar, pullrpc.transport.list_vms))
+        planned = dataclasses.asdict(pullrpc.pillar.read_pillar(pillar, _list_vms))
     except pullrpc.errors.PullError as err:
         # Not an exception: a template that fails to render shows twenty lines of itself around this one.
         return {"problem": str(err)}
+    return planned if _PILLAR in __pillar__ else {**planned, "problem": _PILLAR_MISSING}
+
+
+def _list_vms(tags):
+    """All VMs, once for all the templates that ask for the plan in one apply."""
+    at, asked, found = __context__.get("qvm_remote.vms", (float("-inf"), None, None))
+    if asked != tags or time.monotonic() - at > _LIST_HOLDS:
+        found = pullrpc.transport.list_vms(tags)
+        __context__["qvm_remote.vms"] = (time.monotonic(), tags, found)
+    return found
 
 
 def generate(vm, config=None):
@@ -1413,6 +1445,8 @@ def history(vm=None, since=None, outcome=None, limit=20, config=None, until=None
 
         salt-call --local -c /etc/qubes/remote qvm_remote.history work outcome=timeout
     """
+    if outcome is not None and outcome not in _OUTCOMES and not (str(outcome).isascii() and str(outcome).isdigit() and int(str(outcome)[:4]) <= _EXIT_MAX):
+        raise CommandExecutionError(f"outcome is {', '.join(_OUTCOMES)}, or an exit code")
     with _told():
         return pullrpc.audit_read.history(pullrpc.config.make_config(_settings(config)).audit_log, vm, since, until, outcome, limit)
 

@@ -195,7 +195,8 @@ def service(name="qvm-remote", running=True, enable=False, accept_risk=False, co
         elif running and __salt__["qvm_remote.started_as"](config=settings or {}) != setup:
             _change(ret, "setup", "another", "the present one", "it would be restarted", lambda: _run_unit("restart", settings or {}, setup), "it was restarted")
         elif running and not __salt__["qvm_remote.in_use"](settings or {}):
-            _change(ret, "settings", "others", "the present ones", "it would take new settings over", lambda: _reload(settings or {}, setup), "it took them over")
+            take = ("it would take the new settings over", lambda: _reload(settings or {}, setup), "the service took the new settings over")
+            _change(ret, "settings", "others", "the present ones", *take)
         ret["comment"] = ret["comment"] or "The service is as it should be"
 
     return _state(name, work)
@@ -434,7 +435,12 @@ def _have_key(ret, vm, key, settings):
     if "problem" in known:
         raise _Failed(known["problem"])
     shown = known.get("next") or known.get("fingerprint")
-    if shown and not __salt__["qvm_remote.identity"](vm, config=settings)["fits"]:
+    identity = __salt__["qvm_remote.identity"](vm, config=settings)
+    if not identity["now"]:
+        # Whoever gets this name later is not the one that is meant.
+        had = f"; it has a key: qvm-remote-dom0 revoke {vm}" if shown else ""
+        raise _Failed(f"there is no qube {vm}; mend its name in pillar (vms: {vm}), or remove it there if the qube was removed{had}")
+    if shown and not identity["fits"]:
         _have_key_anew(ret, vm, key, shown, settings)
         return
     wanted = __salt__["qvm_remote.given_fingerprint"](vm) if key == "given" else shown

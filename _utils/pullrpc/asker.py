@@ -200,7 +200,7 @@ _REASONS = {
     YES: "dom0's user said yes",
     NO: "dom0's user was asked and said no",
     TIMEOUT: "dom0's user was asked and did not answer in time",
-    FAILED: "dom0's user would have to be asked, which failed; dom0's log says why",
+    FAILED: "dom0's user would have to be asked, which failed; in dom0, /var/log/qvm-remote/minion.log says why",
 }
 
 

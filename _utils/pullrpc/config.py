@@ -17,6 +17,9 @@ from .ids import check_vm_name
 from .policy import FULL, NONE, check_policy
 
 _MIB = 1 << 20
+#: What a setting must be, in words for whoever writes YAML.
+_TYPES = {int: "a whole number, without quotes", bool: "true or false, without quotes", str: "text"}
+_YAML_WORD = " (YAML reads no, on, yes as true or false: put it in quotes)"
 #: (lowest, highest) of each whole-number setting.
 _BOUNDS = {
     "timeout_max": (1, 604800),
@@ -222,7 +225,8 @@ def make_config(settings=None):
         if needed > own.spool_bytes_max:
             where = f"vms: {vm}: " if vm else ""
             raise ConfigError(
-                f"{where}a command may leave up to {needed} bytes (output_max twice, and stdin_max): spool_bytes_max must be at least that"
+                f"{where}a command may leave up to {needed} bytes (output_max twice, and stdin_max; in pillar limits:output and limits:stdin): "
+                "spool_bytes_max must be at least that (in pillar engine:spool_bytes_max)"
             )
     return config
 
@@ -294,7 +298,7 @@ def check_setting(name, value):
     wanted = type(defaults[name])
     # bool is an int in Python; 'parallel: true' is a mistake all the same.
     if type(value) is not wanted:
-        raise ConfigError(f"must be of type {wanted.__name__}, not {type(value).__name__}")
+        raise ConfigError(f"must be {_TYPES[wanted]}{_YAML_WORD if wanted is str and isinstance(value, bool) else ''}")
     if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
         raise ConfigError(f"must lie between {_BOUNDS[name][0]} and {_BOUNDS[name][1]}")
     if name in _CHOICES and value not in _CHOICES[name]:

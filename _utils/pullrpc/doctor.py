@@ -21,13 +21,18 @@ from .config import digest, engine_settings, make_config
 from .dom0 import shared
 from .errors import PullError
 from .handover import ALTERED, LOST, PENDING
+from .helper import SCREEN
 from .lock import is_held
 from .package import COMMAND_PATHS, code_digest, command_files, command_is_installed
-from .policy import FULL
+from .policy import FULL, tags_of
 from .provision import versions
-from .transport import running_vms, uuids
+from .transport import running_vms, uuids, vms_with_tag
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
+_PARTS = (
+    *("code", "service", "transport", "keys", "VMs", "policy", "questions", "clients", "ledger", "audit log", "spool", "disk", "clock"),
+    "logrotate",
+)
 _UNIT = "qvm-remote.service"
 #: Where the unit lies when it is to be there after a reboot, and when it isn't.
 _UNITS = ("/etc/systemd/system", "/run/systemd/system")
@@ -56,7 +61,7 @@ def examine(minion, config_dir):
     """
     examination = _Examination(minion, config_dir)
     if examination.look("configuration", examination.configuration):
-        for part in ("code", "service", "transport", "keys", "VMs", "policy", "clients", "ledger", "audit log", "spool", "disk", "clock", "logrotate"):
+        for part in _PARTS:
             examination.look(part, getattr(examination, part.replace(" ", "_").lower()))
     return examination.findings
 
@@ -186,10 +191,11 @@ class _Examination:
                 mend = f"{_APPLY}.vm gives it a key of its own; if it is the same, restored from a backup: qubesctl qvm_remote.bind {vm}"
                 self._problem(f"{vm} is another qube than the one that the key of this name is for, and is refused", mend)
             elif vm not in there:
-                self._problem(f"there is no qube {vm}, and it has a key", f"qvm-remote-dom0 revoke {vm}")
+                before = f"remove it from pillar (vms: {vm}), then: " if vm in self._config.vms else ""
+                self._problem(f"there is no qube {vm}, and it has a key", f"{before}qvm-remote-dom0 revoke {vm}")
         gone = sorted(set(self._config.vms) - set(there) - set(self._dom0.keyring.names()))
         if gone:
-            self._note(f"there is no such qube: {', '.join(gone)}", "remove it from pillar")
+            self._note(f"there is no such qube: {', '.join(gone)}", f"remove it from pillar (vms: {gone[0]})")
         self._ok("each of those that have keys is there")
 
     def policy(self):
@@ -203,7 +209,31 @@ class _Examination:
             self._note(f"may run anything in dom0 (policy: full): {', '.join(named)}", mend)
         if ended:
             self._note(f"the access has ended of: {', '.join(ended)}", f"qvm-remote-dom0 revoke {ended[0]}; or another until in pillar")
+        users = {}
+        for vm in {*vms, *self._config.vms}:
+            for tag in tags_of(self._config.for_vm(vm).policy_in_force):
+                users.setdefault(tag, []).append(vm)
+        for tag, named in sorted(users.items()):
+            if not vms_with_tag(tag):
+                mend = f"qvm-tags VM add {tag}; or in pillar: the right name of the tag"
+                self._note(f"no qube has the tag {tag}, which rules of {', '.join(sorted(named))} name: they fit nothing, what they deny included", mend)
         self._ok("no VM may run whatever it likes")
+
+    def questions(self):
+        """Can dom0's user be asked, and told, where that is to be done."""
+        config = self._config
+        asking = sorted(vm for vm in {*config.vms, *self._dom0.keyring.names()} if _asks(config.for_vm(vm).policy_in_force))
+        for word, wanted, setting, program, become in (
+            ("ask", bool(asking), config.ask_helper, "zenity", f"every question of {', '.join(asking)} is a no"),
+            ("notify", config.notify_refusals, config.notify_helper, "notify-send", "nobody is told of what is refused"),
+        ):
+            if not wanted or _can_be_run(program if setting == SCREEN else setting):
+                continue
+            missing = f"{program}, which shows it on the screen, is not here" if setting == SCREEN else f"{setting} is not there, or can't be run"
+            package = "libnotify" if word == "notify" else program
+            own = f"a program of yours, in pillar: qvm-remote: {word}: helper"
+            self._problem(f"{missing}: {become}", f"qubes-dom0-update {package}; or {own}" if setting == SCREEN else f"ls -l {setting}; or {own}")
+        self._ok("who is to be asked or told can be" if asking or config.notify_refusals else "nobody is to be asked or told")
 
     def clients(self):
         """Which version of the client do running VMs have."""
@@ -273,6 +303,14 @@ class _Examination:
         if not os.path.exists(path):
             self._note(f"there is no {path}: the audit log grows on", f"qubes-dom0-update logrotate; {_APPLY}.dom0")
         self._ok(f"{path} is there")
+
+
+def _asks(policy):
+    return isinstance(policy, dict) and bool(policy.get("ask"))
+
+
+def _can_be_run(program):
+    return shutil.which(program) is not None
 
 
 def _is_roots_alone(path):

@@ -14,6 +14,11 @@ from .supervisor import start_time
 #: Names the minion whose engine was told to stop.
 _STOPPED = "stopped"
 
+_BUSY = (
+    "another qvm-remote engine (or run_once) is at work in dom0, and there is only ever one; "
+    "the service, if it is that, serves what waits already; for --once: systemctl stop qvm-remote"
+)
+
 
 class EngineLock:
     """Held from ``with`` to its end; the kernel drops it when the process dies, however it dies.
@@ -44,7 +49,7 @@ class EngineLock:
                 os.write(self._fd, str(os.getpid()).encode("ascii"))
         except BlockingIOError:
             self.__exit__()
-            raise EngineBusy("another qvm-remote engine (or run_once) is at work in dom0; there is only ever one") from None
+            raise EngineBusy(_BUSY) from None
         except OSError as err:
             self.__exit__()
             raise SpoolError(f"can't use {self._run_dir}: {err.strerror}") from err

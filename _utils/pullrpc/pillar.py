@@ -14,6 +14,7 @@ import re
 from .config import check_setting, make_config
 from .errors import ConfigError, KeyringError, PillarError, PullError
 from .ids import check_vm_name
+from .policy import tags_of
 from .tokens import parse_key
 
 _ROOT = "qvm-remote"
@@ -76,6 +77,8 @@ _DAYS = (1, 3650)
 _SELECTORS = ("tag", "template", "name")
 #: Classes of VMs that may be selected. A disposable's name is given to the next one, which nobody may have meant.
 _SELECTED = ("AppVM", "StandaloneVM")
+#: Most names in one note.
+_NAMED_MAX = 3
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?-]{1,63}\Z")
 
@@ -92,6 +95,7 @@ class Plan:
         vms: dict of VM name to a dict: ``state`` (present or absent), ``key`` (own, given, generate), ``rotate_days`` (int or None).
         unlisted: str, ``none``, ``keep`` or ``absent``: what becomes of VMs that have a key and are not in this plan.
         clean_logs: bool, whether ``clean`` removes the audit logs too.
+        notes: list of str, what may be meant otherwise: a tag or a selection that nobody has, a template among the VMs.
     """
 
     settings: dict
@@ -101,6 +105,7 @@ class Plan:
     vms: dict
     unlisted: str
     clean_logs: bool
+    notes: list
 
 
 def read_pillar(pillar, list_vms=None):
@@ -108,7 +113,7 @@ def read_pillar(pillar, list_vms=None):
 
     Args:
         pillar: dict, what stands under ``qvm-remote``.
-        list_vms: callable of a list of tags, as :func:`pullrpc.transport.list_vms`; called only where pillar selects VMs.
+        list_vms: callable of a list of tags, as :func:`pullrpc.transport.list_vms`; called only where pillar selects or names VMs.
 
     Returns:
         Plan
@@ -119,8 +124,11 @@ def read_pillar(pillar, list_vms=None):
     """
     _mapping(pillar, "", _TOP)
     _part(pillar, "defaults")
-    selected = _select(pillar, list_vms)
-    named = _named(pillar)
+    rules, named = _select_rules(pillar), _named(pillar)
+    policies = [own.get("policy") for own in (_part(pillar, "defaults"), *rules, *named.values())]
+    tags = {rule["tag"] for rule in rules if "tag" in rule}.union(*map(tags_of, policies))
+    there, unseen = _look(list_vms, tags, rules, named)
+    selected = _select(pillar, rules, there)
     vms, served = {}, {}
     for vm in sorted({**selected, **named}):
         own = {**selected.get(vm, _part(pillar, "defaults")), **named.get(vm, {})}
@@ -152,6 +160,7 @@ def read_pillar(pillar, list_vms=None):
         vms=vms,
         unlisted=unlisted,
         clean_logs=_flag(_part(pillar, "clean", ("logs",)).get("logs", False), "clean:logs"),
+        notes=[f"whether pillar's qubes and tags are there can't be told: {unseen}"] if unseen else _notes(there, rules, served),
     )
 
 
@@ -364,23 +373,66 @@ def _check_same_keys(named):
             _fail(f"vms:{vm}:key", f"is also the key of {first}; give each qube its own")
 
 
-def _select(pillar, list_vms):
+def _select_rules(pillar):
     rules = pillar.get("select")
-    if rules is None or rules == []:
-        return {}
+    if rules is None:
+        return []
     if not isinstance(rules, list):
         _fail("select", "must be a list")
     for at, rule in enumerate(rules):
         _check_rule(rule, f"select:{at}")
+    return rules
+
+
+def _look(list_vms, tags, rules, named):
+    """Which VMs there are, where pillar says anything of them; and why that can't be told, where nothing but notes depends on it."""
     if list_vms is None:
-        _fail("select", "works in dom0 only: nobody else knows the other qubes")
+        if rules:
+            _fail("select", "works in dom0 only: nobody else knows the other qubes")
+        return None, None
+    if not (rules or named):
+        return None, None
+    try:
+        return list_vms(sorted(tags)), None
+    except PullError as err:
+        if rules:
+            raise
+        return None, str(err)
+
+
+def _select(pillar, rules, there):
     defaults, selected = _part(pillar, "defaults"), {}
-    for vm in list_vms(sorted({rule["tag"] for rule in rules if "tag" in rule})):
+    for vm in there or ():
         for rule in rules:
-            if vm["class"] in _SELECTED and _matches(rule, vm):
+            if _fits_rule(rule, vm):
                 own = {name: value for name, value in rule.items() if name not in _SELECTORS}
                 selected[vm["name"]] = {**selected.get(vm["name"], defaults), **own}
     return selected
+
+
+def _notes(there, rules, served):
+    """What is no mistake by itself, and seldom meant: a rule that fits nobody forbids nothing."""
+    if there is None:
+        return []
+    users = {}
+    for vm, own in served.items():
+        for tag in tags_of(own.get("policy")):
+            users.setdefault(tag, []).append(vm)
+    had = {tag for vm in there for tag in vm["tags"]}
+    notes = [f"no qube has the tag {tag}, which rules of {_some(vms)} name" for tag, vms in sorted(users.items()) if tag not in had]
+    for at, rule in enumerate(rules):
+        if not any(_fits_rule(rule, vm) for vm in there):
+            notes.append(f"select:{at} fits no qube")
+    for vm in there:
+        if vm["name"] in served and vm["class"] == "TemplateVM":
+            notes.append(f"{vm['name']} is a template: the access is its own, not that of the qubes based on it; name these instead")
+        elif vm["name"] in served and vm["for_disposables"]:
+            notes.append(f"{vm['name']} is a template of disposables: each of them gets a copy of its key")
+    return notes
+
+
+def _some(names):
+    return ", ".join(names[:_NAMED_MAX]) + (f" and {len(names) - _NAMED_MAX} others" if len(names) > _NAMED_MAX else "")
 
 
 def _check_rule(rule, path):
@@ -395,7 +447,10 @@ def _check_rule(rule, path):
     _vm_mapping({name: value for name, value in rule.items() if name not in _SELECTORS}, path, allowed)
 
 
-def _matches(rule, vm):
+def _fits_rule(rule, vm):
+    # What a template of disposables has in its home, its key too, each disposable gets a copy of.
+    if vm["class"] not in _SELECTED or vm["for_disposables"]:
+        return False
     if "tag" in rule and rule["tag"] not in vm["tags"]:
         return False
     if "template" in rule and not _fits(rule["template"], vm["template"]):

@@ -15,6 +15,7 @@ import time
 
 from .accounts import describe_account
 from .errors import ConfigError, Refused
+from .validate import check_command
 
 FULL, NONE = "full", "none"
 #: A policy's lists, in the order in which they are looked at; the first of them with a rule that fits decides.
@@ -22,7 +23,10 @@ _LISTS = ("deny", "ask", "allow")
 _SAYS = {"deny": "forbids it", "ask": "has dom0's user asked", "allow": "allows it"}
 #: Any one word that is no option; whatever follows, options included; the name of a VM that has this tag.
 _ANY, _REST, _TAG = "*", "**", "@tag:"
+_POLICIES = "must be full, none, or a mapping with allow, ask and deny"
 _RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
+#: Most of a word that an error repeats, characters.
+_SHOWN_MAX = 40
 #: Most commands in a script.
 _STEPS_MAX = 256
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
@@ -100,8 +104,12 @@ def check_policy(policy):
     """
     if policy in (FULL, NONE):
         return
-    if not isinstance(policy, dict) or not policy or any(name not in _LISTS for name in policy):
-        raise ConfigError("must be full, none, or a mapping with allow, ask and deny")
+    if not isinstance(policy, dict) or not policy:
+        raise ConfigError(_POLICIES)
+    for name in policy:
+        if name not in _LISTS:
+            shown = name if isinstance(name, str) and _TAG_NAME.match(name) else "one of its names"
+            raise ConfigError(f"{shown} is unknown; {_POLICIES}")
     for name, rules in policy.items():
         if not isinstance(rules, list) or len(rules) > _RULES_MAX:
             raise ConfigError(f"{name} must be a list of at most {_RULES_MAX} rules")
@@ -126,14 +134,32 @@ def _expand(rule):
         raise ConfigError("must be a list of words, the first of them a program, or the name of a set")
     for at, word in enumerate(rule):
         if not isinstance(word, str) or len(word) > _WORD_MAX:
-            raise ConfigError("every word must be text (numbers in quotes)")
+            raise ConfigError("every word must be text (numbers, and on, yes, true and their like, in quotes)")
         if word == _REST and at != len(rule) - 1:
             raise ConfigError(f"{_REST} may only be the last word")
         if word.startswith(_TAG) and not _TAG_NAME.match(word[len(_TAG) :]):
             raise ConfigError(f"{_TAG} needs a tag's name behind it")
+        # Compared as it stands it would fit nothing, and where it is to forbid, it would forbid nothing.
+        if (word.startswith("@") and not word.startswith(_TAG)) or (word not in (_ANY, _REST) and not _PATTERN.isdisjoint(word)):
+            raise ConfigError(f"{word[:_SHOWN_MAX]!r}: patterns are not known here; {_ANY} is any one word, {_TAG}NAME a qube with that tag")
     if not _PROGRAM.match(rule[0]):
         raise ConfigError("the first word must be the program itself, without wildcards")
     return (tuple(rule),)
+
+
+def tags_of(policy):
+    """List the tags that a policy's rules name.
+
+    Args:
+        policy: as :func:`check_policy` takes it; None for no policy.
+
+    Returns:
+        set of str
+    """
+    if not isinstance(policy, dict):
+        return set()
+    patterns = [pattern for rules in policy.values() for rule in rules for pattern in _expand(rule)]
+    return {word[len(_TAG) :] for pattern in patterns for word in pattern if word.startswith(_TAG)}
 
 
 def decide(policy, argv, tagged):
@@ -197,6 +223,11 @@ def explain(policy, command, tagged):
     """
     words = None
     try:
+        if isinstance(command, str):
+            # What is no command whatever the policy is.
+            check_command(command.encode("utf-8", "surrogatepass"), len(command) * 4)
+        elif not command or not command[0]:
+            raise Refused("argv", "the argument vector names no program")
         if isinstance(command, (list, tuple)):
             words = list(command)
             decision = decide(policy, tuple(words), tagged)

@@ -89,18 +89,26 @@ def list_vms(tags=()):
         tags: iterable of str, the tags that are asked for; one more program start for each.
 
     Returns:
-        list of dict: ``name``, ``class``, ``template`` (str; empty without one), ``tags`` (list of str, those asked for).
+        list of dict: ``name``, ``class``, ``template`` (str; empty without one), ``tags`` (list of str, those asked for),
+        ``for_disposables`` (bool, whether disposables are made from it).
 
     Raises:
         TransportError: they can't be listed.
     """
-    rows = [line.split("|") for line in _list("qvm-ls", "--raw-data", "--fields", "name,class,template")]
-    if any(len(row) != 3 for row in rows):
+    rows = [line.split("|") for line in _list("qvm-ls", "--raw-data", "--fields", "name,class,template,template_for_dispvms")]
+    if any(len(row) != 4 for row in rows):
         raise TransportError("can't list the qubes: qvm-ls answered in a form that is not known here")
     tagged = {tag: vms_with_tag(tag) for tag in tags}
     return [
-        {"name": name, "class": klass, "template": template.strip("-"), "tags": [tag for tag in tagged if name in tagged[tag]]}
-        for name, klass, template in rows
+        {
+            "name": name,
+            "class": klass,
+            "template": template.strip("-"),
+            "tags": [tag for tag in tagged if name in tagged[tag]],
+            # A class without this property has a dash there.
+            "for_disposables": for_disposables not in ("-", "False"),
+        }
+        for name, klass, template, for_disposables in rows
     ]
 
 

@@ -24,6 +24,9 @@ _PROBLEMS = {
 }
 #: What has dom0 take this qube's key, as it is typed there.
 _AUTHORIZE = "sudo qvm-remote-dom0 authorize --from-vm"
+#: What has dom0 put its key into this qube, as it is typed there.
+_HAND_OVER = "sudo qubesctl qvm_remote.hand_over"
+_ROOT = "root has no key here; run qvm-remote without sudo, as the qube's user (root's own is what pillar's user: root makes)"
 
 
 def advice(error):
@@ -75,8 +78,8 @@ def trouble_on_the_way(queue):
         return None
     if not os.path.exists(queue.limits) and not os.path.exists(queue.seen):
         return (
-            f"dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:{vm_name()}), authorized, and the service "
-            f"started, in dom0: {_AUTHORIZE} {vm_name()}; sudo qubesctl state.apply qvm-remote.dom0"
+            f"dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote: vms: {vm_name()}: {{}}), then, in dom0: "
+            "sudo qubesctl state.apply qvm-remote"
         )
     return "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0"
 
@@ -87,4 +90,72 @@ def authorize_again():
     Returns:
         str
     """
-    return f"in dom0: {_AUTHORIZE} {vm_name()}"
+    vm = vm_name()
+    return f"in dom0: {_HAND_OVER} {vm}, which puts dom0's key here; or, to have dom0 take the one that is here: {_AUTHORIZE} {vm}"
+
+
+def authorize_new():
+    """What to type in dom0 for a key that was made here.
+
+    Returns:
+        str
+    """
+    return (
+        f"in dom0: {_AUTHORIZE} {vm_name()}; and pillar should say key: own for this qube: "
+        "by key: generate, the default, dom0 makes keys by itself, and puts its own in place of another"
+    )
+
+
+def no_key(queue):
+    """Say that there is no key, and where one comes from.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        str
+    """
+    if os.geteuid() == 0:
+        return _ROOT
+    return (
+        f"this qube has no key; if pillar gives it access, dom0 hands one over within a minute (at once by, in dom0: {_HAND_OVER} {vm_name()}); "
+        "where pillar says key: own, make one: qvm-remote key gen"
+    )
+
+
+def exposed_key(queue):
+    """Say that others may have the key, and how it is changed: a rotation lets the old one work until the new one is used.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        str
+    """
+    return f"others may have read the key {queue.key}; run: chmod 600 {queue.key}; and for another key, {key_anew(queue)}"
+
+
+def key_anew(queue):
+    """What to type for another key, where the one that is here is of no use.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        str
+    """
+    vm = vm_name()
+    return f"in dom0: sudo qvm-remote-dom0 revoke {vm}; sudo qubesctl state.apply qvm-remote.vm (with key: own, before that, here: qvm-remote key gen --force)"
+
+
+def roots_mistake(queue):
+    """Say that root has no queue here, as it is when a user typed sudo; to make one would help nobody.
+
+    Args:
+        queue: Queue.
+
+    Returns:
+        str; None when it is another user, or root's queue (``user: root`` in pillar) is here.
+    """
+    old = os.path.join(os.path.dirname(queue.base), ".qubes-remote")
+    return None if os.geteuid() != 0 or os.path.lexists(queue.base) or os.path.lexists(old) else _ROOT

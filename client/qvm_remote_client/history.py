@@ -65,6 +65,8 @@ def print_one(queue, values):
     Raises:
         PullError: there is no such command, or more than one.
     """
+    if sum(name in values for name in ("command", "out", "err", "json")) > 1:
+        raise PullError("--command, --out, --err and --json exclude each other; see: qvm-remote history show --help")
     cid, files = find(queue, values.get("ID"))
     for part in ("command", "out", "err"):
         if part in values:

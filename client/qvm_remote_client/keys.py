@@ -3,7 +3,7 @@
 
 import os
 
-from pullrpc.errors import PullError
+from pullrpc.errors import KeyringError, PullError
 from pullrpc.files import write_whole
 from pullrpc.tokens import fingerprint, parse_key
 
@@ -62,16 +62,23 @@ def _replace(queue, action, force, quiet, in_fd):
     prepare(queue, quiet)
     if os.path.lexists(queue.key) and not force:
         raise PullError(f"there is a key already ({queue.key}); --force replaces it, and dom0 then has to authorize the new one")
-    key = os.urandom(32) if action == "gen" else parse_key(_read_key(in_fd))
+    key = os.urandom(32) if action == "gen" else _given_key(in_fd)
     try:
         write_whole(queue.key, key.hex().encode("ascii") + b"\n")
     except OSError as err:
         raise PullError(f"can't write {queue.key}: {err.strerror}") from err
     put(f"key of {vm_name()}: {fingerprint(key)}\n")
     if not quiet:
-        from .advice import authorize_again
+        from .advice import authorize_new
 
-        warn(f"next, have dom0 authorize it (the key never appears on a command line), {authorize_again()}")
+        warn(f"next, have dom0 authorize it (the key never appears on a command line), {authorize_new()}")
+
+
+def _given_key(fd):
+    try:
+        return parse_key(_read_key(fd))
+    except KeyringError as err:
+        raise PullError(f"{err}; nothing was changed; give 64 hex digits on stdin: qvm-remote key import < FILE") from None
 
 
 def _read_key(fd):

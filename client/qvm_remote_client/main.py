@@ -25,6 +25,9 @@ _TIMEOUT_DEFAULT = 300
 _STREAMS = {"out": 1, "err": 2}
 #: Most of a refusal without proof that is shown, characters.
 _REASON_MAX = 300
+#: What dom0 takes in no command, as UTF-8: ASCII's control characters but tab, newline and carriage return, and the second set of them.
+_CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r") + b"\x7f"
+_C1 = tuple(b"\xc2" + bytes((byte,)) for byte in range(0x80, 0xA0))
 #: The words that begin a command of ours (table.reserved(), which is not loaded for a command that goes to dom0).
 RESERVED = frozenset(("agent", "cancel", "help", "history", "key", "log", "ping", "queue", "status"))
 
@@ -49,6 +52,9 @@ def main(argv):
     """
     open_closed_streams()
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            # The program has it so while it loads.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         exit_code = _dispatch(argv)
         sys.stdout.flush()
         return exit_code
@@ -107,10 +113,17 @@ def _dispatch(argv):
 
         return run(words, options)
     queue = Queue()
+    if os.geteuid() == 0 and not os.path.lexists(queue.base):
+        from .advice import roots_mistake
+
+        mistake = roots_mistake(queue)
+        if mistake:
+            raise PullError(mistake)
     prepare(queue, options.quiet)
     known = requests.limits(queue)
-    form, command, use_stdin = _command_of(options, words, known["command_max"])
-    return _run(queue, options, known, form, command, use_stdin)
+    progress = Waiting(options.quiet)
+    form, command, use_stdin = _command_of(options, words, known, progress)
+    return _run(queue, options, known, progress, form, command, use_stdin)
 
 
 def prepare(queue, quiet):
@@ -196,8 +209,9 @@ def seconds_of(text):
     return int(text)
 
 
-def _command_of(options, words, limit):
+def _command_of(options, words, known, progress):
     """What to send: (form, command bytes, whether stdin goes to the command)."""
+    limit = known["command_max"]
     if options.exec or options.script:
         if options.exec and options.script:
             raise PullError("--exec and -s exclude each other")
@@ -216,7 +230,7 @@ def _command_of(options, words, limit):
     else:
         if options.no_stdin or os.isatty(0):
             raise PullError("no command; give one, or a script on stdin; see: qvm-remote --help")
-        command, form, use_stdin = _read_script(limit), "script", False
+        command, form, use_stdin = _read_script(known, progress), "script", False
     if not command.strip():
         raise PullError("the command is empty")
     if len(command) > limit:
@@ -225,28 +239,44 @@ def _command_of(options, words, limit):
 
 
 def _text(word):
-    # The bytes that we were called with, whatever the locale takes them for; dom0 takes UTF-8 only.
+    # The bytes that we were called with, whatever the locale takes them for.
+    raw = os.fsencode(word)
+    _check_text(raw, "an argument", "send its bytes on stdin instead")
+    return raw.decode("utf-8")
+
+
+def _check_text(raw, what, advice):
+    """What dom0 refuses (pullrpc.validate.check_command, which takes longer to load) is better said here."""
     try:
-        return os.fsencode(word).decode("utf-8")
+        raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise PullError("an argument is not UTF-8 text; dom0 takes no other; send its bytes on stdin instead") from None
+        raise PullError(f"{what} is not UTF-8 text; dom0 takes no other; {advice}") from None
+    if raw.translate(None, _CONTROLS) != raw or (not raw.isascii() and any(char in raw for char in _C1)):
+        raise PullError(f"{what} contains control characters; dom0 takes none but tab, newline and carriage return; {advice}")
 
 
-def _read_script(limit):
-    data = b""
-    while len(data) <= limit:
-        chunk = os.read(0, 1 << 16)
-        if not chunk:
-            break
-        data += chunk
+def _read_script(known, progress):
+    data, limit = b"", known["command_max"]
+    try:
+        while len(data) <= limit:
+            requests.wait_for_input(0, progress.tick)
+            chunk = os.read(0, 1 << 16)
+            if not chunk:
+                break
+            data += chunk
+    finally:
+        progress.end()
+    if len(data) > limit:
+        raise PullError(f"the script is longer than the {limit} bytes that dom0 takes as a command; with -s it may have {known['stdin_max']}: qvm-remote -s < FILE")
+    _check_text(data, "the script", "with -s it is passed on as it is: qvm-remote -s < FILE")
     return data
 
 
-def _run(queue, options, known, form, command, use_stdin):
+def _run(queue, options, known, progress, form, command, use_stdin):
     timeout = options.timeout or min(_TIMEOUT_DEFAULT, known["timeout_max"])
     if timeout > known["timeout_max"]:
-        raise PullError(f"-t {timeout} is over the limit of {known['timeout_max']} s that dom0 sets for this qube (timeout_max)")
-    progress = Waiting(options.quiet)
+        where = f"in pillar, qvm-remote: vms: {requests.vm_name()}: timeout"
+        raise PullError(f"-t {timeout} is over the limit of {known['timeout_max']} s that dom0 sets for this qube ({where})")
     started = time.monotonic()
     request = requests.Request(queue, form, command, timeout)
     journal.submitted(queue, request.cid, form, command)

@@ -8,7 +8,7 @@ from pullrpc.errors import PullError
 from pullrpc.tokens import fingerprint
 
 from . import request as requests
-from .advice import authorize_again, trouble_here, trouble_on_the_way
+from .advice import authorize_again, roots_mistake, trouble_here, trouble_on_the_way
 from .main import Waiting, on_signals_give_up, prepare, reason_of
 from .terminal import put, put_json
 
@@ -33,8 +33,10 @@ def ping(queue, timeout, quiet, as_json):
     Raises:
         PullError: what is wrong first, and what to type.
     """
-    prepare(queue, quiet)
-    trouble = trouble_here(queue)
+    trouble = roots_mistake(queue)
+    if trouble is None:
+        prepare(queue, quiet)
+        trouble = trouble_here(queue)
     if trouble:
         raise PullError(trouble)
     timeout = timeout or _WAIT_DEFAULT

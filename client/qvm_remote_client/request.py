@@ -10,7 +10,7 @@ import select
 import time
 
 from pullrpc.digests import hasher
-from pullrpc.errors import PullError
+from pullrpc.errors import KeyringError, PullError
 from pullrpc.files import forget, knock, move, read_bounded, write_fully, write_whole
 from pullrpc.ids import new_cid
 from pullrpc.layout import REQUEST_PARTS, RESULT_PARTS
@@ -133,12 +133,21 @@ def load_key(queue):
         if info.st_uid != os.geteuid():
             raise PullError(f"the key {queue.key} belongs to another user; run qvm-remote as its owner")
         if info.st_mode & 0o077:
-            raise PullError(f"others may have read the key {queue.key}; run: chmod 600 {queue.key}, and think about a new one")
+            raise PullError(_key_advice("exposed_key", queue))
         return parse_key(read_bounded(queue.key, 66))
     except FileNotFoundError:
-        raise PullError("this qube has no key; run: qvm-remote key gen") from None
+        raise PullError(_key_advice("no_key", queue)) from None
+    except KeyringError as err:
+        raise PullError(f"the key file {queue.key} can't be used: {err}; {_key_advice('key_anew', queue)}") from None
     except OSError as err:
         raise PullError(f"can't read the key {queue.key}: {err.strerror}") from err
+
+
+def _key_advice(what, queue):
+    # Imported here: it is needed where all ends.
+    from . import advice
+
+    return getattr(advice, what)(queue)
 
 
 def connected(queue):
@@ -238,7 +247,7 @@ class Request:
             PullError: it is longer than dom0 takes, or can't be kept; nothing is left behind.
         """
         path = self._queue.pending(f".{self.cid}.in")
-        _wait_for_input(fd, tick)
+        wait_for_input(fd, tick)
         chunk = os.read(fd, _CHUNK)
         if not chunk:
             return
@@ -253,7 +262,7 @@ class Request:
                         raise PullError(f"stdin is longer than the {limit} bytes that dom0 takes; send a smaller part, or use -n to send none")
                     digest.update(chunk)
                     write_fully(out, chunk)
-                    _wait_for_input(fd, tick)
+                    wait_for_input(fd, tick)
                     chunk = os.read(fd, _CHUNK)
             finally:
                 os.close(out)
@@ -471,7 +480,13 @@ class Request:
             self._stream = None
 
 
-def _wait_for_input(fd, tick):
+def wait_for_input(fd, tick):
+    """Wait until there is something to be read, or its end.
+
+    Args:
+        fd: int.
+        tick: callable, called with ``stdin`` while waiting.
+    """
     poller = select.poll()
     poller.register(fd, select.POLLIN | select.POLLHUP)
     while not poller.poll(500):

@@ -22,13 +22,15 @@ def run(words, options):
         from .agent import Agent
 
         return Agent(Queue()).serve()
-    from .usage import help_of, parse
+    from .usage import parse
 
+    if words[0] == "help" and words[1:] not in (["-h"], ["--help"]):
+        words = [*words[1:], "--help"]
     command, values = parse(words)
-    if command is None or command.words == ("help",):
+    if command is None:
         from .terminal import put
 
-        put(values["help"] if command is None else help_of([values["COMMAND"]] if "COMMAND" in values else []))
+        put(values["help"])
         return 0
     if command.words == ("agent",):
         raise PullError("agent takes no option; it is started by dom0 alone")

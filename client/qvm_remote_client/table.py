@@ -69,7 +69,8 @@ FORMS = (
 
 NOTES = """\
 COMMAND and ARGs are joined by spaces and read by dom0's bash, so quote for two shells, or use --exec.
-With COMMAND, stdin goes to the command (unless it is a terminal): close it, or give -n, where there is none to send.
+With COMMAND, stdin goes to the command (unless it is a terminal). It is read to its end, 16 MiB at most, before the
+command is sent: close it, or give -n, which sends none. The command gets no terminal: nothing interactive.
 """
 
 #: Options before a command for dom0; those of ``COMMON`` are taken by our own commands as well.
@@ -157,7 +158,7 @@ COMMANDS = (
         arguments=(Argument("ID", "id", f"{_ID}; queue status shows those that wait or run", is_needed=True),),
         notes="The client that waits for it ends with 125. If dom0 is not connected, it is told as soon as it is.",
     ),
-    Command("help", "print help, of a command if one is named", arguments=(Argument("COMMAND", "word", "one of these commands"),)),
+    Command("help", "print help, of a command if one is named", arguments=(Argument("COMMAND", "word", "one of these commands, in one or two words"),)),
     Command("agent", "answers dom0; started by dom0 alone", is_internal=True),
 )
 

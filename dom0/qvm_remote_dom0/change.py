@@ -11,6 +11,7 @@ from . import show
 from .salt import call
 from .usage import UsageError, checked
 
+_APPLY = "then qubesctl state.apply qvm-remote"
 #: A key and a newline; one byte more shows that it is too long.
 _KEY_READ_MAX = 66
 _RISK = """\
@@ -31,8 +32,11 @@ def authorize(options):
     if options.from_vm:
         stored = call("authorize", vm, config_dir=options.config_dir, from_vm=True)
     else:
-        stored = call("authorize", vm, config_dir=options.config_dir, key=_read_key(vm))
+        more = {"in_advance": True} if options.in_advance else {}
+        stored = call("authorize", vm, config_dir=options.config_dir, key=_read_key(vm), **more)
     _say(f"{vm} is authorized with key {stored['fingerprint']}; it {call('access', vm, config_dir=options.config_dir)}")
+    if options.from_vm and stored["known"]:
+        _say(f"dom0 had this very key already; for another one: qvm-remote-dom0 rotate {vm}, or, if others may have it: qvm-remote-dom0 revoke {vm}, {_APPLY}")
     return 0
 
 

@@ -66,7 +66,12 @@ def _dom0(options):
 
 def keys(options):
     """List the keys."""
+    vm = checked(check_vm_name, options.vm)
     found = overview(_dom0(options))["keys"]
+    if vm is not None:
+        if vm not in found:
+            raise PullError(f"{vm} has no key")
+        found = {vm: found[vm]}
     if options.json:
         show.as_json(found)
         return 0
@@ -80,9 +85,10 @@ def keys(options):
 
 def status(options):
     """Show the present state, once or again and again."""
+    vm = checked(check_vm_name, options.vm)
     dom0 = _dom0(options)
     if not options.watch:
-        found = overview(dom0)
+        found = _only(overview(dom0), vm)
         if options.json:
             show.as_json(found)
         else:
@@ -93,9 +99,18 @@ def status(options):
     show.put(_HOME + _CLEAR_BELOW)
     while True:
         size = shutil.get_terminal_size()
-        lines = [show.now(), *_status_lines(overview(dom0), size.columns)][: size.lines - 1]
+        lines = [show.now(), *_status_lines(_only(overview(dom0), vm), size.columns)][: size.lines - 1]
         show.put(_HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in lines) + _CLEAR_BELOW, now=True)
         time.sleep(_WATCH_EVERY)
+
+
+def _only(found, vm):
+    """An overview, of one qube alone if one is named."""
+    if vm is None:
+        return found
+    if vm not in found["vms"]:
+        raise PullError(f"{vm} has no key, and pillar does not name it")
+    return {**found, **{part: {name: one for name, one in found[part].items() if name == vm} for part in ("keys", "sessions", "vms")}}
 
 
 def _status_lines(found, width):
@@ -177,6 +192,8 @@ def explain(options):
     """Say whether a qube could have a command run, and why."""
     vm = checked(check_vm_name, options.vm)
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if words and words[0].startswith("-") and words != options.after_dashes:
+        raise UsageError(f"options go before VM: qvm-remote-dom0 explain {words[0]} {vm} COMMAND; of a command that begins so: explain {vm} -- COMMAND")
     if not words:
         raise UsageError("say which command: qvm-remote-dom0 explain VM COMMAND")
     command = words if options.exec else " ".join(words)

@@ -35,6 +35,9 @@ def main(argv):
         # Whatever a command's text has that this terminal's character set has not.
         stream.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            # The program has it so while it loads.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         exit_code = _do(argv)
         show.put(now=True)
         return exit_code
@@ -117,6 +120,8 @@ def _do(argv):
     except SystemExit as ended:
         # It has shown help, or the version.
         return ended.code
+    # Some argparse takes it away, and some does not.
+    options.after_dashes = argv[argv.index("--") + 1 :] if "--" in argv else None
     if options.verb is None and not options.once:
         parser.error("say what to do: a verb, or --once")
     if options.verb is not None and (options.once or options.dry_run):

@@ -69,6 +69,7 @@ VERBS = (
             _VM,
             Option(("key",), "", "KEY", count="?", hidden=True),
             Option(("--from-vm",), "fetch the key from the qube, where 'qvm-remote key gen' made it"),
+            Option(("--in-advance",), "there is no such qube yet: the key is for the first one that gets this name"),
         ),
         "authorize",
         "The key is read from stdin; on a terminal it is asked for, and not shown. It is never taken from the command line, where\n"
@@ -76,7 +77,7 @@ VERBS = (
     ),
     Verb("revoke", "remove a qube's key: from then on all that it asks for is refused; what runs is not stopped", (_VM,), "revoke"),
     Verb("rotate", "give a qube a new key, without losing a command", (_VM,), "rotate"),
-    Verb("keys", "list who has a key: fingerprints, what was last seen of it in the qube, what that qube may run", (_JSON,), "keys"),
+    Verb("keys", "list who has a key: fingerprints, what was last seen of it in the qube, what that qube may run", (_ANY_VM, _JSON), "keys"),
     Verb(
         "enable",
         "have the service run, now and from each boot on",
@@ -88,7 +89,7 @@ VERBS = (
     Verb(
         "status",
         "show the qubes: session and its age, key, policy, counts, times, the last command",
-        (Option(("--watch",), "as a table on the terminal that is kept up to date, until Ctrl-C"), _JSON),
+        (_ANY_VM, Option(("--watch",), "as a table on the terminal that is kept up to date, until Ctrl-C"), _JSON),
         "status",
     ),
     Verb(

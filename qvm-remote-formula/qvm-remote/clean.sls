@@ -1,9 +1,10 @@
 # Takes back all that the other states did: qubesctl state.apply qvm-remote.clean
-# Keeps the audit log, and the histories in the VMs, unless pillar says qvm-remote:clean:logs: true.
+# Keeps the audit log, and the histories in the VMs, unless pillar says qvm-remote:clean:logs: true. Works without pillar as well.
 {%- from "qvm-remote/map.jinja" import plan with context %}
+{%- if plan.settings is not defined %}
 include:
   - qvm-remote.pillar
-{%- if plan.problem is not defined %}
+{%- else %}
 
 qvm-remote-clean-clients:
   qvm_remote.clients_absent:

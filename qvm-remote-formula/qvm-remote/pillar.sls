@@ -7,5 +7,6 @@ qvm-remote-pillar-valid:
 {%- else %}
 qvm-remote-pillar-valid:
   test.succeed_without_changes:
-    - name: pillar qvm-remote is as it should be
+    - name: {{ (["pillar qvm-remote is as it should be"] + plan.notes) | join("; but ") | json }}
+    - comment: {{ (plan.notes | join("; ") or "pillar qvm-remote is as it should be") | json }}
 {%- endif %}

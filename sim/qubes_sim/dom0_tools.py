@@ -154,8 +154,8 @@ def _qvm_ls(argv):
         rows = [row for row in rows if set(row["tags"]) & set(options.tags)]
     wanted = [state for state, flag in (("Running", options.running), ("Paused", options.paused), ("Halted", options.halted)) if flag]
     rows = sorted((row for row in rows if not wanted or row["state"] in wanted), key=lambda row: (row["name"] != "dom0", row["name"]))
-    fields = ["name"] if options.raw_list else options.fields.lower().split(",")
-    if any(field not in ("name", "state", "class", "template", "uuid") for field in fields):
+    fields = ["name"] if options.raw_list else options.fields.lower().replace("-", "_").split(",")
+    if any(field not in ("name", "state", "class", "template", "template_for_dispvms", "uuid") for field in fields):
         parser.error(f"no such column in: {options.fields}")
     table = [[row[field] or "-" for field in fields] for row in rows]
     if options.raw_list or options.raw_data:

@@ -24,7 +24,7 @@ from .relay import Relay
 from .roots import Store
 
 #: What qvm-prefs shows of a new VM.
-_PREFS = {"label": "red", "autostart": "False", "memory": "400", "netvm": "", "provides_network": "False"}
+_PREFS = {"label": "red", "autostart": "False", "memory": "400", "netvm": "", "provides_network": "False", "template_for_dispvms": "False"}
 _READ_ONLY = ("name", "klass", "template", "uuid")
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z")
 _RESERVED = ("dom0", "domain-0", "none", "default")
@@ -232,7 +232,7 @@ class Hypervisor:
         """Say what there is.
 
         Returns:
-            list of dict: name, class, template, state, pid, tags.
+            list of dict: name, class, template, template_for_dispvms, state, pid, tags.
         """
         return [
             {
@@ -240,6 +240,7 @@ class Hypervisor:
                 "class": one.klass,
                 "uuid": one.uuid,
                 "template": one.template or "",
+                "template_for_dispvms": "" if one.klass == "AdminVM" else one.prefs["template_for_dispvms"],
                 "state": one.state,
                 "tags": sorted(one.tags),
                 "pid": None if one.state == "Halted" else one.keeper,

@@ -86,7 +86,7 @@ def test_a_key_that_dom0_does_not_have_is_said_by_ping(dom0):
     dom0.vm("work", "cp", ".qvm-remote/auth.key", "/home/user/key", check=True)
     try:
         dom0.remote("key", "gen", "--force")
-        _fails(dom0.remote("ping"), "the token does not fit: wrong key", "in dom0: sudo qvm-remote-dom0 authorize --from-vm work")
+        _fails(dom0.remote("ping"), "the token does not fit: wrong key", "in dom0: sudo qubesctl qvm_remote.hand_over work, which puts dom0's key here; or, ")
     finally:
         dom0.vm("work", "mv", "/home/user/key", ".qvm-remote/auth.key", check=True)
     assert dom0.remote("ping").returncode == 0
@@ -183,8 +183,8 @@ def test_a_qube_that_dom0_never_looked_into_is_told_how_to_begin(vm):
     assert vm("qvm-remote key gen").returncode == 0
     _fails(
         vm("qvm-remote ping -t 1"),
-        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:stranger), authorized, and the service started, in dom0: ",
-        "sudo qvm-remote-dom0 authorize --from-vm stranger; sudo qubesctl state.apply qvm-remote.dom0\n",
+        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote: vms: stranger: {}), then, in dom0: ",
+        "sudo qubesctl state.apply qvm-remote\n",
     )
     assert vm("ls .qvm-remote/queue/pending | grep -v cancel; ls .qvm-remote/queue/results").stdout == b""
 

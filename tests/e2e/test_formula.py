@@ -171,6 +171,39 @@ def test_a_mistake_in_pillar_fails_in_one_line_and_nothing_is_applied(machine, p
     assert machine.remote("true").returncode == 0
 
 
+def test_pillar_that_is_missing_or_unreadable_is_no_wish_for_no_qubes(machine):
+    before = machine.listing(times=False)
+    for content in ("", "qvm_remote: {vms: {}}\n"):
+        machine.put("/srv/pillar/qvm-remote.sls", content)
+        states, _ = machine.fail()
+        assert [(name, ret["name"][:34]) for name, ret in states.items()] == [("qvm-remote-pillar-valid", "dom0's pillar has no qvm-remote; i")]
+    # What it takes back it finds without pillar.
+    cleaned = machine.apply("test=True", sls="qvm-remote.clean")
+    assert {ret["result"] for ret in cleaned.values()} == {None}
+    machine.put("/srv/pillar/qvm-remote.sls", "qvm-remote: {vms: {work: {}}\n")
+    done = machine.dom0("qubesctl", "--retcode-passthrough", "state.apply", "qvm-remote", timeout=180)
+    assert (done.returncode != 0, b"qvm-remote-vm" in done.stdout) == (True, False)
+    assert machine.salt("qvm_remote.plan") == {
+        "problem": "Salt can't read dom0's pillar, and applies nothing; what is wrong there says: qubesctl pillar.items"
+    }
+    assert "render" in machine.dom0("qubesctl", "pillar.items").stdout.decode().lower()
+    machine.set_pillar(_pillar())
+    assert _differences(before, machine.listing(times=False)) == []
+
+
+def test_a_misspelt_qube_fails_alone_and_a_tag_that_nobody_has_is_said(machine):
+    rules = {"deny": [["qvm-kill", "@tag:nosuchtag"]]}
+    machine.set_pillar(_pillar(vms={"wrok": {}, "dev": {"key": GIVEN, "policy": rules}}))
+    states, _ = machine.fail("qvm-remote")
+    assert [name for name, ret in states.items() if ret["result"] is False] == ["qvm-remote-vm-wrok"]
+    assert states["qvm-remote-vm-wrok"]["comment"].startswith("there is no qube wrok; mend its name in pillar (vms: wrok)")
+    assert states["qvm-remote-pillar-valid"]["comment"] == "no qube has the tag nosuchtag, which rules of dev name"
+    assert machine.call("access", "dev").startswith("may run what 0 rules allow and 1 do not forbid")
+    assert machine.dom0("ls", "/etc/qubes/remote.d/wrok.key").returncode != 0
+    machine.set_pillar(_pillar())
+    machine.apply()
+
+
 def test_no_key_is_in_salts_output_logs_caches_or_in_any_process(machine):
     done = machine.dom0("qubesctl", "--log-level=info", "--log-file-level=info", "state.apply", "qvm-remote", timeout=180)
     keys = [machine.dom0_key("work"), GIVEN]

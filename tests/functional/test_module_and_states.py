@@ -4,6 +4,7 @@
 import ast
 import hmac
 import os
+import sys
 
 import pullrpc.dom0
 import pullrpc.lock
@@ -31,9 +32,10 @@ def loaders(tmp_path_factory):
 def settings(tmp_path):
     """Settings of an engine that keeps everything in a folder of this test."""
     names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "log/audit.log"}
-    # There is no qubesd here, and no VM.
+    # There is no qubesd here. Of these none runs.
     qvm_ls = tmp_path / "qvm-ls"
-    qvm_ls.write_text("#!/bin/sh\n")
+    rows = "".join(f"{vm}|6f1f0f3c-0000-4000-8000-{at:012}\n" for at, vm in enumerate(("work", "dev", "old")))
+    qvm_ls.write_text(f"#!/bin/sh\ncase \"$*\" in *name,uuid*) printf '{rows}';; esac\n")
     qvm_ls.chmod(0o700)
     return {"qvm_ls": str(qvm_ls), **{name: str(tmp_path / folder) for name, folder in names.items()}}
 
@@ -48,10 +50,41 @@ def key(tmp_path):
 
 
 def test_authorize_shows_the_fingerprint_that_the_vm_shows(loaders, settings, key):
-    assert loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings) == {"vm": "work", "fingerprint": fingerprint(key[0])}
+    assert loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings) == {"vm": "work", "fingerprint": fingerprint(key[0]), "known": False}
+    assert loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)["known"] is True
     assert loaders.modules.qvm_remote.keys(config=settings) == {"work": {"fingerprint": fingerprint(key[0])}}
     assert os.stat(os.path.join(settings["key_dir"], "work.key")).st_mode & 0o777 == 0o600
     assert os.stat(settings["key_dir"]).st_mode & 0o777 == 0o700
+
+
+def test_nobody_is_authorized_for_whom_gets_a_name_later_unless_that_is_said(loaders, settings, key):
+    for test in (True, False):
+        for state in (loaders.states.qvm_remote.authorized, loaders.states.qvm_remote.key_present):
+            ret = state("wrok", key="generate", settings=settings, test=test)
+            assert (ret.result, ret.changes) == (False, {})
+            assert ret.comment == "there is no qube wrok; mend its name in pillar (vms: wrok), or remove it there if the qube was removed"
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="there is no qube wrok, so that nobody was authorized"):
+        loaders.modules.qvm_remote.authorize("wrok", key_file=key[1], config=settings)
+    with pytest.raises(salt.exceptions.CommandExecutionError, match="there is no qube wrok"):
+        loaders.modules.qvm_remote.generate("wrok", config=settings)
+    assert loaders.modules.qvm_remote.keys(config=settings) == {}
+    assert loaders.modules.qvm_remote.authorize("wrok", key_file=key[1], config=settings, in_advance=True)["vm"] == "wrok"
+    ret = loaders.states.qvm_remote.authorized("wrok", key="generate", settings=settings)
+    assert (ret.result, ret.comment.endswith("; it has a key: qvm-remote-dom0 revoke wrok")) == (False, True)
+
+
+def test_pillar_without_qvm_remote_and_pillar_that_can_not_be_read_are_problems(loaders, monkeypatch):
+    assert loaders.modules.qvm_remote.plan()["problem"].startswith("dom0's pillar has no qvm-remote; is it in /srv/pillar")
+    assert loaders.modules.qvm_remote.plan()["vms"] == {}
+    module = loaders.modules.qvm_remote.plan.__globals__
+    for content in ({}, None):
+        monkeypatch.setitem(module, "__pillar__", {"qvm-remote": content})
+        assert "problem" not in loaders.modules.qvm_remote.plan()
+    errors = ["Rendering SLS 'qvm-remote' failed, render error: a line with a key in it"]
+    monkeypatch.setitem(module, "__pillar__", {"qvm-remote": {}, "_errors": errors})
+    assert loaders.modules.qvm_remote.plan() == {
+        "problem": "Salt can't read dom0's pillar, and applies nothing; what is wrong there says: qubesctl pillar.items"
+    }
 
 
 def test_verify_believes_the_token_and_nothing_else(loaders, settings, key):
@@ -74,6 +107,23 @@ def test_explain_says_first_that_a_vm_has_no_key_or_that_its_access_has_ended(lo
     assert (shown["allowed"], shown["as"]) == (True, "root")
     shown = explain("work", "ls", config={**settings, "vms": {"work": {"until": 1767225600}}})
     assert (shown["allowed"], shown["asks"], shown["reason"]) == (False, False, "this qube's access to dom0 ended at 2026-01-01T00:00:00Z")
+
+
+@pytest.mark.parametrize(("command", "word"), [(["qvm-prefs", "work", "memory", 400], "400"), (400, "400"), (True, "True")])
+def test_what_yaml_took_for_something_else_is_not_explained(loaders, settings, command, word):
+    with pytest.raises(salt.exceptions.CommandExecutionError, match=f"put {word} in quotes"):
+        loaders.modules.qvm_remote.explain("work", command, config=settings)
+
+
+def test_an_outcome_that_there_is_not_is_refused(loaders, settings):
+    sys.path.insert(0, os.path.join(ROOT, "dom0"))
+    from qvm_remote_dom0.verbs import OUTCOMES
+
+    for outcome in (*OUTCOMES, 0, "255", None):
+        assert loaders.modules.qvm_remote.history(outcome=outcome, config=settings) == []
+    for outcome in ("foo", 256, "-1", ""):
+        with pytest.raises(salt.exceptions.CommandExecutionError, match=f"outcome is {', '.join(OUTCOMES)}, or an exit code"):
+            loaders.modules.qvm_remote.history(outcome=outcome, config=settings)
 
 
 def test_a_v1_token_is_believed_only_from_a_vm_that_is_allowed_to(loaders, settings, key):

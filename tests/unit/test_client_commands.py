@@ -17,13 +17,18 @@ import termios
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pullrpc.digests import sha256
+from pullrpc.errors import PullError, Refused
 from pullrpc.frames import encode_frame
 from pullrpc.ids import new_cid
 from pullrpc.tokens import fingerprint, make_meta
+from pullrpc.validate import check_command
 from qvm_remote_client import main as client_main
 from qvm_remote_client import table, usage
 from qvm_remote_client.history import drop_old_days
+from qvm_remote_client.request import vm_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QVM_REMOTE = [sys.executable, "-IS", os.path.join(ROOT, "client", "qvm-remote")]
@@ -34,6 +39,7 @@ OLD_CID = "20250102-030405-99-deadbeef"
 GONE_CID = "20260301-101113-4194999-0badbeef"
 QUEUE_COMMANDS = ("'queue status'", "'queue clean'", "'queue debug'", "'queue make'", "'queue check'")
 ERROR = "qvm-remote: error: "
+NO_KEY = "root has no key here; " if os.geteuid() == 0 else "this qube has no key; "
 
 
 class Qube:
@@ -188,6 +194,8 @@ def test_each_command_has_help_of_its_own(qube, command):
 def test_help_of_a_word_is_that_of_all_its_commands(qube):
     text = qube.ok("help", "key").decode()
     assert text == qube.ok("key", "--help").decode()
+    assert qube.ok("help", "key", "gen") == qube.ok("key", "gen", "--help")
+    assert qube.ok("help", "history", "show") == qube.ok("history", "show", "--help")
     assert re.findall("usage: qvm-remote (key [a-z]+)", text) == ["key gen", "key show", "key import", "key fingerprint"]
     assert qube.error("help", "nonsense") == "qvm-remote has no command nonsense; see: qvm-remote --help"
 
@@ -211,6 +219,8 @@ def test_help_of_a_word_is_that_of_all_its_commands(qube):
         (["history", "-5"], "history has no option -5; see: qvm-remote history --help"),
         (["history", "show"], "there is no command in the history yet"),
         (["history", "show", CID], f"there is no command with the id {CID} in the history; see: qvm-remote history 100"),
+        (["history", "show", "--json", "--out"], "--command, --out, --err and --json exclude each other; see: qvm-remote history show --help"),
+        (["history", "show", "--out", "--err"], "--command, --out, --err and --json exclude each other; see: qvm-remote history show --help"),
         (["cancel"], "cancel needs ID; see: qvm-remote cancel --help"),
         (["cancel", CID], f"no command {CID} waits or runs; those that do are shown by: qvm-remote queue status"),
         (["cancel", "\x1b[2J"], "no command \\x1b[2J waits or runs; those that do are shown by: qvm-remote queue status"),
@@ -316,7 +326,122 @@ def test_a_key_that_others_can_read_is_not_used(qube):
     qube.has_key()
     (qube.base / "auth.key").chmod(0o644)
     path = f"{qube.base}/auth.key"
-    assert qube.error("key", "fingerprint") == f"others may have read the key {path}; run: chmod 600 {path}, and think about a new one"
+    assert qube.error("key", "fingerprint") == (
+        f"others may have read the key {path}; run: chmod 600 {path}; and for another key, in dom0: sudo qvm-remote-dom0 revoke {vm_name()}; "
+        "sudo qubesctl state.apply qvm-remote.vm (with key: own, before that, here: qvm-remote key gen --force)"
+    )
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "the key is empty"), ("12\n", "64 hex digits"), ("g" * 64, "64 hex digits, nothing else")])
+def test_a_key_file_that_is_none_is_named_with_what_to_do(qube, text, said):
+    qube.has_key()
+    (qube.base / "auth.key").write_text(text)
+    error = qube.error("key", "fingerprint")
+    assert error.startswith(f"the key file {qube.base}/auth.key can't be used: the key")
+    assert said in error
+    assert f"; in dom0: sudo qvm-remote-dom0 revoke {vm_name()}; sudo qubesctl state.apply qvm-remote.vm (" in error
+    imported = qube.error("key", "import", "--force", data=text.encode())
+    assert said in imported
+    assert imported.endswith("; nothing was changed; give 64 hex digits on stdin: qvm-remote key import < FILE")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root's mistake is root's")
+@pytest.mark.parametrize("words", [["hostname"], ["ping"], ["-n", "true"]])
+def test_root_by_sudo_is_told_so_and_gets_no_folder(qube, words):
+    assert qube.error(*words).startswith("root has no key here; run qvm-remote without sudo, as the qube's user (")
+    assert not qube.base.exists()
+    # Root's own queue, by user: root, or from 1.x, is one like any other.
+    (qube.home / ".qubes-remote").mkdir()
+    assert qube.run(*words)[0] == 125
+    assert qube.base.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is only to be had by root")
+def test_without_a_key_it_is_said_where_keys_come_from(tmp_path):
+    program = f"""
+import os, sys
+sys.path[:0] = [{os.path.join(ROOT, "client")!r}, {os.path.join(ROOT, "_utils")!r}]
+os.environ["HOME"] = {str(tmp_path)!r}
+from pullrpc.layout import Queue
+from qvm_remote_client import advice
+os.setresuid(65534, 65534, 65534)
+print(advice.no_key(Queue()))
+"""
+    done = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode() == (
+        "this qube has no key; if pillar gives it access, dom0 hands one over within a minute (at once by, in dom0: "
+        f"sudo qubesctl qvm_remote.hand_over {vm_name()}); where pillar says key: own, make one: qvm-remote key gen\n"
+    )
+
+
+# What dom0 would refuse
+
+
+@given(st.text(alphabet="ab \t\n\r\0\x07\x1b\x7f\x80\x9f\xa0é\u200b\u202e😀", max_size=8) | st.binary(max_size=6))
+def test_what_dom0_refuses_of_a_text_is_refused_here_and_nothing_else(text):
+    raw = text.encode() if isinstance(text, str) else text
+    try:
+        check_command(b"x" + raw, 100)
+        is_good = True
+    except Refused:
+        is_good = False
+    if is_good:
+        client_main._check_text(raw, "it", "")
+    else:
+        with pytest.raises(PullError):
+            client_main._check_text(raw, "it", "")
+
+
+@pytest.mark.parametrize("words", [["echo \x1b[2J"], ["--exec", "echo", "a\x07"], ["echo", "\u009b"]])
+def test_control_characters_are_refused_before_anything_is_sent(qube, words):
+    qube.has_key()
+    assert qube.error(*words) == (
+        "an argument contains control characters; dom0 takes none but tab, newline and carriage return; send its bytes on stdin instead"
+    )
+    assert qube.error(data=b"echo \x1b[2J\n") == (
+        "the script contains control characters; dom0 takes none but tab, newline and carriage return; "
+        "with -s it is passed on as it is: qvm-remote -s < FILE"
+    )
+    assert qube.error(data=b"echo \xff\n").startswith("the script is not UTF-8 text; ")
+    assert not (qube.base / "audit.log").exists()
+
+
+def test_what_is_too_long_says_what_to_do(qube):
+    qube.has_key()
+    assert qube.error(data=b"#" * (1 << 20) + b"\n") == (
+        "the script is longer than the 1048576 bytes that dom0 takes as a command; with -s it may have 16777216: qvm-remote -s < FILE"
+    )
+    assert qube.error("-t", "301", "-n", "true") == (
+        f"-t 301 is over the limit of 300 s that dom0 sets for this qube (in pillar, qvm-remote: vms: {vm_name()}: timeout)"
+    )
+
+
+def test_a_script_that_does_not_come_is_waited_for_visibly(qube):
+    qube.has_key()
+    main_end, client_end = os.openpty()
+    client = subprocess.Popen(QVM_REMOTE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=client_end, env=qube.env, start_new_session=True)
+    try:
+        shown = b""
+        while b"reading stdin (use -n to send none)" not in shown:
+            assert select.select([main_end], [], [], 20)[0]
+            shown += os.read(main_end, 4096)
+    finally:
+        client.kill()
+        client.communicate()
+        os.close(main_end)
+        os.close(client_end)
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("client/qvm-remote", "qvm_remote_client"), ("dom0/qvm-remote-dom0", "qvm_remote_dom0")])
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_an_interrupt_while_the_program_loads_ends_it_without_a_traceback(tmp_path, launcher, package, is_ignored):
+    shutil.copy(os.path.join(ROOT, launcher), tmp_path / "program")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / package / "main.py").write_text("import os\nos.kill(os.getpid(), 2)\nmain = lambda argv: 7\n")
+    start = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if is_ignored else []
+    done = subprocess.run([*start, sys.executable, "-IS", str(tmp_path / "program")], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7 if is_ignored else -signal.SIGINT, b"", b"")
 
 
 # What went before
@@ -506,7 +631,7 @@ def test_what_is_old_goes_but_nothing_that_1x_kept(qube):
 def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     code, out, err = qube.run("status")
     assert (code, err) == (1, b"")
-    assert "problem:  this qube has no key; run: qvm-remote key gen\n" in out.decode()
+    assert f"problem:  {NO_KEY}" in out.decode()
     assert not qube.base.exists()
     qube.has_key()
     code, out, _ = qube.run("status", "--json")
@@ -514,7 +639,7 @@ def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     assert code == 1
     assert found["key"] == fingerprint(KEY)
     assert found["problem"].startswith(
-        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote:vms:"
+        "dom0 has never looked into this qube; have it named in dom0's pillar (qvm-remote: vms: "
     )
     qube.put("dom0-limits", b"timeout_max 60\n")
     found = json.loads(qube.run("status", "--json")[1])
@@ -734,7 +859,8 @@ def test_text_is_utf_8_whatever_the_locale(qube, locale):
 def test_without_anything_in_the_environment_it_still_says_what_is_wrong(qube):
     shutil.rmtree(qube.base, ignore_errors=True)
     done = subprocess.run(["env", "-i", f"HOME={qube.home}", *QVM_REMOTE, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (125, b"", f"{ERROR}this qube has no key; run: qvm-remote key gen\n".encode())
+    assert (done.returncode, done.stdout, done.stderr) == (125, b"", done.stderr)
+    assert done.stderr.startswith(f"{ERROR}{NO_KEY}".encode())
 
 
 # A long wait

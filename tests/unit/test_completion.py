@@ -59,7 +59,8 @@ _CASES = {
     "qvm-remote-dom0 explain work ": set(),
     "qvm-remote-dom0 explain work -": set(),
     "qvm-remote-dom0 status --w": {"--watch"},
-    "qvm-remote-dom0 status ": set(),
+    "qvm-remote-dom0 status ": _VMS,
+    "qvm-remote-dom0 doctor ": set(),
     "qvm-remote-dom0 revoke work ": set(),
 }
 

@@ -103,6 +103,30 @@ def test_what_the_help_of_outcome_lists_is_taken(word, config_dir):
     assert _run("--config-dir", config_dir, "history", "--outcome", word).returncode == 0
 
 
+def test_keys_and_status_of_one_qube(config_dir):
+    _give_keys(config_dir, "work", "dev")
+    assert set(json.loads(_run("--config-dir", config_dir, "keys", "work", "--json").stdout)) == {"work"}
+    found = json.loads(_run("--config-dir", config_dir, "status", "dev", "--json").stdout)
+    assert (set(found["vms"]), set(found["keys"])) == ({"dev"}, {"dev"})
+    shown = _run("--config-dir", config_dir, "status", "guest").stdout.decode()
+    assert ("guest" in shown, "work" in shown) == (True, False)
+    for verb, text in (("keys", "has no key"), ("status", "has no key, and pillar does not name it")):
+        done = _run("--config-dir", config_dir, verb, "nosuch")
+        assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", f"qvm-remote-dom0: error: nosuch {text}\n")
+
+
+def test_explain_takes_options_before_the_qube_and_no_empty_command(config_dir):
+    _give_keys(config_dir, "work")
+    for word in ("--exec", "--json", "-x"):
+        done = _run("--config-dir", config_dir, "explain", "work", word, "ls")
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr.decode().startswith(f"qvm-remote-dom0: error: options go before VM: qvm-remote-dom0 explain {word} work COMMAND; ")
+    assert _run("--config-dir", config_dir, "explain", "work", "--", "-x").returncode == 0
+    for words, reason in ((["work", ""], "the command is empty"), (["work", " "], "the command is empty"), (["--exec", "work", ""], "names no program")):
+        done = _run("--config-dir", config_dir, "explain", *words)
+        assert (done.returncode, reason in done.stdout.decode()) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("script", "code", "line"),
     [
@@ -139,6 +163,60 @@ def test_doctor_names_what_a_dom0_without_a_network_has_and_as_whom_a_qube_may_r
     mends = [one["mend"] for one in found if one["part"] in ("transport", "logrotate")]
     assert any(mend.startswith("qubes-dom0-update qubes-core-admin-client; ") for mend in mends)
     assert not any("dnf" in mend for mend in mends)
+
+
+def _examined(config_dir, part, **path):
+    done = subprocess.run([*_COMMAND, "--config-dir", config_dir, "doctor", "--json"], stdin=subprocess.DEVNULL, capture_output=True, check=False, env=path or None)
+    return [(one["level"], one["text"], one["mend"]) for one in json.loads(done.stdout) if one["part"] == part]
+
+
+def _set(config_dir, lines):
+    with open(os.path.join(config_dir, "minion"), "a", encoding="utf-8") as file:
+        file.write(f"      {lines}\n")
+
+
+def _program(folder, name, text="#!/bin/sh\n"):
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(path, 0o755)
+    return path
+
+
+def test_doctor_says_that_no_qube_has_a_tag_that_rules_name(config_dir, tmp_path):
+    _set(config_dir, "default_policy: none")
+    with open(os.path.join(config_dir, "minion"), encoding="utf-8") as file:
+        text = file.read()
+    rules = "{guest: {policy: {allow: [{manage: there}], deny: [[qvm-kill, '@tag:nosuchtag']]}}}"
+    with open(os.path.join(config_dir, "minion"), "w", encoding="utf-8") as file:
+        file.write(text.replace("{guest: {until: 1767225600}, dev: {run_as: nobody}}", rules))
+    path = _program(tmp_path / "bin", "qvm-ls", '#!/bin/sh\ncase "$*" in *there) echo web;; esac\n')
+    found = _examined(config_dir, "policy", PATH=f"{os.path.dirname(path)}:/usr/bin:/bin")
+    assert [(level, text) for level, text, _ in found] == [
+        ("note", "no qube has the tag nosuchtag, which rules of guest name: they fit nothing, what they deny included")
+    ]
+
+
+def test_doctor_looks_for_the_programs_that_ask_and_tell_dom0s_user(config_dir, tmp_path):
+    assert _examined(config_dir, "questions") == [("ok", "nobody is to be asked or told", "")]
+    with open(os.path.join(config_dir, "minion"), encoding="utf-8") as file:
+        text = file.read().replace("dev: {run_as: nobody}", "dev: {policy: {ask: [[xl, list]]}}")
+    with open(os.path.join(config_dir, "minion"), "w", encoding="utf-8") as file:
+        file.write(text)
+    _set(config_dir, "notify_refusals: true")
+    path = f"{tmp_path}/bin"
+    first, second = _examined(config_dir, "questions", PATH=path)
+    assert first[:2] == ("problem", "zenity, which shows it on the screen, is not here: every question of dev is a no")
+    assert first[2] == "qubes-dom0-update zenity; or a program of yours, in pillar: qvm-remote: ask: helper"
+    assert second[:2] == ("problem", "notify-send, which shows it on the screen, is not here: nobody is told of what is refused")
+    for name in ("zenity", "notify-send"):
+        _program(path, name)
+    assert _examined(config_dir, "questions", PATH=path) == [("ok", "who is to be asked or told can be", "")]
+    _set(config_dir, "ask_helper: /nowhere/ask")
+    ((level, text, mend),) = _examined(config_dir, "questions", PATH=path)
+    assert (level, text) == ("problem", "/nowhere/ask is not there, or can't be run: every question of dev is a no")
+    assert mend.endswith("in pillar: qvm-remote: ask: helper")
 
 
 def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_dir):

@@ -8,17 +8,19 @@ import os
 import pytest
 import salt.utils.yaml
 from pullrpc.config import Config, make_config
-from pullrpc.errors import PillarError
+from pullrpc.errors import PillarError, TransportError
 from pullrpc.pillar import given_key, read_pillar
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 KEY = "4f1d2c3b5a69788796a5b4c3d2e1f00112233445566778899aabbccddeeff001"
 VMS = [
-    {"name": "dom0", "class": "AdminVM", "template": "", "tags": []},
-    {"name": "fedora-41", "class": "TemplateVM", "template": "", "tags": ["remote"]},
-    {"name": "work", "class": "AppVM", "template": "fedora-41", "tags": ["remote"]},
-    {"name": "dev", "class": "AppVM", "template": "fedora-41", "tags": []},
-    {"name": "web", "class": "AppVM", "template": "debian-13", "tags": ["remote", "slow"]},
+    {"name": "dom0", "class": "AdminVM", "template": "", "tags": [], "for_disposables": False},
+    {"name": "fedora-41", "class": "TemplateVM", "template": "", "tags": ["remote"], "for_disposables": False},
+    {"name": "work", "class": "AppVM", "template": "fedora-41", "tags": ["remote"], "for_disposables": False},
+    {"name": "dev", "class": "AppVM", "template": "fedora-41", "tags": [], "for_disposables": False},
+    {"name": "web", "class": "AppVM", "template": "debian-13", "tags": ["remote", "slow"], "for_disposables": False},
+    {"name": "fedora-41-dvm", "class": "AppVM", "template": "fedora-41", "tags": ["remote"], "for_disposables": True},
+    {"name": "disp7", "class": "DispVM", "template": "fedora-41-dvm", "tags": ["remote"], "for_disposables": False},
 ]
 
 
@@ -32,11 +34,13 @@ def _list_vms(tags):
         ({"limit": {}}, "limit:", "allowed here: service, minion, transport"),
         ({"limits": {"timeouts": 5}}, "limits:timeouts:", "allowed here: timeout, command"),
         ({"limits": {"parallel": -1}}, "limits:parallel:", "between 1 and 256"),
-        ({"limits": {"timeout": True}}, "limits:timeout:", "must be of type int"),
+        ({"limits": {"timeout": True}}, "limits:timeout:", "must be a whole number"),
         ({"limits": {"memory": "1 GB"}}, "limits:memory:", "a number of bytes, or one with K, M, G or T"),
         ({"limits": {"memory": "1K"}}, "limits:memory:", "must lie between"),
         ({"limits": [1]}, "limits:", "must be a mapping"),
-        ({"max_age": "300"}, "max_age:", "must be of type int"),
+        ({"max_age": "300"}, "max_age:", "must be a whole number, without quotes"),
+        ({"default_policy": False}, "default_policy:", "must be text (YAML reads no, on, yes as true or false: put it in quotes)"),
+        ({"notify": {"refusals": "yes"}}, "notify:refusals:", "must be true or false, without quotes"),
         ({"transport": "qrexec"}, "transport:", "one of qvm-run, qubesadmin"),
         ({"service": {"running": "yes"}}, "service:running:", "true or false"),
         ({"service": {"enable": True}}, "service:enable:", "set service:accept_risk: true"),
@@ -77,19 +81,28 @@ def _list_vms(tags):
         ({"default_policy": "some"}, "default_policy:", "one of full, none"),
         ({"vms": {"work": {"policy": "some"}}}, "vms:work:policy:", "must be full, none, or a mapping"),
         ({"vms": {"work": {"policy": {}}}}, "vms:work:policy:", "must be full, none, or a mapping"),
-        ({"vms": {"work": {"policy": {"alow": []}}}}, "vms:work:policy:", "with allow, ask and deny"),
+        ({"vms": {"work": {"policy": {"alow": []}}}}, "vms:work:policy:", "alow is unknown; must be full, none, or a mapping with allow, ask and deny"),
+        ({"vms": {"work": {"policy": {KEY: []}}}}, "vms:work:policy:", "one of its names is unknown"),
         ({"vms": {"work": {"policy": {"allow": "observe"}}}}, "vms:work:policy:", "must be a list"),
         ({"vms": {"work": {"policy": {"allow": ["watch"]}}}}, "vms:work:policy:", "allow, rule 0: a name must be observe"),
         ({"vms": {"work": {"policy": {"allow": [["qvm-ls"], ["*"]]}}}}, "vms:work:policy:", "allow, rule 1: the first word must be the program"),
-        ({"vms": {"work": {"policy": {"allow": [["qvm-prefs", "work", "memory", 400]]}}}}, "vms:work:policy:", "numbers in quotes"),
+        ({"vms": {"work": {"policy": {"allow": [["qvm-prefs", "work", "memory", 400]]}}}}, "vms:work:policy:", "numbers, and on, yes, true and their like, in quotes"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-ls", "**", "x"]]}}}}, "vms:work:policy:", "only be the last word"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-start", "@tag:"]]}}}}, "vms:work:policy:", "needs a tag's name"),
         ({"vms": {"work": {"policy": {"allow": [{"manage": "a b"}]}}}}, "vms:work:policy:", "must be manage: TAG"),
+        # Each of these would fit nothing, and as a deny let everything through.
+        ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "de*"]]}}}}, "vms:work:policy:", "deny, rule 0: 'de*': patterns are not known here"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "sys-?"]]}}}}, "vms:work:policy:", "'sys-?': patterns are not known here"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "sys-[n]et"]]}}}}, "vms:work:policy:", "* is any one word"),
+        ({"vms": {"work": {"policy": {"ask": [["find", "-name", "*.log"]]}}}}, "vms:work:policy:", "'*.log': patterns are not known here"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "***"]]}}}}, "vms:work:policy:", "'***': patterns are not known here"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "@anyvm"]]}}}}, "vms:work:policy:", "'@anyvm': patterns are not known here; * is any one word, @tag:NAME"),
+        ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "@tags:a"]]}}}}, "vms:work:policy:", "a qube with that tag"),
         ({"vms": {"work": {"until": "2026-12-31"}}}, "vms:work:until:", "a time with its zone"),
         ({"vms": {"work": {"until": "2026-12-31T18:00:00"}}}, "vms:work:until:", "a time with its zone"),
         ({"vms": {"work": {"until": 5}}}, "vms:work:until:", "a time with its zone"),
         ({"vms": {"work": {"until": None}}}, "vms:work:until:", "a time with its zone"),
-        ({"limits": {"output": "300M"}}, "", "spool_bytes_max must be at least that"),
+        ({"limits": {"output": "300M"}}, "", "limits:output and limits:stdin): spool_bytes_max must be at least that (in pillar engine:spool_bytes_max)"),
         ({"vms": {"work": {"stdin": "500M"}}}, "", "vms: work: a command may leave"),
         ({"engine": {"timeout_max": 5}}, "engine:timeout_max:", "allowed here: spool_bytes_max"),
         ("work", "", "must be a mapping"),
@@ -150,6 +163,35 @@ def test_vms_are_selected_by_tag_template_and_name_and_their_own_entry_wins():
     assert plan.settings["vms"]["web"]["user"] == "bob"
 
 
+def test_a_tag_and_a_selection_that_nobody_has_and_a_template_among_the_vms_are_said():
+    rules = {"allow": ["observe", {"manage": "remote"}], "deny": [["qvm-kill", "@tag:nosuchtag"]]}
+    pillar = {
+        "select": [{"name": "w*"}, {"tag": "agnet", "policy": "none"}],
+        "vms": {"dev": {"policy": rules}, "fedora-41": {}, "fedora-41-dvm": {}, "work": {"policy": rules}},
+    }
+    assert read_pillar(pillar, _list_vms).notes == [
+        "no qube has the tag nosuchtag, which rules of dev, work name",
+        "select:1 fits no qube",
+        "fedora-41 is a template: the access is its own, not that of the qubes based on it; name these instead",
+        "fedora-41-dvm is a template of disposables: each of them gets a copy of its key",
+    ]
+    assert read_pillar({"vms": {"dev": {"policy": rules}}}).notes == []
+
+
+def test_qubes_that_can_not_be_listed_cost_a_note_and_a_selection_by_them_the_plan():
+    def fail(tags):
+        raise TransportError("qvm-ls ended with exit code 1")
+
+    assert read_pillar({"vms": {"dev": {}}}, fail).notes == ["whether pillar's qubes and tags are there can't be told: qvm-ls ended with exit code 1"]
+    assert read_pillar({}, fail).notes == []
+    with pytest.raises(TransportError):
+        read_pillar({"select": [{"name": "*"}]}, fail)
+
+
+def test_neither_templates_nor_disposables_nor_their_templates_are_selected():
+    assert sorted(read_pillar({"select": [{"name": "*"}]}, _list_vms).vms) == ["dev", "web", "work"]
+
+
 def test_an_absent_vm_stays_absent_though_its_tag_selects_it():
     plan = read_pillar({"select": [{"tag": "remote"}], "vms": {"work": {"state": "absent"}}}, _list_vms)
     assert plan.vms["work"]["state"] == "absent"
@@ -198,7 +240,8 @@ def test_whoever_is_kept_has_the_default_policy():
 
 
 def test_no_disposable_is_selected():
-    listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": []} for name, klass in (("disp1234", "DispVM"), ("work", "AppVM"))]
+    named = (("disp1234", "DispVM"), ("work", "AppVM"))
+    listed = [{"name": name, "class": klass, "template": "fedora-41-dvm", "tags": [], "for_disposables": False} for name, klass in named]
     assert list(read_pillar({"select": [{"template": "fedora-*"}]}, lambda tags: listed).vms) == ["work"]
 
 

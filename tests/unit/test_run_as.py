@@ -63,7 +63,7 @@ def test_run_as_is_a_setting_of_single_vms_and_a_users_name():
 
 
 def test_pillar_names_the_user_for_all_for_some_and_for_one():
-    listed = [{"name": name, "class": "AppVM", "template": "", "tags": tags} for name, tags in (("work", ["a"]), ("dev", ["a"]), ("web", []))]
+    listed = [{"name": name, "class": "AppVM", "template": "", "tags": tags, "for_disposables": False} for name, tags in (("work", ["a"]), ("dev", ["a"]), ("web", []))]
     pillar = {"defaults": {"run_as": "one"}, "select": [{"tag": "a", "run_as": "two"}], "vms": {"dev": {"run_as": "three"}, "web": {}}}
     served = read_pillar(pillar, lambda tags: listed).settings["vms"]
     assert {vm: own["run_as"] for vm, own in served.items()} == {"work": "two", "dev": "three", "web": "one"}
