@@ -94,11 +94,10 @@ def test_an_agent_that_hangs_in_mid_answer_delays_no_other(dom0, where):
         be_itself(dom0, "dev")
 
 
-#: In the place of the shell that reads dom0's script.
+#: In the place of the shell that reads dom0's script: its answer has no end. It drips, so that qvm-run ends as soon as dom0 has given it up.
 _HANGING_SHELL = """#!/bin/bash
 [ "$1" = -s ] || exec /usr/bin/dash "$@"
-printf 'P folder-'
-exec sleep 600
+while printf P; do sleep 0.05; done
 """
 
 
@@ -109,7 +108,7 @@ def test_a_vm_without_the_agent_that_hangs_in_mid_answer_delays_no_other(dom0):
     words = "cat > /usr/bin/.sh && chmod 755 /usr/bin/.sh && mv /usr/bin/.sh /usr/bin/sh && rm /usr/bin/qvm-remote && pkill -f 'qvm-remote agen[t]'"
     dom0.vm("dev", "sh", "-c", words, user="root", data=_HANGING_SHELL.encode(), check=True)
     try:
-        _assert_served_within_one(dom0, hanging, 2)
+        _assert_served_within_one(dom0, hanging, 3)
     finally:
         be_itself(dom0, "dev")
 
