@@ -1242,10 +1242,23 @@ def doctor():
 
         qubesctl qvm_remote.doctor
     """
-    found = pullrpc.doctor.examine(_service_minion(), _SERVICE_CONFIG)
+    minion = _service_minion()
+    found = pullrpc.doctor.examine(minion, _SERVICE_CONFIG)
+    if minion:
+        # Without a service it is said already how to begin.
+        found += _doctor_of_pillar(plan())
     if any(finding["level"] == pullrpc.doctor.PROBLEM for finding in found):
         __context__["retcode"] = 1
     return found
+
+
+def _doctor_of_pillar(planned):
+    """What an apply would say of pillar; the command qvm-remote-dom0 knows no pillar, and can't."""
+    told = {"part": "pillar", "mend": ""}
+    if "problem" in planned:
+        return [{**told, "level": pullrpc.doctor.PROBLEM, "text": planned["problem"]}]
+    notes = [{**told, "level": pullrpc.doctor.NOTE, "text": text} for text in planned["notes"]]
+    return notes or [{**told, "level": pullrpc.doctor.OK, "text": "it can be applied"}]
 
 
 def rehearse(config=None):

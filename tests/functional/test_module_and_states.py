@@ -87,6 +87,22 @@ def test_pillar_without_qvm_remote_and_pillar_that_can_not_be_read_are_problems(
     }
 
 
+def test_doctor_by_salt_says_what_an_apply_says_of_pillar(loaders, monkeypatch):
+    module = loaders.modules.qvm_remote.doctor.__globals__
+    monkeypatch.setitem(module, "_service_minion", lambda: {"engines": [{"qvm_remote": {"timeout_max": 0}}]})
+    listed = [{"name": "work", "class": "AppVM", "template": "", "tags": [], "for_disposables": False}]
+    monkeypatch.setitem(module, "_list_vms", lambda tags: listed)
+    for pillar, level, text in (
+        ({}, "problem", "dom0's pillar has no qvm-remote; "),
+        ({"qvm-remote": {"select": [{"tag": "agnet"}]}}, "note", "select:0 fits no qube"),
+        ({"qvm-remote": {"vms": {"work": {}}}}, "ok", "it can be applied"),
+    ):
+        monkeypatch.setitem(module, "__pillar__", pillar)
+        (one,) = (one for one in loaders.modules.qvm_remote.doctor() if one["part"] == "pillar")
+        assert (one["level"], one["text"].startswith(text)) == (level, True)
+    loaders.context.pop("retcode")
+
+
 def test_verify_believes_the_token_and_nothing_else(loaders, settings, key):
     loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
     cid = new_cid()
