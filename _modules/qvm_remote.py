@@ -973,12 +973,12 @@ def started_as(config=None):
     return pullrpc.note.read(settings).get("setup") if pullrpc.lock.is_held(settings.run_dir) else None
 
 
-def is_safe(vm, config=None):
-    """Say whether a VM that got a key now could do no more than it is to: there is no engine at work, or it knows these settings, or
-    lets nobody run anything whom it does not know.
+def is_safe(vms, config=None):
+    """Say whether VMs that got a key now could do no more than they are to: there is no engine at work, it has these settings, or it
+    knows the same of these VMs, or lets them run nothing.
 
     Args:
-        vm: name of the VM.
+        vms: name of a VM, or a list of names.
         config: settings (dict) that are to hold, default: the engine's.
 
     Returns:
@@ -993,12 +993,24 @@ def is_safe(vm, config=None):
 
         salt-call --local qvm_remote.is_safe work
     """
-    if not config or started_as(config) is None or in_use(config):
+    if not config:
         return True
     with _told():
+        wanted = pullrpc.config.make_config(config)
+        vms = [pullrpc.ids.check_vm_name(vm) for vm in ([vms] if isinstance(vms, str) else vms)]
+    if not pullrpc.lock.is_held(wanted.run_dir) or in_use(config):
+        return True
+    try:
         # What the engine was given last; it has not taken over what is to hold.
         known = pullrpc.config.make_config(_settings(None))
-        return known.for_vm(pullrpc.ids.check_vm_name(vm)).policy_in_force == pullrpc.policy.NONE
+    except (CommandExecutionError, pullrpc.errors.PullError):
+        return False
+    return all(_access(known, vm)[0] == pullrpc.policy.NONE or _access(known, vm) == _access(wanted, vm) for vm in vms)
+
+
+def _access(settings, vm):
+    own = settings.for_vm(vm)
+    return own.policy_in_force, own.run_as, own.until
 
 
 def code():

@@ -115,6 +115,8 @@ class AuditLog:
         if count >= _REFUSALS_PER_MINUTE:
             return False
         about = {} if refused.command is None else _describe(refused.command, _REFUSED_SHOWN)
+        if refused.is_claimed is False:
+            about["claimed"] = False
         self.write("refused", vm, cid, code=refused.code, reason=str(refused)[:_REASON_SHOWN], **about)
         return True
 

@@ -35,8 +35,6 @@ _CHUNK = 1 << 20
 _ACCEPTED, _RUNNING, _REFUSED = "accepted", "running", "refused"
 #: What lines have of a command.
 _ABOUT = ("command", "size", "sha256")
-#: Why a command is refused whose line *accepted* is written: the claim failed.
-_CLAIM_FAILED = ("storage", "replay")
 
 
 def verify(path, files_max):
@@ -141,7 +139,7 @@ def history(path, vm=None, since=None, until=None, outcome=None, limit=20):
             begun[name].update({"outcome": _RUNNING, **{word: line[word] for word in ("as", "by") if word in line}})
         elif what in ("ended", "refused"):
             # A qube may show the id of a command that runs once more: that is refused, and the command goes on.
-            is_own = what == "ended" or (begun.get(name, {}).get("outcome") == _ACCEPTED and line.get("code") in _CLAIM_FAILED)
+            is_own = what == "ended" or line.get("claimed") is False
             row = (begun.pop(name, None) if is_own else None) or {**_row(line, _REFUSED), **{word: line[word] for word in _ABOUT if word in line}}
             row.update({word: line[word] for word in ("exit", "seconds", "out", "err", "signal", "code", "reason") if word in line})
             row["outcome"] = str(line.get("status", _REFUSED))
@@ -433,7 +431,7 @@ class _Check:
                 missing.append((vm, cid))
         if missing:
             # Some may have gone since the log was read.
-            gone = {(line.get("vm"), line.get("id")) for line in _lines(self._path) if line.get("what") == LET_GO}
+            gone = {(str(line.get("vm")), str(line.get("id"))) for line in _lines(self._path) if line.get("what") == LET_GO}
             self.problems += [f"the whole command {_safe(cid)} of {_safe(vm)} is missing" for vm, cid in missing if (vm, cid) not in gone]
 
 

@@ -29,8 +29,10 @@ class Commands:
     def __init__(self, folder):
         self._folder = folder
         self._lock = threading.Lock()
-        #: VM to (time, bytes, id) of each of its files, oldest first; None until they are needed.
+        #: VM to its files, oldest first: id to time and bytes; None until they are needed.
         self._known = None
+        #: Those of which it was said that they go, and which are there still: their disk may be read-only.
+        self._told = set()
 
     def path(self, vm, cid):
         """Where a command is kept.
@@ -64,7 +66,10 @@ class Commands:
                 self._prune(bytes_max, days, {vm: size}, on_let_go)
                 make_private(os.path.dirname(path))
                 write_durably(path, raw)
-                self._known.setdefault(vm, collections.deque()).append((time.time(), size, cid))
+                files = self._known.setdefault(vm, {})
+                files.pop(cid, None)
+                files[cid] = (time.time(), size)
+                self._told.discard((vm, cid))
         except OSError as err:
             raise AuditError(f"the whole command can't be kept in {self._folder}: {err.strerror}") from err
 
@@ -90,7 +95,7 @@ class Commands:
         known = {}
         for at, size, path in sorted(list_kept(self._folder)):
             folder, cid = os.path.split(path)
-            known.setdefault(os.path.basename(folder), collections.deque()).append((at, size, cid))
+            known.setdefault(os.path.basename(folder), {})[cid] = (at, size)
         self._known = known
 
     def _prune(self, bytes_max, days, wanted, on_let_go):
@@ -99,26 +104,30 @@ class Commands:
         sizes = collections.Counter(wanted)
         goes = {}
         for vm, files in self._known.items():
-            goes[vm] = sum(at < before for at, _, _ in files)
-            sizes[vm] += sum(size for _, size, _ in itertools.islice(files, goes[vm], None))
+            goes[vm] = sum(at < before for at, _ in files.values())
+            sizes[vm] += sum(size for _, size in itertools.islice(files.values(), goes[vm], None))
         total = sum(sizes.values())
+        # In the order in which they go, as far as they do.
+        left = {vm: itertools.islice(files.values(), goes[vm], None) for vm, files in self._known.items()}
         while total > bytes_max:
             # Whoever fills the room loses its own: no VM makes what another one had run unseen.
-            left = [vm for vm, files in self._known.items() if goes[vm] < len(files)]
-            if not left:
+            full = [vm for vm, files in self._known.items() if goes[vm] < len(files)]
+            if not full:
                 break
-            vm = max(left, key=sizes.__getitem__)
-            size = self._known[vm][goes[vm]][1]
+            vm = max(full, key=sizes.__getitem__)
+            _, size = next(left[vm])
             goes[vm] += 1
             sizes[vm] -= size
             total -= size
-        names = [(vm, cid) for vm, count in goes.items() for _, _, cid in itertools.islice(self._known[vm], count)]
-        if not names:
-            return
-        on_let_go(names)
+        names = [(vm, cid) for vm, count in goes.items() for cid in itertools.islice(self._known[vm], count)]
+        untold = [name for name in names if name not in self._told]
+        if untold:
+            on_let_go(untold)
+            self._told.update(untold)
         for vm, cid in names:
             forget(self.path(vm, cid))
-            self._known[vm].popleft()
+            del self._known[vm][cid]
+            self._told.discard((vm, cid))
 
 
 def list_kept(folder):

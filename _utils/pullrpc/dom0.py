@@ -21,7 +21,7 @@ from . import __version__, ledger_file, sandbox
 from .accounts import ROOT, find_account
 from .audit import AuditLog, describe_command, describe_rule
 from .config import make_config
-from .errors import AuditError, ConfigError, KeyringError, LedgerDamaged, LedgerError, PullError, Refused, SandboxError, SpoolError
+from .errors import AuditError, ConfigError, KeyringError, LedgerDamaged, LedgerError, PullError, Refused, SandboxError, SpoolError, TransportError
 from .gate import authenticate, check_new, check_policy
 from .handover import Handover
 from .keyring import Keyring
@@ -127,8 +127,8 @@ class Dom0:
         #: What dom0's user said of commands that wait: (vm, cid) to (token MAC, word, reason).
         self._answers = {}
         self._rates = Rates()
-        #: Tag to when it was looked up, and the names.
-        self._tags, self._tags_lock = {}, threading.Lock()
+        #: Tags that rules name, and which VMs have them.
+        self._tags = {}
         #: Told of what a command that runs has written so far: callable of vm, cid, bytes of stdout and of stderr; or None.
         self.on_output = None
         self._lock = threading.Lock()
@@ -255,12 +255,9 @@ class Dom0:
         """The VMs that have a tag, as it was a moment ago: a VM that asks for much does not have as many programs started. What was let
         in by this is looked at anew before it runs.
         """
-        with self._tags_lock:
-            at, names = self._tags.get(tag, (float("-inf"), None))
-            if time.monotonic() - at > _TAGS_HOLD:
-                at, names = time.monotonic(), vms_with_tag(tag)
-                self._tags[tag] = (at, names)
-            return names
+        with self._lock:
+            known = self._tags.setdefault(tag, _Tagged())
+        return known.names(tag)
 
     def _verify_once(self, *untrusted_request):
         """The same, unless this thread has just done it for exactly these bytes and under these settings. That counts once."""
@@ -301,16 +298,18 @@ class Dom0:
             raise self._dismiss(request, Refused("storage", str(err))) from err
         return request
 
-    def _check_room(self, config, vm, more):
+    def _check_room(self, config, vm, more=0):
         """See whether there is room for one more command of a VM, with as much output as it may have, and so many bytes.
 
         Returns:
             int, of how many commands something is kept.
         """
-        used, kept = self.spool.used(vm)
-        if used + more + 2 * config.output_max > config.spool_bytes_max:
-            raise _no_room()
-        return kept
+        for count in (self.spool.used, self.spool.used_now):
+            # What went lately may still be counted: nobody is refused for that.
+            used, kept = count(vm)
+            if used + more + 2 * config.output_max <= config.spool_bytes_max:
+                return kept
+        raise _no_room()
 
     def stdin_writer(self, request):
         """Begin to keep the stdin of a request that was admitted.
@@ -378,10 +377,10 @@ class Dom0:
             self.audit.write_all([self._accepted(*one) for one in admitted], sync=True)
             claimed = self.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in requests])
         except (AuditError, LedgerError) as err:
-            return {**refused, **{request.cid: self._dismiss(request, Refused("storage", str(err))) for request in requests}}
+            return {**refused, **{request.cid: self._dismiss(request, _unclaimed("storage", str(err))) for request in requests}}
         for request, is_claimed in zip(requests, claimed):
             if not is_claimed:
-                refused[request.cid] = self._dismiss(request, Refused("replay", "this id was used before; nothing is ever run twice"))
+                refused[request.cid] = self._dismiss(request, _unclaimed("replay", "this id was used before; nothing is ever run twice"))
         return refused
 
     def _check_still_new(self, request, refused):
@@ -434,8 +433,9 @@ class Dom0:
             key = request.key
             request = self._answered(check_policy(config, self.ledger, vms_with_tag, request))
             account = None if request.form == "ping" else find_account(config.run_as)
-            # When it was let in, those before it had written nothing yet.
-            self._check_room(config, vm, self._running_room(config, vm))
+            if request.form != "ping":
+                # When it was let in, those before it had written nothing yet.
+                self._check_room(config, vm)
             if not self.ledger.start(vm, cid):
                 raise Refused("replay", _NOT_WAITING)
         except Refused as err:
@@ -453,11 +453,6 @@ class Dom0:
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
-
-    def _running_room(self, config, vm):
-        """What the commands of a VM that run may still write, bytes."""
-        with self._lock:
-            return 2 * config.output_max * sum(name == vm for name, _ in self._running)
 
     def cancel(self, vm, cid):
         """Have done with a command whose client gave up: kill it if it runs; keep no result in any case.
@@ -931,6 +926,13 @@ class Dom0:
             return None
 
 
+def _unclaimed(code, reason):
+    """A refusal of what stands in the audit log as accepted."""
+    refused = Refused(code, reason)
+    refused.is_claimed = False
+    return refused
+
+
 def _no_room():
     return Refused("room", "dom0 keeps too many unfinished commands and results of this VM; wait for them to be delivered")
 
@@ -958,6 +960,28 @@ def _meta(key, cid, out, err, exit_code, status, extra=None):
 
 def _meta_of(key, cid, digests, exit_code, status, extra):
     return make_meta(key, cid, *digests, {"id": cid, "exit": exit_code, "status": status, **extra})
+
+
+class _Tagged:
+    """The VMs that have a tag, or why that can't be told, for a moment."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._at = float("-inf")
+        self._names = self._problem = None
+
+    def names(self, tag):
+        with self._lock:
+            if time.monotonic() - self._at > _TAGS_HOLD:
+                try:
+                    self._names, self._problem = vms_with_tag(tag), None
+                except TransportError as err:
+                    self._problem = str(err)
+                # From its end on: while it lasted, whoever asked waited for it.
+                self._at = time.monotonic()
+            if self._problem:
+                raise TransportError(self._problem)
+            return self._names
 
 
 class _Running:

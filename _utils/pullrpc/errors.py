@@ -18,12 +18,13 @@ class Refused(PullError):
 
     Attributes:
         command: str, what is refused, once a token is known to fit; else None.
+        is_claimed: bool, False for one that is in the audit log as accepted and could not be claimed; else None.
     """
 
     def __init__(self, code, message):
         super().__init__(message)
         self.code = code
-        self.command = None
+        self.command = self.is_claimed = None
 
 
 class ConfigError(PullError):

@@ -14,8 +14,9 @@ import re
 import time
 
 from .accounts import describe_account
+from .denial import forbids
 from .errors import ConfigError, Refused
-from .validate import check_command
+from .validate import ARGV_MAX, check_command
 
 FULL, NONE = "full", "none"
 #: A policy's lists, in the order in which they are looked at; the first of them with a rule that fits decides.
@@ -42,8 +43,6 @@ _OWN_PROPERTIES = ("autostart", "include_in_backups", "label", "maxmem", "memory
 _PROPERTY = {"qvm-prefs": 1, "qubes-prefs": 0}
 #: By these, one word of a Qubes tool is the names of many VMs (qubesadmin.tools.VmNameAction, since R4.3).
 _PATTERN = frozenset("*?[]")
-#: Programs all of whose words, but options and what belongs to those, are names of VMs.
-_TAKE_NAMES = ("qvm-check", "qvm-kill", "qvm-ls", "qvm-pause", "qvm-remove", "qvm-shutdown", "qvm-start", "qvm-unpause")
 #: Sets of rules by name. ``observe`` only looks; ``manage`` starts, ends and sets up the VMs of one tag.
 SETS = {
     "observe": (
@@ -139,8 +138,9 @@ def _expand(rule):
             raise ConfigError(f"{_REST} may only be the last word")
         if word.startswith(_TAG) and not _TAG_NAME.match(word[len(_TAG) :]):
             raise ConfigError(f"{_TAG} needs a tag's name behind it")
-        # Compared as it stands it would fit nothing, and where it is to forbid, it would forbid nothing.
-        if (word.startswith("@") and not word.startswith(_TAG)) or (word not in (_ANY, _REST) and not _PATTERN.isdisjoint(word)):
+        # Compared as it stands it would hardly fit anything, and where it is to forbid, it would forbid nothing.
+        is_pattern = os.path.basename(str(rule[0])).startswith("qvm-") and word not in (_ANY, _REST) and not _PATTERN.isdisjoint(word)
+        if is_pattern or (word.startswith("@") and not word.startswith(_TAG)):
             raise ConfigError(f"{word[:_SHOWN_MAX]!r}: patterns are not known here; {_ANY} is any one word, {_TAG}NAME a qube with that tag")
     if not _PROGRAM.match(rule[0]):
         raise ConfigError("the first word must be the program itself, without wildcards")
@@ -177,15 +177,22 @@ def decide(policy, argv, tagged):
         return Decision(True, FULL, "its policy is full: it may run anything")
     if policy == NONE:
         return Decision(False, NONE, "its policy is none: it may run nothing")
-    # All rules see the same tags; and to ask for them costs a program's start.
-    tagged = functools.lru_cache(maxsize=None)(tagged)
+    return _decide(_rules(policy), argv, functools.lru_cache(maxsize=None)(tagged))
+
+
+def _rules(policy):
+    """The rules of a policy in the order in which they are looked at: list, words, words with one spelling."""
+    patterns = ((name, pattern) for name in _LISTS for rule in policy.get(name, ()) for pattern in _expand(rule))
+    return [(name, pattern, _spelled(pattern)) for name, pattern in patterns]
+
+
+def _decide(rules, argv, tagged):
+    # All rules see the same tags: to ask for them costs a program's start.
     given = _spelled(argv)
-    for name in _LISTS:
-        for rule in policy.get(name, ()):
-            for pattern in _expand(rule):
-                if _fits(name, _spelled(pattern), given, tagged):
-                    shown = f"{name}: {' '.join(pattern)}"
-                    return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
+    for name, pattern, spelled in rules if argv else ():
+        if _fits(name, spelled, given, tagged):
+            shown = f"{name}: {' '.join(pattern)}"
+            return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
     return Decision(False, "", "no rule allows it")
 
 
@@ -201,7 +208,10 @@ def decide_steps(policy, steps, tagged):
         Decision; its rule is that of the first command that decides, its reason names that line.
     """
     tagged = functools.lru_cache(maxsize=None)(tagged)
-    decisions = [(at, decide(policy, argv, tagged)) for at, argv in steps]
+    if policy in (FULL, NONE):
+        return decide(policy, (), tagged)
+    rules = _rules(policy)
+    decisions = [(at, _decide(rules, argv, tagged)) for at, argv in steps]
     for deciding in (lambda one: not one.allowed and not one.asks, lambda one: one.asks):
         for at, decision in decisions:
             if deciding(decision):
@@ -258,53 +268,25 @@ def _spelled(words):
 
 def _fits(name, pattern, argv, tagged):
     """Whether a rule of one of the lists is about a command."""
-    if not argv:
-        return False
-    matches = functools.partial(_word_matches, tagged=tagged, name=name, takes_patterns=os.path.basename(argv[0]).startswith("qvm-"))
-    return _matches(pattern, argv, matches) or (name == "deny" and _forbids(pattern, argv, matches))
+    # These take patterns for names.
+    takes_patterns = os.path.basename(argv[0]).startswith("qvm-")
 
+    def matches(word, given, may_be_names=False):
+        is_pattern = takes_patterns and not _PATTERN.isdisjoint(given)
+        if word == _ANY:
+            # An option in a name's or value's place may turn the command into another; and a pattern of names is no one word.
+            return not given.startswith("-") and (not is_pattern or name != "allow")
+        if is_pattern and name == "deny" and (may_be_names or word.startswith(_TAG)):
+            # The names that it stands for may be among those that are meant.
+            return True
+        if word.startswith(_TAG):
+            return given in tagged(word[len(_TAG) :])
+        return word == given
 
-def _matches(pattern, argv, matches):
     fixed = pattern[:-1] if pattern[-1] == _REST else pattern
-    if len(argv) < len(fixed) or (len(argv) > len(fixed) and fixed is pattern):
-        return False
-    return all(map(matches, fixed, argv))
-
-
-def _forbids(pattern, argv, matches):
-    """Whether a command does what a rule forbids, in other words: a doubt is no.
-
-    The same program by its path; options that the rule does not name; one of several names; all VMs; a shutdown that ends in a kill.
-    """
-    program, same = os.path.basename(argv[0]), os.path.basename(pattern[0])
-    if program == "qvm-shutdown" and same == "qvm-kill" and any(word.startswith("-") and "w" in word for word in argv[1:]):
-        # With --wait it kills what has not shut down after a while (qubesadmin.tools.qvm_shutdown).
-        program = same
-    if program != same:
-        return False
-    given = tuple(word for word in argv[1:] if not word.startswith("-") or word in pattern)
-    if _matches(pattern, (pattern[0], *given), matches):
+    if (len(argv) == len(fixed) or (len(argv) > len(fixed) and fixed is not pattern)) and all(map(matches, fixed, argv)):
         return True
-    if program not in _TAKE_NAMES or len(pattern) < 2:
-        return False
-    if any(word.startswith("--a") for word in argv[1:]):
-        # --all, or how it may be shortened: every VM there is.
-        return True
-    left = iter(given)
-    return all(any(matches(word, one) for one in left) for word in pattern[1:] if word != _REST)
-
-
-def _word_matches(word, given, tagged, name, takes_patterns):
-    is_pattern = takes_patterns and not _PATTERN.isdisjoint(given)
-    if is_pattern and name == "deny" and not given.startswith("-"):
-        # The names that it stands for may be among those that are meant.
-        return True
-    if word == _ANY:
-        # An option in a name's or value's place may turn the command into another; and a pattern of names is no one word.
-        return not given.startswith("-") and (not is_pattern or name != "allow")
-    if word.startswith(_TAG):
-        return given in tagged(word[len(_TAG) :])
-    return word == given
+    return name == "deny" and forbids(pattern, argv, matches)
 
 
 def describe(config, now=None):
@@ -346,6 +328,8 @@ def split_plain(line):
     """
     words, at = [], 0
     while at < len(line):
+        if len(words) == ARGV_MAX:
+            raise Refused("policy", f"for this qube dom0 takes commands of at most {ARGV_MAX} words")
         # Each piece once: a line is long, and whoever sends it may be no friend.
         pieces = []
         while at < len(line):
@@ -379,12 +363,15 @@ def split_script(text):
     lines = [(at, line) for at, line in lines if line and not line.startswith("#")]
     if not 1 <= len(lines) <= _STEPS_MAX:
         raise Refused("policy", f"for this qube dom0 takes scripts of 1 to {_STEPS_MAX} lines, each a single command; this one has {len(lines)}")
-    steps = []
+    steps, count = [], 0
     for at, line in lines:
         try:
             steps.append((at, split_plain(line)))
         except Refused as refused:
             raise Refused(refused.code, f"line {at}: {refused}") from None
+        count += len(steps[-1][1])
+        if count > ARGV_MAX:
+            raise Refused("policy", f"for this qube dom0 takes scripts of at most {ARGV_MAX} words")
     return steps
 
 

@@ -33,7 +33,7 @@ _AT_HAND = 1 << 16
 #: How often it is noted what time it is, for those who have access for a time, seconds.
 _NOTE_EVERY = 30.0
 #: How often what is kept for some days is looked through, seconds.
-_PRUNE_EVERY = 6 * 3600.0
+_PRUNE_EVERY = 24 * 3600.0
 #: Most VMs that are named whose settings changed.
 _NAMED_MAX = 64
 #: How often :meth:`Service.run_once` looks whether all is done, seconds.

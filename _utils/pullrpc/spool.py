@@ -57,13 +57,23 @@ class Spool:
         Returns:
             (int, int): bytes, and of how many commands.
         """
-        now = time.monotonic()
         with self._lock:
             counted, total, commands = self._counted.get(vm, (float("-inf"), 0, 0))
-        if now - counted > _COUNT_HOLDS:
-            total, commands = self._count(vm)
-            with self._lock:
-                self._counted[vm] = (now, total, commands)
+        return (total, commands) if time.monotonic() - counted <= _COUNT_HOLDS else self.used_now(vm)
+
+    def used_now(self, vm):
+        """The same, counted anew.
+
+        Args:
+            vm: str, checked.
+
+        Returns:
+            (int, int), as from :meth:`used`.
+        """
+        now = time.monotonic()
+        total, commands = self._count(vm)
+        with self._lock:
+            self._counted[vm] = (now, total, commands)
         return total, commands
 
     def wrote(self, vm, size):

@@ -293,6 +293,8 @@ class Agent:
         size = min(PAYLOAD_MAX, int(request["size"]))
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a plain file")
             return {}, os.pread(fd, size, int(request["offset"]))
         finally:
             os.close(fd)

@@ -46,7 +46,9 @@ def _append(queue, text):
         fd = os.open(queue.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, line.encode("ascii"))
-            if os.fstat(fd).st_size > _LOG_MAX:
+            info = os.fstat(fd)
+            # Another client may have turned it over since it was opened.
+            if info.st_size > _LOG_MAX and os.path.samestat(info, os.lstat(queue.audit)):
                 os.rename(queue.audit, queue.audit + ".1")
         finally:
             os.close(fd)

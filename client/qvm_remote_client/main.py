@@ -20,6 +20,7 @@ from . import request as requests
 
 #: Exit codes of our own; see --help.
 EXIT_TIMEOUT, EXIT_FAILED, EXIT_INTERRUPTED = 124, 125, 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Longest a command may run when -t isn't given, seconds (or dom0's limit, if that is lower).
 _TIMEOUT_DEFAULT = 300
 _STREAMS = {"out": 1, "err": 2}
@@ -317,6 +318,10 @@ def _run(queue, options, known, progress, form, command, use_stdin):
     except OSError as err:
         raise PullError(f"can't write all of the output; it is kept, see: qvm-remote history show {request.cid} ({err.strerror})") from err
     finally:
+        # It has ended: there is nothing to give up any more.
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         # Whether or not somebody read all of it.
         journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused"))
         request.keep(unread)
@@ -391,7 +396,7 @@ def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
         # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
         os._exit(exit_code)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         # What our caller has us ignore, as nohup does, and a shell with what it starts in the background, is none of our business.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, give_up)

@@ -3,7 +3,7 @@
 include:
   - qvm-remote.pillar
   - qvm-remote.client
-{%- if plan.problem is defined or salt["qvm_remote.is_safe"]("any", config=plan.settings) %}
+{%- if plan.problem is defined or salt["qvm_remote.is_safe"](plan.vms | list, config=plan.settings) %}
   - qvm-remote.vm
   - qvm-remote.dom0
 {%- else %}

@@ -515,6 +515,20 @@ def test_no_whole_command_goes_that_the_log_has_no_line_of(path):
     assert (_kept(path), _verify(path)["problems"]) == (["id-0"], [])
 
 
+def test_a_command_that_can_not_be_removed_is_said_to_go_once(small_disk):
+    path = str(small_disk / "audit.log")
+    log = AuditLog(path)
+    _keep(log, "work", "id-0", 5000)
+    folder = audit_files.commands_folder(path)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", os.path.join(folder, "work")], check=True)
+    for _ in range(3):
+        # It is not there any more, as far as can be seen; what is there in its place can't be written to.
+        with pytest.raises(AuditError):
+            log.keep_command("work", "id-1", b"x" * 5000, 8192, 90)
+    subprocess.run(["umount", os.path.join(folder, "work")], check=True)
+    assert len(audit_read.query(path, what="command-let-go")) == 1
+
+
 def test_a_command_goes_while_the_log_is_verified(path, monkeypatch):
     log = AuditLog(path)
     _keep(log, "work", "id-0", 5000)
@@ -599,8 +613,12 @@ def test_a_refusal_of_an_id_that_runs_is_no_end_of_it(path):
 def test_a_claim_that_failed_is_one_row(path):
     log = AuditLog(path)
     log.write("accepted", "work", "one", command="true", by="full")
-    log.write("refused", "work", "one", code="storage", command="true")
-    assert [(row["outcome"], row["code"], row["command"]) for row in audit_read.history(path)] == [("refused", "storage", "true")]
+    # Another command under the id of one that waits: that one goes on.
+    log.write("refused", "work", "one", code="replay", command="false")
+    assert [(row["outcome"], row["command"]) for row in audit_read.history(path)] == [("accepted", "true"), ("refused", "false")]
+    log.write("refused", "work", "one", code="storage", command="true", claimed=False)
+    rows = [(row["outcome"], row["code"], row["command"]) for row in audit_read.history(path)]
+    assert rows == [("refused", "replay", "false"), ("refused", "storage", "true")] or rows == [("refused", "storage", "true"), ("refused", "replay", "false")]
 
 
 def test_a_refusal_says_what_was_refused_and_why_once_its_token_fits(path):

@@ -94,7 +94,7 @@ def _list_vms(tags):
         ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "de*"]]}}}}, "vms:work:policy:", "deny, rule 0: 'de*': patterns are not known here"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "sys-?"]]}}}}, "vms:work:policy:", "'sys-?': patterns are not known here"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-shutdown", "sys-[n]et"]]}}}}, "vms:work:policy:", "* is any one word"),
-        ({"vms": {"work": {"policy": {"ask": [["find", "-name", "*.log"]]}}}}, "vms:work:policy:", "'*.log': patterns are not known here"),
+        ({"vms": {"work": {"policy": {"ask": [["qvm-ls", "--all", "*.log"]]}}}}, "vms:work:policy:", "'*.log': patterns are not known here"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "***"]]}}}}, "vms:work:policy:", "'***': patterns are not known here"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "@anyvm"]]}}}}, "vms:work:policy:", "'@anyvm': patterns are not known here; * is any one word, @tag:NAME"),
         ({"vms": {"work": {"policy": {"deny": [["qvm-kill", "@tags:a"]]}}}}, "vms:work:policy:", "a qube with that tag"),

@@ -129,11 +129,18 @@ def test_a_pattern_of_names_is_no_single_word_that_is_allowed():
         ("xl", "destroy", "-f", "test"),
         ("qvm-prefs", "--set", "test", "netvm", "sys-net"),
         ("qvm-prefs", "te?t", "netvm", "sys-net"),
+        ("qvm-run", "test", "poweroff"),
+        ("qvm-run", "--user", "root", "test", "poweroff"),
+        ("qvm-run", "-u", "root", "--", "test", "id"),
+        ("qvm-run", "--all", "id"),
+        ("qvm-remove", "test", "--force"),
+        ("qvm-remove", "--forc", "build", "test"),
     ],
 )
 def test_what_is_denied_is_denied_in_other_words_too(argv):
-    deny = [["qvm-kill", "test"], ["xl", "destroy", "test"], ["qvm-prefs", "test", "netvm", "*"]]
-    programs = ("qvm-kill", "/usr/bin/qvm-kill", "qvm-shutdown", "xl", "qvm-prefs")
+    deny = [["qvm-kill", "test"], ["xl", "destroy", "test"], ["qvm-prefs", "test", "netvm", "*"], ["qvm-run", "test", "**"]]
+    deny.append(["qvm-remove", "--force", "test"])
+    programs = ("qvm-kill", "/usr/bin/qvm-kill", "qvm-shutdown", "xl", "qvm-prefs", "qvm-run", "qvm-remove")
     allow = [[program, "**"] for program in programs]
     decision = decide({"allow": allow, "ask": allow, "deny": deny}, argv, _tagged)
     assert (decision.allowed, decision.asks) == (False, False)
@@ -141,6 +148,30 @@ def test_what_is_denied_is_denied_in_other_words_too(argv):
     # And what is not meant is not forbidden.
     other = tuple("other" if word in ("test", "tes*", "te?t", "[t]est") else word for word in argv if not word.startswith("--al"))
     assert _allowed(*other, policy={"allow": allow, "deny": deny})
+
+
+@pytest.mark.parametrize(
+    ("deny", "argv"),
+    [
+        (["qvm-tags", "*"], ("qvm-tags", "test", "list")),
+        (["qvm-run", "test", "poweroff"], ("qvm-run", "test", "ls *.txt")),
+        (["qvm-remove", "--force", "test"], ("qvm-remove", "test")),
+        (["qvm-kill"], ("qvm-kill", "test")),
+        (["qvm-shutdown", "--wait", "**"], ("qvm-shutdown", "test")),
+        (["qvm-run", "test", "**"], ("qvm-run", "--autostart", "build", "id")),
+        (["qvm-prefs", "test", "netvm", "*"], ("qvm-prefs", "test", "netvm")),
+        (["qvm-prefs", "test", "netvm", "*"], ("qvm-prefs", "test", "memory", "netvm")),
+    ],
+)
+def test_what_is_denied_is_not_more_than_what_may_be_meant(deny, argv):
+    assert _allowed(*argv, policy={"allow": [[argv[0], "**"]], "deny": [deny]})
+
+
+def test_a_command_has_so_many_words_and_no_more():
+    assert len(split_plain("a " * 4096)) == 4096
+    for read, text in ((split_plain, "a " * 4097), (split_plain, "a " * (1 << 19)), (split_script, "a " * 2048 + "\n" + "a " * 2049)):
+        with pytest.raises(Refused, match="at most 4096 words"):
+            read(text)
 
 
 @pytest.mark.parametrize("argv", [("qvm-kill", "build"), ("qvm-kill", "--force", "build"), ("qvm-shutdown", "--wait", "build"), ("qvm-kill", "b*")])

@@ -457,6 +457,18 @@ def test_a_vm_that_asks_for_much_has_a_tag_looked_up_once_and_its_commands_looke
     cids = [_claimed(dom0, b"echo build") for _ in range(5)]
     assert asked == ["mine"]
     assert dom0.execute("work", cids[0])["status"] == "done"
+    # A lookup that takes long is not made for each of those who wait for it.
+    real = dom0_module.vms_with_tag
+    monkeypatch.setattr(dom0_module, "vms_with_tag", lambda tag: (time.sleep(1.2), real(tag))[1])
+    monkeypatch.setattr(dom0, "_tags", {})
+    threads = [threading.Thread(target=dom0._tagged, args=("mine",)) for _ in range(5)]
+    before = len(asked)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == before + 1
+    monkeypatch.setattr(dom0_module, "vms_with_tag", real)
     tagged.clear()
     # What was let in before the tag was taken away.
     assert dom0.execute("work", cids[1])["status"] == "refused"
