@@ -8,7 +8,7 @@ import time
 import pytest
 from qubes_sim.real_systemd import SystemdStand, is_possible
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not is_possible(), reason="needs root, systemd, and cgroups of its own")]
+pytestmark = pytest.mark.skipif(not is_possible(), reason="needs root, systemd, and cgroups of its own")
 _PILLAR = {"max_age": 60, "limits": {"memory": "256M", "tasks": 64}, "engine": {"discover_interval": 1, "poll_wait": 5}}
 
 
@@ -65,6 +65,7 @@ def _slot_of(shown):
     return next(line for line in shown.stdout.decode().splitlines() if "/qvm.slice/qvm-remote.slice/qvm-remote-slot-" in line)
 
 
+@pytest.mark.long
 def test_a_command_has_a_unit_for_itself_that_the_next_one_may_have(dom0):
     groups = _remote(dom0, "cat /proc/self/cgroup")
     assert "qvm-remote.service" not in groups.stdout.decode()
@@ -76,6 +77,7 @@ def test_a_command_has_a_unit_for_itself_that_the_next_one_may_have(dom0):
     dom0.dom0("rm", "/tmp/here-1", "/tmp/here-2", check=True)
 
 
+@pytest.mark.long
 def test_what_a_command_leaves_in_memory_is_not_taken_from_the_next_one(dom0):
     for _ in range(4):
         # Two of these are more than a command may use.
@@ -84,6 +86,7 @@ def test_what_a_command_leaves_in_memory_is_not_taken_from_the_next_one(dom0):
     _remote(dom0, "rm /dev/shm/left-*")
 
 
+@pytest.mark.long
 def test_a_command_that_stops_its_supervisor_is_ended_with_its_unit(dom0):
     done = _remote(dom0, "-t", "1", "-n", "setsid env -i sleep 7616 & kill -STOP $PPID; sleep 7616", timeout=90)
     assert done.returncode == 125
@@ -99,6 +102,7 @@ def test_memory_is_bounded_for_all_processes_of_a_command(dom0):
     assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
 
+@pytest.mark.long
 def test_a_command_of_another_user_is_held_by_the_same_unit(dom0):
     dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {"run_as": "user"}}})
     dom0.salt("state.apply", "qvm-remote")
@@ -113,6 +117,7 @@ def test_a_command_of_another_user_is_held_by_the_same_unit(dom0):
     assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
 
+@pytest.mark.long
 def test_a_working_folder_is_a_file_system_that_is_gone_with_its_unit(dom0):
     full = _remote(dom0, "-n", "df --output=size -B1 . | tail -n 1; head -c 300M /dev/zero > file; stat -c %s file; kill -9 $PPID; sleep 60", timeout=90)
     assert full.returncode == 125
@@ -128,12 +133,14 @@ def test_a_fork_bomb_is_held_and_swept_away(dom0):
     assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
 
+@pytest.mark.long
 def test_nothing_that_a_command_leaves_behind_survives_it(dom0):
     done = _remote(dom0, "-n", "setsid sh -c 'setsid sleep 7613 & exec sleep 7612' & sleep 0.2; echo ended")
     assert (done.returncode, done.stdout) == (0, b"ended\n")
     _until(lambda: dom0.dom0("pgrep", "-f", "sleep 761[23]").returncode == 1)
 
 
+@pytest.mark.long
 def test_a_reload_loses_nothing_and_a_stop_says_what_it_interrupted(dom0):
     with dom0.popen_vm("work", "qvm-remote", "-n", "sleep 4; echo still here", stdout=subprocess.PIPE) as running:
         _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 4").returncode == 0)
@@ -151,6 +158,7 @@ def test_a_reload_loses_nothing_and_a_stop_says_what_it_interrupted(dom0):
     dom0.wait_served("work")
 
 
+@pytest.mark.long
 def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
     with dom0.popen_vm("work", "qvm-remote", "-n", "sleep 7615", stderr=subprocess.PIPE) as running:
         _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7615").returncode == 0)
@@ -163,6 +171,7 @@ def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
     dom0.wait_served("work", "dev")
 
 
+@pytest.mark.long
 def test_a_service_that_is_just_starting_is_stopped_too(dom0):
     dom0.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
     dom0.put("/run/systemd/system/qvm-remote.service.d/slow.conf", "[Service]\nExecStartPre=/usr/bin/sleep 60\n")
@@ -181,6 +190,7 @@ def test_a_service_that_is_just_starting_is_stopped_too(dom0):
     dom0.wait_served("work")
 
 
+@pytest.mark.long
 def test_settings_that_name_other_folders_are_opened_to_the_service(dom0):
     folders = {"key_dir": "/etc/qvm-remote-keys", "state_dir": "/srv/qvm-remote-state", "run_dir": "/run/other-qvm-remote", "audit_log": "/var/log/other/audit.log"}
     dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "engine": {**_PILLAR["engine"], **folders}})
@@ -195,6 +205,7 @@ def test_settings_that_name_other_folders_are_opened_to_the_service(dom0):
     dom0.wait_served("work")
 
 
+@pytest.mark.long
 def test_enabled_it_lies_where_a_boot_finds_it_and_disabled_it_does_not(dom0):
     dom0.set_pillar({**_PILLAR, "vms": {"work": {}, "dev": {}}, "service": {"enable": True, "accept_risk": True}})
     dom0.salt("state.apply", "qvm-remote.dom0")
