@@ -268,6 +268,7 @@ class Service:
                 if time.monotonic() >= noted + _NOTE_EVERY:
                     noted = time.monotonic()
                     await self._do(self.dom0.note_time)
+                    await self._do(self.dom0.spool.remove_left)
                 if time.monotonic() >= pruned + _PRUNE_EVERY:
                     pruned = time.monotonic()
                     await self._do(self.dom0.prune)

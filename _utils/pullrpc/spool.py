@@ -35,6 +35,8 @@ class Spool:
         self._lock = threading.Lock()
         #: When what is kept for each VM was counted: how many bytes they were, of how many commands.
         self._counted = {}
+        #: What could not be removed: the disk was read-only then, or failed.
+        self._left = set()
 
     def path(self, vm, cid, part=""):
         """Path of a command's folder, or of a file in it.
@@ -132,6 +134,9 @@ class Spool:
             SpoolError: the disk is full or can't be written.
         """
         self.remove(vm, cid)
+        with self._lock:
+            # From here on it is another command's, if it was ever one's.
+            self._left.discard((vm, cid))
         with _disk_errors(vm):
             make_private(self.path(vm, cid))
             write_whole(self.path(vm, cid, COMMAND), command)
@@ -272,6 +277,20 @@ class Spool:
         if is_there and not os.path.lexists(path):
             # Its bytes are seen to be gone by the next count.
             self._count_in(vm, 0, -1)
+        elif is_there:
+            with self._lock:
+                self._left.add((vm, cid))
+
+    def remove_left(self):
+        """Remove what could not be removed when it was to go. Nothing is done where that is not possible yet."""
+        for vm, cid in list(self._left):
+            with self._lock:
+                # Held, so that no command of this id is begun meanwhile.
+                if (vm, cid) not in self._left:
+                    continue
+                shutil.rmtree(self.path(vm, cid), ignore_errors=True)
+                if not os.path.lexists(self.path(vm, cid)):
+                    self._left.discard((vm, cid))
 
 
 def _names(folder):

@@ -55,7 +55,8 @@ def test_what_the_rules_allow_runs(machine):
     assert _remote(machine, "--exec", "qvm-prefs", "work", "memory") == (0, b"444\n")
     assert _remote(machine, "qvm-start build") == (0, b"")
     assert machine.dom0("qvm-check", "--running", "build").returncode == 0
-    assert _remote(machine, "qvm-shutdown", "--wait", "build") == (0, b"")
+    assert _remote(machine, "qvm-shutdown", "build") == (0, b"")
+    machine.dom0("qvm-shutdown", "--wait", "build", check=True)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,8 @@ def test_what_the_rules_allow_runs(machine):
     [
         ("qvm-start work", b"no rule allows it"),
         ("qvm-kill build", b"the rule 'deny: qvm-kill @tag:mine' forbids it"),
+        # It kills what does not shut down in time.
+        ("qvm-shutdown --wait build", b"the rule 'deny: qvm-kill @tag:mine' forbids it"),
         ("qvm-ls; touch /tmp/policy-broken", b"no shell"),
         ("qvm-ls $(touch /tmp/policy-broken)", b"no shell"),
         ("qvm-ls | tee /tmp/policy-broken", b"no shell"),
@@ -103,6 +106,8 @@ def _answer(machine, word):
 def test_what_the_user_is_asked_about_runs_after_a_yes_alone_and_what_was_asked_is_all_of_it(machine):
     machine.create("old")
     machine.dom0("qvm-tags", "old", "add", "mine", check=True)
+    # Who has a tag is looked up once a second at most.
+    time.sleep(1.5)
     _answer(machine, "no")
     code, text = _remote(machine, "qvm-remove --force old")
     assert (code, b"was asked and said no" in text) == (125, True)

@@ -75,9 +75,9 @@ class Machine(Stand):
         Returns:
             dict of state id to its return.
         """
-        self.set_pillar({"client": {"templates": ["debian-13"]}, "vms": {"work": {}}})
+        self.set_pillar({"client": {"templates": ["debian-13"]}, "vms": {"work": {}}, "service": {"running": False}})
         self.start("work")
-        return self.states("qvm-remote.client,qvm-remote.vm")
+        return self.states("qvm-remote")
 
     def dpkg(self, *words):
         """Run dpkg in the template."""
