@@ -70,6 +70,8 @@ class Service:
         self._running = set()
         self._spawned = set()
         self._to_close = []
+        #: Delivered, and not recorded as such: the disk was full then.
+        self._unclosed = set()
         self._uuids_wanted = {}
         self._looking_up = False
         #: Commands that have ended, and whose end could not be recorded: why their VMs get no result; and those whose VMs know.
@@ -202,9 +204,26 @@ class Service:
             try:
                 await self.call(self.dom0.close_deliveries, results)
             except Exception as err:  # noqa: BLE001 - whatever it is, what comes later is to be recorded
-                # What could not be recorded is delivered again in the next session, which harms nothing.
                 self.log(str(err))
+                self._unclosed.update(results)
             del self._to_close[: len(results)]
+
+    async def _close_left(self):
+        """Record the deliveries that could not be recorded, now that there may be room for it; a session of today may be there for weeks."""
+        if self._unclosed:
+            results = sorted(self._unclosed)
+            try:
+                await self.call(self._close_again, results)
+            except PullError:
+                # It was said when it happened.
+                return
+            self._unclosed.difference_update(results)
+
+    def _close_again(self, results):
+        # Some may have been delivered again in another session, and be closed by now.
+        results = [(vm, cid) for vm, cid in results if self.dom0.ledger.waiting_exit(vm, cid) is not None]
+        if results:
+            self.dom0.close_deliveries(results)
 
     def _spawned_ended(self, task):
         self._spawned.discard(task)
@@ -277,6 +296,7 @@ class Service:
                     await self._look_who_runs()
                 await self._discover()
                 await self._record_lost()
+                await self._close_left()
                 await self._bell.wait(min(interval, watcher.next_look(looked, interval) - time.monotonic()))
         finally:
             await watcher.stop()

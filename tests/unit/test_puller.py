@@ -524,3 +524,37 @@ def test_what_could_not_be_removed_while_the_disk_was_read_only_is_removed_later
         assert os.listdir(folder) == [again]
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_delivery_that_could_not_be_recorded_is_recorded_as_soon_as_it_can_be(dom0, tmp_path):
+    qvm_ls = tmp_path / "qvm-ls"
+    qvm_ls.write_text("#!/bin/sh\n")
+    qvm_ls.chmod(0o700)
+    dom0.config = make_config({**_folders(dom0), "qvm_ls": str(qvm_ls), "discover_interval": 1})
+    logged, log = [], dom0.config.audit_log
+    cid, request = _started(dom0)
+    service = service_module.Service(dom0, None, None, lambda *_: None, logged.append)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+
+    def until(check):
+        deadline = time.monotonic() + 20
+        while not check() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert check()
+
+    try:
+        # The start of a service closes what another one left.
+        until(lambda: service._loop is not None and dom0.ledger.state("work", cid)[0] == "done")
+        os.rename(log, f"{log}.aside")
+        os.mkdir(log)
+        service._loop.call_soon_threadsafe(service.close_deliveries, [("work", cid)])
+        until(lambda: any("audit log" in text for text in logged))
+        assert dom0.ledger.state("work", cid)[0] == "done"
+        os.rmdir(log)
+        os.rename(f"{log}.aside", log)
+        until(lambda: dom0.ledger.state("work", cid)[0] == "delivered")
+        assert not os.path.exists(dom0.spool.path("work", cid))
+    finally:
+        service.stop()
+        thread.join(20)
