@@ -21,6 +21,7 @@ from .audit_files import LET_GO, commands_folder, rotated
 from .chain import LINE_MAX, START, boot_id, head_path, is_lost_by_power_cut, is_number, read_line, unpack_head
 from .commands import list_kept
 from .errors import AuditError, PullError
+from .outcomes import check_outcome
 
 #: Most problems that are told in full.
 _PROBLEMS_MAX = 50
@@ -120,6 +121,7 @@ def history(path, vm=None, since=None, until=None, outcome=None, limit=20):
         PullError: an argument can't be; AuditError: the log can't be read.
     """
     since, until = moment(since), moment(until)
+    check_outcome(outcome)
     ended = collections.deque(maxlen=_checked_limit(limit))
     begun = {}
 

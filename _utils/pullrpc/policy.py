@@ -190,7 +190,11 @@ def _decide(rules, argv, tagged):
     # All rules see the same tags: to ask for them costs a program's start.
     given = _spelled(argv)
     for name, pattern, spelled in rules if argv else ():
-        if _fits(name, spelled, given, tagged):
+        if _fits(name, spelled, given, tagged) or (name == "deny" and _may_mean(spelled, given, tagged)):
+            if name == "allow":
+                # What the user may be meant to be asked about does not run unasked; what nothing allows is not asked about for it.
+                asked = (other for list_, other, words in rules if list_ == "ask" and _may_mean(words, given, tagged))
+                name, pattern = next((("ask", other) for other in asked), (name, pattern))
             shown = f"{name}: {' '.join(pattern)}"
             return Decision(name == "allow", shown, f"the rule '{shown}' {_SAYS[name]}", name == "ask")
     return Decision(False, "", "no rule allows it")
@@ -267,26 +271,38 @@ def _spelled(words):
 
 
 def _fits(name, pattern, argv, tagged):
-    """Whether a rule of one of the lists is about a command."""
-    # These take patterns for names.
-    takes_patterns = os.path.basename(argv[0]).startswith("qvm-")
-
-    def matches(word, given, may_be_names=False):
-        is_pattern = takes_patterns and not _PATTERN.isdisjoint(given)
-        if word == _ANY:
-            # An option in a name's or value's place may turn the command into another; and a pattern of names is no one word.
-            return not given.startswith("-") and (not is_pattern or name != "allow")
-        if is_pattern and name == "deny" and (may_be_names or word.startswith(_TAG)):
-            # The names that it stands for may be among those that are meant.
-            return True
-        if word.startswith(_TAG):
-            return given in tagged(word[len(_TAG) :])
-        return word == given
-
+    """Whether a rule of one of the lists is about a command, word by word."""
     fixed = pattern[:-1] if pattern[-1] == _REST else pattern
-    if (len(argv) == len(fixed) or (len(argv) > len(fixed) and fixed is not pattern)) and all(map(matches, fixed, argv)):
-        return True
-    return name == "deny" and forbids(pattern, argv, matches)
+    if len(argv) < len(fixed) or (len(argv) > len(fixed) and fixed is pattern):
+        return False
+    # A pattern of names is no one word that may be allowed.
+    takes_patterns = name != "allow" or not _takes_patterns(argv)
+    return all(_matches(word, given, tagged) and (word != _ANY or takes_patterns or _PATTERN.isdisjoint(given)) for word, given in zip(fixed, argv))
+
+
+def _may_mean(pattern, argv, tagged):
+    """Whether a rule that keeps something from running is about a command, whatever words that has for it."""
+    takes_patterns = _takes_patterns(argv)
+
+    def matches(word, given, may_be_names):
+        # The names that a pattern stands for may be among those that are meant.
+        is_any = takes_patterns and (may_be_names or word.startswith(_TAG)) and not _PATTERN.isdisjoint(given)
+        return is_any or _matches(word, given, tagged)
+
+    return forbids(pattern, argv, matches)
+
+
+def _takes_patterns(argv):
+    return os.path.basename(argv[0]).startswith("qvm-")
+
+
+def _matches(word, given, tagged):
+    if word == _ANY:
+        # An option in a name's or value's place may turn the command into another.
+        return not given.startswith("-")
+    if word.startswith(_TAG):
+        return given in tagged(word[len(_TAG) :])
+    return word == given
 
 
 def describe(config, now=None):

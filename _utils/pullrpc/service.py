@@ -214,8 +214,7 @@ class Service:
             results = sorted(self._unclosed)
             try:
                 await self.call(self._close_again, results)
-            except PullError:
-                # It was said when it happened.
+            except Exception:  # noqa: BLE001 - as when it was tried first: it was said then, and is tried again
                 return
             self._unclosed.difference_update(results)
 

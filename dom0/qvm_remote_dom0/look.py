@@ -15,19 +15,18 @@ from pullrpc.config import engine_settings
 from pullrpc.dom0 import shared
 from pullrpc.errors import PullError
 from pullrpc.ids import check_vm_name
+from pullrpc.outcomes import check_outcome
 from pullrpc.overview import overview
 from pullrpc.rehearsal import explain as explain_now
 from pullrpc.rehearsal import rehearse as rehearse_all
 
 from . import show
 from .usage import UsageError, checked
-from .verbs import OUTCOMES
 
 #: How often a table is made anew, and a log looked at, seconds.
 _WATCH_EVERY, _TAIL_EVERY = 2.0, 0.2
 #: From this many columns on, a table has room for a qube's last command, too.
 _WIDE = 120
-_EXIT_MAX = 255
 #: Clears the rest of a line, and all below: what stood there goes without a flicker.
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
@@ -168,7 +167,7 @@ def tail(options):
 
 def history(options):
     """List commands."""
-    vm, outcome = checked(check_vm_name, options.vm), checked(_check_outcome, options.outcome)
+    vm, outcome = checked(check_vm_name, options.vm), checked(check_outcome, options.outcome)
     since, until = checked(moment, options.since), checked(moment, options.until)
     found = read_history(_dom0(options).config.audit_log, vm, since, until, outcome, options.limit)
     if options.json:
@@ -181,11 +180,6 @@ def history(options):
         rows.append([str(row["time"])[:19], row["vm"], outcome, exit_code, show.duration(row.get("seconds")), row["id"], row.get("command", "-")])
     _print(show.table(["TIME", "VM", "OUTCOME", "EXIT", "TOOK", "ID", "COMMAND"], rows, _width()))
     return 0
-
-
-def _check_outcome(word):
-    if word not in OUTCOMES and not (word.isascii() and word.isdigit() and int(word[:4]) <= _EXIT_MAX):
-        raise PullError(f"--outcome takes {', '.join(OUTCOMES)}, or an exit code")
 
 
 def explain(options):

@@ -3,11 +3,11 @@
 
 import dataclasses
 
+from pullrpc.outcomes import OUTCOMES
+
 PROGRAM = "qvm-remote-dom0"
 SUMMARY = "Manage in dom0 which qubes may command it, and see what they had it do."
 EXIT_CODES = "exit codes: 0 done; 1 it failed, was refused, or something is wrong; 2 wrong usage; 130 interrupted; 141 the reader of the output went away"
-#: How a command may be, or have ended.
-OUTCOMES = ("done", "timeout", "cancelled", "interrupted", "failed", "refused", "accepted", "running")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,17 @@
 import ast
 import hmac
 import os
-import sys
 
+import pullrpc.config
 import pullrpc.dom0
 import pullrpc.lock
+import pullrpc.note
 import pytest
 import salt.config
 import salt.loader
 from conftest import ROOT, copy_formula
 from pullrpc.ids import new_cid
+from pullrpc.outcomes import OUTCOMES
 from pullrpc.tokens import fingerprint, make_token
 from saltfactories.utils.functional import Loaders
 
@@ -132,9 +134,6 @@ def test_what_yaml_took_for_something_else_is_not_explained(loaders, settings, c
 
 
 def test_an_outcome_that_there_is_not_is_refused(loaders, settings):
-    sys.path.insert(0, os.path.join(ROOT, "dom0"))
-    from qvm_remote_dom0.verbs import OUTCOMES
-
     for outcome in (*OUTCOMES, 0, "255", None):
         assert loaders.modules.qvm_remote.history(outcome=outcome, config=settings) == []
     for outcome in ("foo", 256, "-1", ""):
@@ -194,6 +193,22 @@ def test_nothing_runs_where_nothing_was_set_up(loaders, function, words):
     # A key may be there: without the settings nobody knows what its VM may do.
     with pytest.raises(salt.exceptions.CommandExecutionError, match="not set up here, and nothing is run"):
         getattr(loaders.modules.qvm_remote, function)(*words)
+
+
+def test_a_vm_is_safe_only_under_an_engine_of_which_it_is_known_what_it_lets_it_do(loaders, settings):
+    is_safe = loaders.modules.qvm_remote.is_safe
+    wanted = {**settings, "vms": {"work": {"policy": "none"}}}
+    assert is_safe("work", config=wanted) is True
+    known, used = pullrpc.config.make_config({}), pullrpc.config.make_config(settings)
+    with pullrpc.lock.EngineLock(settings["run_dir"]):
+        # It is just beginning; then it has other settings than the file that it was given; then these, by which all may do anything.
+        assert is_safe("work", config=wanted) is False
+        for digest in ("another", pullrpc.config.digest(known)):
+            pullrpc.note.write(used, {"settings": digest})
+            assert is_safe("work", config=wanted) is False
+        assert is_safe(["work"], config={**settings, "vms": {"work": {"policy": "full"}}}) is True
+        pullrpc.note.write(used, {"settings": pullrpc.config.digest(pullrpc.config.make_config(wanted))})
+        assert is_safe("work", config=wanted) is True
 
 
 def test_revoke_says_whether_there_was_a_key(loaders, settings, key):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from pullrpc.files import write_whole
+from pullrpc.outcomes import OUTCOMES
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.join(_ROOT, "dom0"))
@@ -84,7 +85,7 @@ def test_help_lists_all_verbs(capsys):
         (["tail", "@@"], "not a VM's name"),
         (["history", "@@"], "not a VM's name"),
         (["history", "--since", "bogus"], "a time looks like"),
-        (["history", "--outcome", "bogus"], "--outcome takes done, timeout"),
+        (["history", "--outcome", "bogus"], "an outcome is done, timeout"),
         (["history", "--outcome", "256"], "or an exit code"),
         (["explain", "dom0", "ls"], "not a VM's name"),
         (["explain", "work"], "say which command"),
@@ -98,7 +99,7 @@ def test_wrong_usage_is_one_line(words, line):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("word", [*verbs.OUTCOMES, "0", "255"])
+@pytest.mark.parametrize("word", [*OUTCOMES, "0", "255"])
 def test_what_the_help_of_outcome_lists_is_taken(word, config_dir):
     assert _run("--config-dir", config_dir, "history", "--outcome", word).returncode == 0
 

@@ -182,6 +182,28 @@ def test_a_tag_that_is_denied_is_denied_in_other_words_too(argv):
     assert _allowed("qvm-shutdown", "build", policy=policy)
 
 
+@pytest.mark.parametrize(
+    ("argv", "outcome"),
+    [
+        (("qvm-remove", "--force", "build"), "asks"),
+        # In other words: what is allowed by another rule does not run unasked.
+        (("qvm-remove", "build", "--force"), "asks"),
+        (("qvm-remove", "--force", "-v", "build"), "asks"),
+        (("qvm-kill", "other", "build"), "asks"),
+        (("qvm-shutdown", "--wait", "build"), "asks"),
+        (("qvm-shutdown", "other"), "allowed"),
+        # And nobody is asked about what no rule allows, because a part of it is asked about.
+        (("qvm-pause", "other", "build"), "refused"),
+    ],
+)
+def test_what_is_asked_about_does_not_run_unasked_in_other_words(argv, outcome):
+    ask = [["qvm-remove", "--force", "@tag:mine"], ["qvm-kill", "@tag:mine"], ["qvm-pause", "@tag:mine"]]
+    policy = {"allow": [["qvm-remove", "**"], ["qvm-kill", "**"], ["qvm-shutdown", "**"]], "ask": ask}
+    decision = decide(policy, argv, _tagged)
+    assert (decision.allowed, decision.asks) == {"asks": (False, True), "allowed": (True, False), "refused": (False, False)}[outcome]
+    assert decision.rule.startswith("ask: ") == decision.asks
+
+
 def test_a_long_line_is_read_piece_by_piece(monkeypatch):
     pieces, real = [], policy_module._PIECE
     monkeypatch.setattr(policy_module, "_PIECE", SimpleNamespace(match=lambda line, at: pieces.append(at) or real.match(line, at)))
