@@ -139,6 +139,37 @@ def test_a_ping_does_not_wait_for_as_long_as_a_command_may_run(tmp_path, monkeyp
     assert asyncio.run(Dom0(120, str(program)).ping()) == "-q ping"
 
 
+def test_a_qube_that_does_not_shut_down_is_no_success_and_is_not_killed(tmp_path, monkeypatch):
+    program = tmp_path / "qvm-remote"
+    program.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/ran
+case "$*" in
+*":;:") echo "qvm-remote: error: no shell" >&2; exit 125;;
+*qvm-ls*) [ ! -e {tmp_path}/hangs ] || exec sleep 1000; echo "sandbox|Running|AppVM|debian-13";;
+esac
+""")
+    program.chmod(0o755)
+    monkeypatch.syspath_prepend(_FOLDER)
+    from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
+    from qvm_remote_mcp import manage
+    from qvm_remote_mcp.remote import Dom0
+
+    monkeypatch.setattr(manage, "_SHUTDOWN_WAIT", 1)
+    monkeypatch.setattr(manage, "_LOOK_INTERVAL", 0.1)
+    server = MCPServer("test")
+    manage.offer(server, Dom0(120, str(program)))
+    for hangs in (False, True):
+        if hangs:
+            (tmp_path / "hangs").touch()
+        with pytest.raises(ToolError, match=r"sandbox was told to shut down, and was not seen halted within 1 s"):
+            asyncio.run(server.call_tool("shutdown_vm", {"vm": "sandbox"}))
+    ran = (tmp_path / "ran").read_text()
+    assert ran.count("-- qvm-shutdown sandbox\n") == 2
+    assert ran.count("qvm-ls") > 3
+    assert "kill" not in ran
+
+
 def test_tools_that_look_are_told_apart_from_those_that_change(agent):
     tools = {tool.name: tool for tool in agent("list_tools").result().tools}
     looks = {name for name, tool in tools.items() if tool.annotations.read_only_hint}

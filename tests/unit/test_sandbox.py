@@ -444,7 +444,15 @@ def test_unit_of_a_broken_supervisor_is_killed(box, fake_systemd):
 
 
 _PROBE = """
-import os, resource
+import os, resource, time
+def settled(look):
+    # The supervisor goes on while the command starts: what it still closes then is nothing that stays.
+    seen, since = look(), time.monotonic()
+    while time.monotonic() - since < 0.3:
+        time.sleep(0.02)
+        if look() != seen:
+            seen, since = look(), time.monotonic()
+    return seen
 def lines(path, *names):
     return [line.split() for line in open(path) if line.startswith(names)]
 kept = {name: value for name, value in os.environ.items() if name not in ("QVM_REMOTE_ID", "HOME", "TMPDIR")}
@@ -452,7 +460,8 @@ print(os.getppid(), kept, os.getcwd() == os.environ["TMPDIR"], os.listdir("."), 
 print(lines("/proc/self/status", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd", "NoNewPrivs", "Seccomp", "Groups", "CapEff"))
 print(sorted(os.listdir("/proc/self/fd"))[:3], len(os.listdir("/proc/self/fd")), open("/proc/self/oom_score_adj").read())
 print([(name, resource.getrlimit(getattr(resource, name))) for name in dir(resource) if name.startswith("RLIMIT_")])
-print(open("/proc/self/cgroup").read(), os.sched_getaffinity(0), os.listdir(f"/proc/{os.getppid()}/task/{os.getppid()}/../../fd"))
+print(open("/proc/self/cgroup").read(), os.sched_getaffinity(0))
+print(settled(lambda: os.listdir(f"/proc/{os.getppid()}/task/{os.getppid()}/../../fd")))
 print(open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split() == [str(os.getpid())])
 """
 _DIRTY = """

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import anyio
 from mcp.types import ToolAnnotations
 
+from .observe import look_at
+from .remote import RemoteError
 from .words import Property, Script, Value, VmName, Why
 
 _ADDS = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
 _ENDS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True, open_world_hint=False)
+#: How long a qube is waited for, and how often it is looked at, seconds: what the rate in dom0 leaves room for.
+_SHUTDOWN_WAIT, _LOOK_INTERVAL = 60, 3
 _RUNS_ANYTHING = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=False)
 
 
@@ -27,8 +32,14 @@ def offer(server, dom0):
 
     @server.tool(title="manage: shut a qube down", annotations=_ENDS)
     async def shutdown_vm(vm: VmName) -> str:
-        """Shut a qube down and wait for it. What is not saved in it is lost."""
-        return await dom0.run("qvm-shutdown", "--wait", vm) or f"{vm} is shut down"
+        """Shut a qube down and wait for it, a minute at most. It is not killed. What is not saved in it is lost."""
+        # Not with --wait, which kills it after a while: dom0's user is asked about that.
+        await dom0.run("qvm-shutdown", vm)
+        with anyio.move_on_after(_SHUTDOWN_WAIT):
+            while await _state_after(dom0, vm) != "Halted":
+                await anyio.sleep(_LOOK_INTERVAL)
+            return f"{vm} is shut down"
+        raise RemoteError(f"{vm} was told to shut down, and was not seen halted within {_SHUTDOWN_WAIT} s: look at it again later")
 
     @server.tool(title="manage: set a property", annotations=_ENDS)
     async def set_pref(vm: VmName, property: Property, value: Value) -> str:
@@ -44,3 +55,11 @@ def offer(server, dom0):
         """
         # At the end, so that dom0's messages count lines as the agent does.
         return await dom0.run_script(f"{script}\n# why: {' '.join(why.split())}\n") or "all of it ran; it printed nothing"
+
+
+async def _state_after(dom0, vm):
+    """The state of a qube that was told to shut down."""
+    try:
+        return (await look_at(dom0, vm)).state
+    except RemoteError as err:
+        raise RemoteError(f"{vm} was told to shut down; whether it did can't be seen: {err}") from None

@@ -35,13 +35,29 @@ def offer(server, dom0, tag):
     @server.tool(title="observe: one qube", annotations=_LOOKS)
     async def vm_info(vm: VmName) -> Vm:
         """Show one qube's state, class and template."""
-        (one,) = _read_vms(await dom0.run(*_LIST, vm))
-        return one
+        return await look_at(dom0, vm)
 
     @server.tool(title="observe: a qube's properties", annotations=_LOOKS)
     async def vm_prefs(vm: VmName, property: Property | None = None) -> str:
         """Show one property of a qube, or all of them as qvm-prefs prints them."""
         return (await dom0.run("qvm-prefs", vm, *((property,) if property else ()))).rstrip("\n")
+
+
+async def look_at(dom0, vm):
+    """Look at one qube.
+
+    Args:
+        dom0: remote.Dom0.
+        vm: str, its name.
+
+    Returns:
+        Vm
+
+    Raises:
+        RemoteError
+    """
+    (one,) = _read_vms(await dom0.run(*_LIST, vm))
+    return one
 
 
 def _read_vms(text):
