@@ -150,7 +150,7 @@ def verify(vm, cid, command, token, config=None):
     """
     try:
         pullrpc.ids.check_vm_name(vm)
-        _, state = _dom0_in_force(config).verify(vm, _raw(cid), _raw(command), _raw(token))
+        _, state = _dom0_in_force(config).intake.verify(vm, _raw(cid), _raw(command), _raw(token))
     except pullrpc.errors.Refused as refused:
         return {"verified": False, "code": refused.code, "reason": str(refused)}
     except pullrpc.errors.PullError as err:
@@ -180,7 +180,7 @@ def execute(vm, cid, config=None):
     """
     with _told():
         pullrpc.ids.check_vm_name(vm)
-        return _dom0_in_force(config).execute(vm, pullrpc.ids.check_cid(cid))
+        return _dom0_in_force(config).execution.execute(vm, pullrpc.ids.check_cid(cid))
 
 
 def authorize(vm, key_file=None, from_vm=False, from_pillar=False, config=None, in_advance=False):
@@ -496,7 +496,7 @@ def rotate(vm, from_pillar=False, config=None):
     with _told():
         pullrpc.ids.check_vm_name(vm)
         dom0 = _dom0(config)
-        old, new = dom0.rotate(vm, pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else None)
+        old, new = dom0.access.rotate(vm, pullrpc.tokens.parse_key(_pillar_key(vm)) if from_pillar else None)
     rotated = {"vm": vm, "old": old, "new": new, "handed": False}
     try:
         rotated["handed"] = _runs(dom0.config, vm) and _hand_if_there(dom0, vm)
@@ -514,7 +514,7 @@ def _runs(settings, vm):
 
 
 def _hand(dom0, vm):
-    reason = dom0.stranger(vm, pullrpc.transport.uuids(dom0.config, vm)[vm])
+    reason = dom0.access.stranger(vm, pullrpc.transport.uuids(dom0.config, vm)[vm])
     if reason:
         raise pullrpc.errors.KeyringError(reason)
     key = dom0.keyring.newest(vm)
@@ -875,7 +875,7 @@ def forget(vm, config=None):
         salt-call --local qvm_remote.forget old
     """
     with _told():
-        return _dom0(config).forget(pullrpc.ids.check_vm_name(vm))
+        return _dom0(config).access.forget(pullrpc.ids.check_vm_name(vm))
 
 
 def remembered(vm, config=None):

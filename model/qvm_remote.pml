@@ -416,7 +416,7 @@ end_closer:
 	od
 }
 
-/* ---- pullrpc.scheduler and Dom0.execute(), a thread of the pool ---- */
+/* ---- pullrpc.scheduler and Execution.execute(), a thread of the pool ---- */
 proctype pool(byte c)
 {
 end_pool:

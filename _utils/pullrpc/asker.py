@@ -148,7 +148,7 @@ class Asker:
         with self._lock:
             is_wanted = self._requests.pop((vm, cid), None) is not None
         if is_wanted and answer.word != WITHDRAWN:
-            self._dom0.answer(request, answer.word, text or _REASONS[answer.word], run_as)
+            self._dom0.execution.answer(request, answer.word, text or _REASONS[answer.word], run_as)
             self._submit(vm, cid)
         with self._lock:
             # Only now: until it has been handed on it counts as here.

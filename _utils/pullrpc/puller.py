@@ -12,7 +12,6 @@ import time
 
 from .agentless import Agentless
 from .aio import Bell
-from .dom0 import EXIT_FAILED, in_memory
 from .errors import (
     AgentUnable,
     AuditError,
@@ -27,6 +26,7 @@ from .errors import (
 )
 from .ids import check_cid
 from .outflow import Outflow
+from .results import EXIT_FAILED, in_memory
 from .session import Chunk, Delivery, NoAgent, Session
 from .tokens import TOKEN_MAX
 from .validate import check_size
@@ -62,8 +62,8 @@ class Finished:
     """A command's end, as the pool tells it.
 
     Attributes:
-        status: str, see :meth:`pullrpc.dom0.Dom0.execute`.
-        result: (int, dict), as :meth:`pullrpc.dom0.Dom0.result` gives it, when it is small enough to be at hand; else None.
+        status: str, see :meth:`pullrpc.execution.Execution.execute`.
+        result: (int, dict), as :meth:`pullrpc.results.Results.result` gives it, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
         closed: bool, whether all that is to be recorded of it is.
     """
@@ -243,7 +243,7 @@ class Puller:
         refused, with the reason.
         """
         try:
-            waiting, expired = await self._hub.call(self._hub.dom0.expire, self.vm)
+            waiting, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm)
         except (LedgerError, AuditError) as err:
             if not self._find_after:
                 self._hub.log(f"{self.vm}: the results that wait for it can't be told: {err}")
@@ -331,7 +331,7 @@ class Puller:
 
     async def _look_who_it_is(self):
         """See whether the VM in this session is the one that has access under its name."""
-        self._stranger = await self._hub.call(self._hub.dom0.stranger, self.vm, self._uuid)
+        self._stranger = await self._hub.call(self._hub.dom0.access.stranger, self.vm, self._uuid)
         if self.state in (_STRANGER, self._session.kind):
             self.state = _STRANGER if self._stranger else self._session.kind
 
@@ -345,7 +345,7 @@ class Puller:
         self._asked = True
         dom0 = self._hub.dom0
         try:
-            await self._hub.call(dom0.drop_old_key, self.vm)
+            await self._hub.call(dom0.access.drop_old_key, self.vm)
             key = await self._hub.call(dom0.handover.wanted, self.vm)
             if key is None:
                 return
@@ -395,7 +395,7 @@ class Puller:
         if end == "known":
             await self._spend()
         elif end == "late":
-            await self._hub.call(self._hub.dom0.interrupt_queued, self.vm, cid)
+            await self._hub.call(self._hub.dom0.execution.interrupt_queued, self.vm, cid)
             self.finished(cid, Finished())
 
     def _accept_all(self, listed):
@@ -418,7 +418,7 @@ class Puller:
         return {**ends, **self._claim(admitted)}
 
     def _claim(self, admitted):
-        ends = dict(self._hub.dom0.claim(admitted))
+        ends = dict(self._hub.dom0.intake.claim(admitted))
         for request, _ in admitted:
             if request.cid in ends:
                 continue
@@ -434,12 +434,12 @@ class Puller:
         verdict = self._hub.verify(self.vm, cid, untrusted_command, untrusted_token)
         if verdict.get("verified") is not True:
             raise Refused(str(verdict.get("code", "doubt")), str(verdict.get("reason", "dom0 could not verify the request")))
-        request = self._hub.dom0.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
+        request = self._hub.dom0.intake.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
         if request is not None and request.asks:
             try:
                 self._hub.lines.check_question(request)
             except Refused:
-                self._hub.dom0.dismiss(request)
+                self._hub.dom0.intake.dismiss(request)
                 raise
         return request
 
@@ -478,7 +478,7 @@ class Puller:
 
     async def _fetch_stdin(self, request, size):
         call, dom0 = self._hub.call, self._hub.dom0
-        writer = await call(dom0.stdin_writer, request)
+        writer = await call(dom0.intake.stdin_writer, request)
         try:
             async for piece in self._fetch(request.cid, "in", size):
                 await call(writer.write, piece)
@@ -486,9 +486,9 @@ class Puller:
             # The session broke, or the disk is full: the request was never claimed.
             with contextlib.suppress(SpoolError):
                 writer.close()
-            dom0.dismiss(request)
+            dom0.intake.dismiss(request)
             raise
-        await call(dom0.end_stdin, request, writer)
+        await call(dom0.intake.end_stdin, request, writer)
 
     async def _fetch(self, cid, part, size):
         """Fetch a part of a request piece by piece. A piece that is shorter than asked for ends it: the VM's file changed."""
@@ -520,7 +520,7 @@ class Puller:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
         request = (item.command, item.token) if item.command is not None else None
-        refusal = await self._hub.call(self._hub.dom0.refusal, self.vm, cid, str(refused), is_proven, request)
+        refusal = await self._hub.call(self._hub.dom0.results.refusal, self.vm, cid, str(refused), is_proven, request)
         self._asked = True
         async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
             continue
@@ -542,9 +542,9 @@ class Puller:
 
     async def _cancel_in_dom0(self, cid):
         if self._hub.lines.withdraw(self.vm, cid):
-            await self._hub.call(self._hub.dom0.drop_queued, self.vm, cid)
+            await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
         else:
-            await self._hub.call(self._hub.dom0.cancel, self.vm, cid)
+            await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid)
         self._untold.discard(cid)
         if cid in self._outflows:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
@@ -593,9 +593,9 @@ class Puller:
         found = []
         for cid, end in waiting.items():
             if end.lost:
-                found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.refusal(self.vm, cid, end.lost))))
+                found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost))))
                 continue
-            result = end.result or self._hub.dom0.result(self.vm, cid)
+            result = end.result or self._hub.dom0.results.result(self.vm, cid)
             if result is not None:
                 found.append(Delivery(cid, *result, sent=self._sent(cid, end, result[1])))
         return found
@@ -612,7 +612,7 @@ class Puller:
             piece = None if cid in self._outbox else outflow.next()
             while piece is not None:
                 try:
-                    found = self._hub.dom0.chunk(self.vm, cid, piece.seq, piece.part, piece.offset, piece.size)
+                    found = self._hub.dom0.execution.chunk(self.vm, cid, piece.seq, piece.part, piece.offset, piece.size)
                 except SpoolError as err:
                     self._hub.log(f"{self.vm}: {cid}: {err}")
                     found = None

@@ -109,7 +109,7 @@ async def _judge(dom0, config, vm, session, cid, item):
         untrusted_command = await _whole(session, cid, "command", item.command_size, item.command)
         untrusted_token = await _whole(session, cid, "auth", item.token_size, item.token)
         check_size(item.stdin_size, config.stdin_max, "stdin")
-        request, _ = dom0.verify(vm, cid.encode("ascii"), untrusted_command, untrusted_token)
+        request, _ = dom0.intake.verify(vm, cid.encode("ascii"), untrusted_command, untrusted_token)
     except Refused as refused:
         return {"command": _shown(untrusted_command), "runs": False, "reason": str(refused)}
     return {"command": _shown(untrusted_command), "runs": True, "asks": request.asks}

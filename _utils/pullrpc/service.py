@@ -14,11 +14,11 @@ import time
 from . import __version__, note, sandbox
 from .aio import Bell, Threads, run
 from .config import digest
-from .dom0 import of_bytes
 from .errors import PullError, TransportError
 from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
+from .results import of_bytes
 from .transport import running_vms, uuids
 from .watch import Watcher
 
@@ -202,7 +202,7 @@ class Service:
             # Not taken out before they are recorded: what comes meanwhile finds this task at work.
             results = list(self._to_close)
             try:
-                await self.call(self.dom0.close_deliveries, results)
+                await self.call(self.dom0.results.close_deliveries, results)
             except Exception as err:  # noqa: BLE001 - whatever it is, what comes later is to be recorded
                 self.log(str(err))
                 self._unclosed.update(results)
@@ -222,7 +222,7 @@ class Service:
         # Some may have been delivered again in another session, and be closed by now.
         results = [(vm, cid) for vm, cid in results if self.dom0.ledger.waiting_exit(vm, cid) is not None]
         if results:
-            self.dom0.close_deliveries(results)
+            self.dom0.results.close_deliveries(results)
 
     def _spawned_ended(self, task):
         self._spawned.discard(task)
@@ -240,7 +240,7 @@ class Service:
         # What a dead service left says nothing of this one.
         note.remove(self.dom0.config)
         swept = sandbox.sweep(self.dom0.config.run_dir)
-        left = self.dom0.recover()
+        left = self.dom0.execution.recover()
         if swept or left:
             self.log(f"the last service ended early: {len(left)} commands of it were closed, {swept} sandboxes removed")
         self._warm()
@@ -254,7 +254,7 @@ class Service:
 
     def _warm(self):
         try:
-            self.dom0.warm()
+            self.dom0.execution.warm()
         except PullError as err:
             # Each command will be answered with the reason; those who ask are to hear of it.
             self.log(str(err))
@@ -262,14 +262,14 @@ class Service:
     async def _in_loop(self, work):
         self._loop = asyncio.get_running_loop()
         self._bell = Bell()
-        self.dom0.on_output = functools.partial(self._post, "wrote")
+        self.dom0.execution.on_output = functools.partial(self._post, "wrote")
         self._threads = Threads(_THREADS, "qvm-remote-disk")
         try:
             return await work
         finally:
             if self._spawned:
                 await asyncio.wait(self._spawned, timeout=_GOODBYE_WAIT)
-            self.dom0.on_output = None
+            self.dom0.execution.on_output = None
             self.lines.close()
             self._threads.close()
             sandbox.close_idle()
@@ -418,7 +418,7 @@ class Service:
     def _interrupt_late(self, vm, cid):
         """Finish a command that dom0's user was asked about when the service ended; in the thread that asks."""
         try:
-            self.dom0.interrupt_queued(vm, cid)
+            self.dom0.execution.interrupt_queued(vm, cid)
         except PullError as err:
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, Finished())
@@ -434,7 +434,7 @@ class Service:
         """Record the ends that could not be recorded, now that there may be room for it."""
         for (vm, cid), reason in list(self._lost.items()):
             try:
-                await self.call(self.dom0.finish_lost, vm, cid, reason)
+                await self.call(self.dom0.execution.finish_lost, vm, cid, reason)
             except PullError:
                 # It was said when it happened.
                 return
@@ -447,7 +447,7 @@ class Service:
 
     def _small_result(self, vm, cid):
         """A result that is worth keeping at hand until it is delivered; None for another one."""
-        result = self.dom0.result(vm, cid)
+        result = self.dom0.results.result(vm, cid)
         if result is None or sum(size for size, _ in result[1].values()) > _AT_HAND:
             return None
         exit_code, parts = result
@@ -480,13 +480,13 @@ class Service:
             puller.wake()
         for vm, cid in self.lines.close():
             try:
-                await self.call(self.dom0.interrupt_queued, vm, cid)
+                await self.call(self.dom0.execution.interrupt_queued, vm, cid)
             except PullError as err:
                 # The next start does the same with what is left.
                 self.log(f"{vm}: {cid}: {err}")
             self._tell("finished", vm, cid, Finished())
         if not await self.call(self.lines.wait_idle, self.dom0.config.stop_grace):
-            await self.call(self.dom0.interrupt_running)
+            await self.call(self.dom0.execution.interrupt_running)
             await self.call(self.lines.wait_idle, _KILL_WAIT)
         await self._record_lost()
         for puller in pullers:

@@ -19,8 +19,11 @@ import time
 
 import pullrpc.dom0
 import pullrpc.duplex
+import pullrpc.execution
+import pullrpc.intake
 import pullrpc.ledger
 import pullrpc.puller
+import pullrpc.results
 import pullrpc.sandbox
 import pullrpc.scheduler
 import pullrpc.spool
@@ -51,7 +54,7 @@ def _always(*_, **__):
 STEPS = {
     "queued": (pullrpc.duplex.Duplex, "_on_readable", "before", _always),
     "fetched": (pullrpc.puller.Puller, "_take_in", "before", lambda puller, items, cancels: bool(items)),
-    "kept": (pullrpc.dom0.Dom0, "admit", "after", _always),
+    "kept": (pullrpc.intake.Intake, "admit", "after", _always),
     "stdin": (pullrpc.spool.StdinWriter, "close", "before", _always),
     "claiming": (pullrpc.ledger.Ledger, "claim_all", "before", _always),
     "claimed": (pullrpc.ledger.Ledger, "claim_all", "after", _always),
@@ -69,12 +72,12 @@ STEPS = {
     "delivering": (pullrpc.duplex.Duplex, "ask", "before", _asks("result")),
     "half-delivered": (pullrpc.duplex.Duplex, "ask", "after", _asks("put", mac=False)),
     "sent": (pullrpc.duplex.Duplex, "ask", "after", _asks("result")),
-    "answered": (pullrpc.dom0.Dom0, "close_deliveries", "before", _always),
+    "answered": (pullrpc.results.Results, "close_deliveries", "before", _always),
     "delivered": (pullrpc.ledger.Ledger, "delivered", "after", _always),
-    "closed": (pullrpc.dom0.Dom0, "close_deliveries", "after", _always),
+    "closed": (pullrpc.results.Results, "close_deliveries", "after", _always),
     # Of the start after an end that came too soon.
     "recovering": (pullrpc.ledger.Ledger, "unfinished", "after", _always),
-    "interrupting": (pullrpc.dom0.Dom0, "_finish_without_run", "before", _always),
+    "interrupting": (pullrpc.execution.Execution, "_finish_without_run", "before", _always),
     "recovered": (pullrpc.spool.Spool, "sweep", "after", _always),
 }
 
@@ -156,7 +159,7 @@ def say(text):
 
 def _verify(dom0, vm, cid, command, token):
     try:
-        dom0.verify(vm, cid.encode("ascii"), command, token)
+        dom0.intake.verify(vm, cid.encode("ascii"), command, token)
     except Refused as refused:
         return {"verified": False, "code": refused.code, "reason": str(refused)}
     return {"verified": True}
@@ -200,7 +203,7 @@ def _kill_session(_, vm):
 
 def _rotate(dom0, vm):
     try:
-        dom0.rotate(vm)
+        dom0.access.rotate(vm)
         say("rotated")
     except PullError as err:
         say(f"rotated not: {err}")
@@ -260,7 +263,7 @@ def main():
     service = Service(
         dom0,
         functools.partial(_verify, dom0),
-        dom0.execute,
+        dom0.execution.execute,
         lambda vm, cid, what, data: say(f"{what} {vm} {cid}"),
         lambda text: say(f"log {text}"),
     )

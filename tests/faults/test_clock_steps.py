@@ -114,21 +114,21 @@ def _request():
 
 
 def _run(dom0, request):
-    assert dom0.claim([(dom0.admit(*request, -1), 0)]) == {}
-    return dom0.execute("work", request[1].decode())
+    assert dom0.intake.claim([(dom0.intake.admit(*request, -1), 0)]) == {}
+    return dom0.execution.execute("work", request[1].decode())
 
 
 @pytest.mark.parametrize("ahead", [100, 3600, 200 * 86400])
 def test_nothing_is_run_again_when_a_clock_that_ran_ahead_is_set_back(dom0, step, ahead):
     request = _request()
     _run(dom0, request)
-    dom0.close_delivery("work", request[1].decode())
+    dom0.results.close_delivery("work", request[1].decode())
     step(ahead)
     # An engine starts, and forgets what is old by that clock.
-    dom0.recover()
+    dom0.execution.recover()
     step(0)
     with pytest.raises(Refused) as caught:
-        dom0.verify(*request)
+        dom0.intake.verify(*request)
     assert caught.value.code == "replay"
 
 
@@ -137,9 +137,9 @@ def test_a_result_is_given_up_by_dom0s_clock_and_never_before_its_time_by_one_th
     cid = request[1].decode()
     _run(dom0, request)
     step(-100 * 86400)
-    assert dom0.expire("work") == ([cid], [])
+    assert dom0.results.expire("work") == ([cid], [])
     step(dom0.config.spool_max_age + 60)
-    assert dom0.expire("work") == ([], [cid])
+    assert dom0.results.expire("work") == ([], [cid])
 
 
 def test_results_of_a_vm_that_never_comes_back_are_given_up_when_an_engine_starts(dom0, step):
@@ -148,10 +148,10 @@ def test_results_of_a_vm_that_never_comes_back_are_given_up_when_an_engine_start
     _run(dom0, request)
     # One that comes back by then is told that its result was given up.
     step(2 * dom0.config.spool_max_age - 60)
-    dom0.recover()
+    dom0.execution.recover()
     assert dom0.ledger.counts() == {"done": 1}
     step(2 * dom0.config.spool_max_age + 60)
-    dom0.recover()
+    dom0.execution.recover()
     assert dom0.ledger.counts() == {"delivered": 1}
     assert not os.path.exists(dom0.spool.path("work", cid))
 
@@ -159,13 +159,13 @@ def test_results_of_a_vm_that_never_comes_back_are_given_up_when_an_engine_start
 def test_a_request_grows_old_while_its_stdin_is_fetched(dom0, step):
     cid, stdin = new_cid(), hashlib.sha256(b"stdin")
     request = "work", cid.encode("ascii"), b"cat", make_token(KEY, "work", cid, 10, "shell", b"cat", stdin.digest())
-    admitted = dom0.admit(*request, 5)
-    writer = dom0.stdin_writer(admitted)
+    admitted = dom0.intake.admit(*request, 5)
+    writer = dom0.intake.stdin_writer(admitted)
     writer.write(b"stdin")
     step(dom0.config.max_age + 5)
-    dom0.end_stdin(admitted, writer)
-    other = dom0.admit(*_request(), -1)
-    refused = dom0.claim([(admitted, 5), (other, 0)])
+    dom0.intake.end_stdin(admitted, writer)
+    other = dom0.intake.admit(*_request(), -1)
+    refused = dom0.intake.claim([(admitted, 5), (other, 0)])
     assert {name: err.code for name, err in refused.items()} == {cid: "stale"}
     assert dom0.ledger.counts() == {"claimed": 1}
     assert not os.path.exists(dom0.spool.path("work", cid))
@@ -177,18 +177,18 @@ def test_a_vm_that_takes_no_results_is_refused_more_before_they_are_many(dom0):
     for number in range(most):
         os.makedirs(dom0.spool.path("work", f"20260101-000000-1-{number:08x}"))
     with pytest.raises(Refused, match="too many unfinished commands and results") as caught:
-        dom0.admit(*_request(), -1)
+        dom0.intake.admit(*_request(), -1)
     assert caught.value.code == "room"
     os.rmdir(dom0.spool.path("work", "20260101-000000-1-00000000"))
     dom0.spool._counted.clear()
-    dom0.admit(*_request(), -1)
+    dom0.intake.admit(*_request(), -1)
     with pytest.raises(Refused, match="too many unfinished commands and results"):
-        dom0.admit(*_request(), -1)
+        dom0.intake.admit(*_request(), -1)
 
 
 def test_commands_that_were_delivered_take_no_room(dom0):
     for _ in range(16 * dom0.config.vm_queue + 5):
-        dom0.dismiss(dom0.admit(*_request(), -1))
+        dom0.intake.dismiss(dom0.intake.admit(*_request(), -1))
 
 
 def test_a_ledger_made_by_a_clock_that_ran_ahead_takes_nothing_and_says_so(dom0, step):
@@ -198,7 +198,7 @@ def test_a_ledger_made_by_a_clock_that_ran_ahead_takes_nothing_and_says_so(dom0,
     assert dom0.ledger.counts() == {}
     step(0)
     with pytest.raises(Refused) as caught:
-        dom0.verify(*_request())
+        dom0.intake.verify(*_request())
     assert caught.value.code == "replay"
     assert dom0.ledger_ahead() > 86000
     dom0.renew_ledger()

@@ -98,7 +98,7 @@ damages = pytest.mark.parametrize("damage", _DAMAGES.values(), ids=_DAMAGES.keys
 
 
 def _service(dom0):
-    return Service(dom0, dom0.verify, dom0.execute, lambda *_: None, lambda *_: None)
+    return Service(dom0, dom0.intake.verify, dom0.execution.execute, lambda *_: None, lambda *_: None)
 
 
 @damages
@@ -117,18 +117,18 @@ def test_a_damaged_ledger_is_set_aside_and_the_new_one_takes_nothing_from_before
     damage(dom0.ledger_path)
     aside = dom0.renew_ledger()
     assert os.path.lexists(aside) or os.path.lexists(f"{aside}-wal")
-    dom0.recover()
+    dom0.execution.recover()
     with pytest.raises(Refused) as caught:
-        dom0.verify(*before)
+        dom0.intake.verify(*before)
     assert caught.value.code == "replay"
     while int(time.time()) <= dom0.ledger.forgotten_before("work"):
         time.sleep(0.05)
-    assert dom0.verify(*_request())[1] is None
+    assert dom0.intake.verify(*_request())[1] is None
 
 
 def test_damage_that_comes_while_it_is_open_refuses_each_command_with_the_reason(dom0):
     """A page of the table itself: nothing can be looked up."""
-    assert dom0.verify(*_request())[1] is None
+    assert dom0.intake.verify(*_request())[1] is None
     with _database(dom0.ledger_path) as db:
         db.execute("PRAGMA writable_schema = 1")
         (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'command'").fetchone()
@@ -136,21 +136,21 @@ def test_damage_that_comes_while_it_is_open_refuses_each_command_with_the_reason
     _overwrite(dom0.ledger_path, (root - 1) * 4096, b"\xff" * 4096)
     dom0._close_ledger()
     with pytest.raises(Refused, match="the ledger is damaged .* qvm_remote.ledger_check") as caught:
-        dom0.verify(*_request())
+        dom0.intake.verify(*_request())
     assert caught.value.code == "ledger"
 
 
 def test_a_ledger_that_others_can_read_is_refused(dom0):
     os.chmod(dom0.ledger_path, 0o644)
     with pytest.raises(LedgerError, match="mode 0600"):
-        dom0.recover()
+        dom0.execution.recover()
 
 
 def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(dom0):
     with _database(dom0.ledger_path) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(LedgerError, match="newer qvm-remote") as caught:
-        dom0.recover()
+        dom0.execution.recover()
     assert not isinstance(caught.value, LedgerDamaged)
 
 
@@ -158,7 +158,7 @@ def test_a_ledger_of_before_there_was_a_version_is_taken_on_with_all_that_it_kno
     with _database(dom0.ledger_path) as db:
         db.execute("DELETE FROM forgotten")
         db.execute("PRAGMA user_version = 0")
-    dom0.recover()
+    dom0.execution.recover()
     assert dom0.ledger.counts() == {"delivered": 600}
     old = cid_time("20260101-000000-1-00000000")
     assert dom0.ledger.forgotten_before("work") < old
@@ -166,19 +166,19 @@ def test_a_ledger_of_before_there_was_a_version_is_taken_on_with_all_that_it_kno
 
 def test_what_waits_in_the_spool_of_a_lost_ledger_is_told_to_its_clients(dom0):
     vm, done, command, token = _request()
-    request = dom0.admit(vm, done, command, token, -1)
-    assert dom0.claim([(request, 0)]) == {}
-    dom0.execute(vm, request.cid)
+    request = dom0.intake.admit(vm, done, command, token, -1)
+    assert dom0.intake.claim([(request, 0)]) == {}
+    dom0.execution.execute(vm, request.cid)
     vm, waiting, command, token = _request()
-    assert dom0.claim([(dom0.admit(vm, waiting, command, token, -1), 0)]) == {}
+    assert dom0.intake.claim([(dom0.intake.admit(vm, waiting, command, token, -1), 0)]) == {}
     dom0._close_ledger()
     _DAMAGES["no database"](dom0.ledger_path)
     dom0.renew_ledger()
-    dom0.recover()
-    assert dom0.result("work", done.decode())[0] == 0
-    assert dom0.result("work", waiting.decode())[0] == 125
+    dom0.execution.recover()
+    assert dom0.results.result("work", done.decode())[0] == 0
+    assert dom0.results.result("work", waiting.decode())[0] == 125
     with pytest.raises(Refused):
-        dom0.execute("work", waiting.decode())
+        dom0.execution.execute("work", waiting.decode())
 
 
 def test_what_kept_a_vm_out_is_carried_over_as_far_as_it_can_be_read(dom0):
@@ -189,7 +189,7 @@ def test_what_kept_a_vm_out_is_carried_over_as_far_as_it_can_be_read(dom0):
         db.execute("PRAGMA user_version = 1")
         db.execute("ALTER TABLE command RENAME COLUMN exit TO code")
     with pytest.raises(LedgerDamaged):
-        dom0.recover()
+        dom0.execution.recover()
     dom0.renew_ledger()
     assert dom0.ledger.forgotten_before("dev") > time.time() + 900
     assert dom0.ledger.forgotten_before("work") <= time.time()
@@ -223,15 +223,15 @@ def test_a_new_ledger_takes_no_id_from_before_it_was_made(dom0):
     request = _request(cid)
     # This ledger is older than the request.
     dom0.ledger._db.execute("UPDATE forgotten SET before = 0")
-    assert dom0.claim([(dom0.admit(*request, -1), 0)]) == {}
+    assert dom0.intake.claim([(dom0.intake.admit(*request, -1), 0)]) == {}
     dom0._close_ledger()
     for name in os.listdir(dom0.config.state_dir):
         if name.startswith("ledger"):
             os.unlink(os.path.join(dom0.config.state_dir, name))
     with pytest.raises(Refused) as caught:
-        dom0.verify(*request)
+        dom0.intake.verify(*request)
     assert caught.value.code == "replay"
-    assert dom0.verify(*_request())[1] is None
+    assert dom0.intake.verify(*_request())[1] is None
 
 
 def test_a_ledger_that_another_process_made_meanwhile_is_the_one(settings, monkeypatch):

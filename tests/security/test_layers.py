@@ -7,8 +7,8 @@ import os
 import subprocess
 
 import pytest
-from pullrpc import dom0 as dom0_module
-from pullrpc import gate, sandbox
+from pullrpc import execution, gate, intake, sandbox
+from pullrpc.audit import AuditLog
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import AuditError, Refused
@@ -39,13 +39,13 @@ class _World:
         Returns:
             (str, bytes): how it ended, and its stdout.
         """
-        admitted = self.dom0.admit(*request, -1)
-        refused = self.dom0.claim([(admitted, 0)])
+        admitted = self.dom0.intake.admit(*request, -1)
+        refused = self.dom0.intake.claim([(admitted, 0)])
         if refused:
             raise refused[admitted.cid]
-        status = self.dom0.execute("work", admitted.cid)["status"]
-        out = b"".join(self.dom0.result("work", admitted.cid)[1]["out"][1](0))
-        self.dom0.close_delivery("work", admitted.cid)
+        status = self.dom0.execution.execute("work", admitted.cid)["status"]
+        out = b"".join(self.dom0.results.result("work", admitted.cid)[1]["out"][1](0))
+        self.dom0.results.close_delivery("work", admitted.cid)
         return status, out
 
     def code(self, request):
@@ -99,13 +99,13 @@ class _World:
         """Whether a command is taken in, or runs, although from then on nothing can be written to the log."""
         log, mark = self.dom0.config.audit_log, os.path.join(self.dom0.config.state_dir, f"ran-{when[:2]}")
         request = self.sign(f"sh -c 'echo > {mark}'".encode())
-        admitted = self.dom0.admit(*request, -1)
+        admitted = self.dom0.intake.admit(*request, -1)
         if when == "begun":
-            assert self.dom0.claim([(admitted, 0)]) == {}
+            assert self.dom0.intake.claim([(admitted, 0)]) == {}
         with _nothing_is_written_to(log), contextlib.suppress(AuditError, Refused):
-            if when == "taken in" and admitted.cid not in self.dom0.claim([(admitted, 0)]):
+            if when == "taken in" and admitted.cid not in self.dom0.intake.claim([(admitted, 0)]):
                 return True
-            self.dom0.execute("work", admitted.cid)
+            self.dom0.execution.execute("work", admitted.cid)
         return os.path.exists(mark)
 
 
@@ -135,7 +135,8 @@ def _no_validation(monkeypatch):
 
 
 def _no_policy(monkeypatch):
-    monkeypatch.setattr(dom0_module, "check_policy", lambda config, ledger, tagged, request, now=None: request)
+    for module in (intake, execution):
+        monkeypatch.setattr(module, "check_policy", lambda config, ledger, tagged, request, now=None: request)
 
 
 class _Unconfined:
@@ -160,7 +161,7 @@ def _no_sandbox(monkeypatch):
 
 def _no_audit(monkeypatch):
     for name in ("write", "write_all"):
-        monkeypatch.setattr(dom0_module.AuditLog, name, lambda *_, **__: None)
+        monkeypatch.setattr(AuditLog, name, lambda *_, **__: None)
 
 
 _LAYERS = {

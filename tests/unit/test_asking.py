@@ -142,7 +142,7 @@ class _World:
         self.lines = Lines(self.dom0, self._run, self._late, lambda *_: None, self.logged.append, lambda: None)
 
     def _run(self, vm, cid):
-        self.ended[cid] = self.dom0.execute(vm, cid)["status"]
+        self.ended[cid] = self.dom0.execution.execute(vm, cid)["status"]
 
     def _late(self, vm, cid):
         self.ended[cid] = "late"
@@ -151,10 +151,10 @@ class _World:
         """Bring a request as far as a session does."""
         cid = new_cid()
         token = make_token(self.dom0.keyring.get(vm), vm, cid, 10, form, line)
-        request = self.dom0.admit(vm, cid.encode(), line, token, -1)
+        request = self.dom0.intake.admit(vm, cid.encode(), line, token, -1)
         if request.asks:
             self.lines.check_question(request)
-        assert self.dom0.claim([(request, 0)]) == {}
+        assert self.dom0.intake.claim([(request, 0)]) == {}
         assert self.lines.submit(request)
         return cid
 
@@ -174,7 +174,7 @@ class _World:
 
     def part(self, cid, part, vm="work"):
         """What a command left."""
-        return b"".join(self.dom0.result(vm, cid)[1][part][1](0))
+        return b"".join(self.dom0.results.result(vm, cid)[1][part][1](0))
 
     def audited(self):
         """The words and answers of the audit log, in order."""
@@ -229,7 +229,7 @@ def test_a_script_is_asked_about_once_whole_and_runs_line_by_line(world):
 def test_a_script_stops_at_the_first_command_that_fails_and_says_which(world):
     cid = world.submit(b"echo one\nfalse\necho three\n", form="script")
     assert world.wait_end(cid) == ["done"]
-    exit_code, _ = world.dom0.result("work", cid)
+    exit_code, _ = world.dom0.results.result("work", cid)
     assert (exit_code, world.part(cid, "out")) == (1, b"one\n")
     assert b"command 2 of 3 (false) ended with exit code 1; 1 more were not run" in world.part(cid, "err")
 
@@ -297,9 +297,9 @@ def test_a_command_nobody_was_asked_about_is_not_run_whatever_the_engine_does(wo
     assert world.wait_end(cid) == ["done"]
     cid = new_cid()
     token = make_token(world.dom0.keyring.get("work"), "work", cid, 10, "shell", b"printf a")
-    request = world.dom0.admit("work", cid.encode(), b"printf a", token, -1)
-    world.dom0.claim([(request, 0)])
-    assert world.dom0.execute("work", cid)["status"] == "refused"
+    request = world.dom0.intake.admit("work", cid.encode(), b"printf a", token, -1)
+    world.dom0.intake.claim([(request, 0)])
+    assert world.dom0.execution.execute("work", cid)["status"] == "refused"
     assert b"has to be asked" in world.part(cid, "err")
 
 

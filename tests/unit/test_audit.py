@@ -685,7 +685,7 @@ def dom0(tmp_path, path):
 def _admit(dom0, line):
     cid = new_cid()
     token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
-    return dom0.admit("work", cid.encode(), line, token, -1)
+    return dom0.intake.admit("work", cid.encode(), line, token, -1)
 
 
 def _break(path):
@@ -705,7 +705,7 @@ def test_commands_that_come_together_are_logged_by_one_write_and_one_fsync(dom0,
     _fill(path, 1, dom0.audit)
     requests = [_admit(dom0, b"true " + b"x" * size) for size in (0, 10, 5000)]
     monkeypatch.setattr(chain.os, "fsync", lambda fd: (os.path.samestat(os.fstat(fd), os.stat(path)) and count.append(fd), fsync(fd)))
-    assert dom0.claim([(request, 0) for request in requests]) == {}
+    assert dom0.intake.claim([(request, 0) for request in requests]) == {}
     assert len(count) == 1
     lines = _lines(path)[1:]
     assert [(line["what"], line["by"], line.get("whole", True)) for line in lines] == [("accepted", "full", True)] * 2 + [("accepted", "full", False)]
@@ -716,7 +716,7 @@ def test_commands_that_come_together_are_logged_by_one_write_and_one_fsync(dom0,
 def test_what_cant_be_logged_is_refused_and_nothing_is_kept_of_it(dom0, path):
     requests = [_admit(dom0, b"true"), _admit(dom0, b"false")]
     _break(path)
-    refused = dom0.claim([(request, 0) for request in requests])
+    refused = dom0.intake.claim([(request, 0) for request in requests])
     assert [refused[request.cid].code for request in requests] == ["storage"] * 2
     assert dom0.ledger.counts() == {}
     assert os.listdir(dom0.spool.path("work", "")) == []
@@ -724,29 +724,29 @@ def test_what_cant_be_logged_is_refused_and_nothing_is_kept_of_it(dom0, path):
 
 def test_a_command_whose_start_cant_be_logged_does_not_run(dom0, path, tmp_path):
     request = _admit(dom0, f"touch {tmp_path}/ran".encode())
-    assert dom0.claim([(request, 0)]) == {}
+    assert dom0.intake.claim([(request, 0)]) == {}
     _break(path)
     with pytest.raises(AuditError):
-        dom0.execute("work", request.cid)
+        dom0.execution.execute("work", request.cid)
     assert not os.path.exists(tmp_path / "ran")
     _mend(path)
     # The next start of the service says how it ended.
-    assert dom0.recover() == [("work", request.cid)]
+    assert dom0.execution.recover() == [("work", request.cid)]
     (row,) = audit_read.history(path)
     assert (row["outcome"], row["exit"], _verify(path)["problems"]) == ("failed", 125, [])
 
 
 def test_a_delivery_that_cant_be_logged_is_made_again(dom0, path):
     request = _admit(dom0, b"echo hello")
-    assert dom0.claim([(request, 0)]) == {}
-    assert dom0.execute("work", request.cid)["exit"] == 0
+    assert dom0.intake.claim([(request, 0)]) == {}
+    assert dom0.execution.execute("work", request.cid)["exit"] == 0
     (row,) = audit_read.history(path)
     assert (row["outcome"], row["exit"], row["out"], row["err"], row["signal"]) == ("done", 0, 6, 0, 0)
     _break(path)
     with pytest.raises(AuditError):
-        dom0.close_delivery("work", request.cid)
-    assert dom0.expire("work") == ([request.cid], [])
+        dom0.results.close_delivery("work", request.cid)
+    assert dom0.results.expire("work") == ([request.cid], [])
     _mend(path)
-    dom0.close_delivery("work", request.cid)
-    assert dom0.expire("work") == ([], [])
+    dom0.results.close_delivery("work", request.cid)
+    assert dom0.results.expire("work") == ([], [])
     assert [line["what"] for line in _lines(path)] == ["accepted", "run", "ended", "delivered"]

@@ -427,14 +427,14 @@ def dom0(tmp_path):
 def _accept(dom0, line):
     cid = new_cid()
     token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
-    assert dom0.claim([(dom0.admit("work", cid.encode(), line, token, -1), 0)]) == {}
+    assert dom0.intake.claim([(dom0.intake.admit("work", cid.encode(), line, token, -1), 0)]) == {}
     return cid
 
 
 def test_no_shell_reads_a_line_that_rules_allowed(dom0):
     cid = _accept(dom0, b"echo '$HOME;' \"a  b\"")
-    assert dom0.execute("work", cid)["status"] == "done"
-    parts = dom0.result("work", cid)[1]
+    assert dom0.execution.execute("work", cid)["status"] == "done"
+    parts = dom0.results.result("work", cid)[1]
     assert b"".join(parts["out"][1](0)) == b"$HOME; a  b\n"
     with pytest.raises(Refused, match="does not let it"):
         _accept(dom0, b"printf a")
@@ -443,8 +443,8 @@ def test_no_shell_reads_a_line_that_rules_allowed(dom0):
 def test_a_command_whose_rule_is_gone_when_its_turn_comes_is_not_run(dom0):
     cid = _accept(dom0, b"echo a")
     dom0.config = make_config({**dom0.folders, "vms": {"work": {"policy": "none"}}})
-    assert dom0.execute("work", cid)["status"] == "refused"
-    err = b"".join(dom0.result("work", cid)[1]["err"][1](0))
+    assert dom0.execution.execute("work", cid)["status"] == "refused"
+    err = b"".join(dom0.results.result("work", cid)[1]["err"][1](0))
     assert b"lets this qube run nothing" in err
 
 
@@ -460,4 +460,4 @@ def test_time_passes_for_a_vm_that_asks_for_nothing(dom0):
 def test_a_command_whose_time_is_over_when_its_turn_comes_is_not_run(dom0):
     cid = _accept(dom0, b"echo a")
     dom0.config = make_config({**dom0.folders, "vms": {"work": {"until": int(time.time()) - 1}}})
-    assert dom0.execute("work", cid)["status"] == "refused"
+    assert dom0.execution.execute("work", cid)["status"] == "refused"

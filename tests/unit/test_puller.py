@@ -8,17 +8,18 @@ import threading
 import time
 
 import pytest
-from pullrpc import dom0 as dom0_module
-from pullrpc import sandbox
+from pullrpc import execution, sandbox, tags
 from pullrpc import service as service_module
 from pullrpc.aio import run
 from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
-from pullrpc.dom0 import Dom0, _Running, of_bytes
+from pullrpc.dom0 import Dom0
 from pullrpc.errors import AgentUnable, FrameError, Refused
+from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
 from pullrpc.puller import Finished, Puller
+from pullrpc.results import of_bytes
 from pullrpc.session import Found, Item, Session, _frames_of, read_poll
 from pullrpc.tokens import fingerprint, make_token
 
@@ -46,7 +47,7 @@ class _Hub:
         self.lines = Lines(dom0, lambda vm, cid: self.may_run.wait(20), self._nobody, self.emit, self.log, self._nobody)
 
     def verify(self, vm, cid, command, token):
-        self.dom0.verify(vm, cid, command, token)
+        self.dom0.intake.verify(vm, cid, command, token)
         return {"verified": True}
 
     def call(self, function, *args):
@@ -54,7 +55,7 @@ class _Hub:
 
     def close_deliveries(self, results):
         if results:
-            self.dom0.close_deliveries(results)
+            self.dom0.results.close_deliveries(results)
 
     def served(self):
         return 1
@@ -135,8 +136,8 @@ def _item(form="shell", command=b"true"):
 def _started(dom0):
     """A command that runs, as far as the ledger goes."""
     cid, item = _item("ping", b"ping")
-    request = dom0.admit("work", cid, item.command, item.token, -1)
-    assert dom0.claim([(request, 0)]) == {}
+    request = dom0.intake.admit("work", cid, item.command, item.token, -1)
+    assert dom0.intake.claim([(request, 0)]) == {}
     dom0.ledger.start("work", cid)
     return cid, request
 
@@ -161,16 +162,16 @@ def _play(dom0, scene, monkeypatch):
 def test_a_command_that_ends_while_a_session_begins_is_delivered(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         cid, request = _started(dom0)
-        loop, expire = asyncio.get_running_loop(), dom0.expire
+        loop, expire = asyncio.get_running_loop(), dom0.results.expire
 
         def expire_while_it_ends(name):
             found = expire(name)
-            dom0._finish_ping(request, time.monotonic())
+            dom0.execution._finish_ping(request, time.monotonic())
             loop.call_soon_threadsafe(puller.finished, cid, Finished(status="done"))
             time.sleep(0.05)
             return found
 
-        monkeypatch.setattr(dom0, "expire", expire_while_it_ends)
+        monkeypatch.setattr(dom0.results, "expire", expire_while_it_ends)
         await puller._open()
         await puller._deliver()
         assert vm.delivered == [(cid, 0)]
@@ -193,7 +194,7 @@ def test_why_there_is_no_result_survives_a_session_that_breaks(dom0, monkeypatch
 def test_a_result_that_waited_too_long_is_answered_with_that(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         cid, request = _started(dom0)
-        dom0._finish_ping(request, time.monotonic())
+        dom0.execution._finish_ping(request, time.monotonic())
         dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
         await puller._open()
         await puller._deliver()
@@ -249,7 +250,7 @@ def test_a_client_that_gives_up_as_its_command_ends_holds_nothing_up(dom0, monke
         for part, data in (("out", b"x" * 100), ("err", b"")):
             with open(dom0.spool.path("work", cid, part), "wb") as file:
                 file.write(data)
-        dom0._running["work", cid] = running = _Running(_Ending(), KEY)
+        dom0.execution._running["work", cid] = running = _Running(_Ending(), KEY)
         puller.wrote(cid, 100, 0)
         puller._stream()
         await asyncio.sleep(0.05)
@@ -258,8 +259,8 @@ def test_a_client_that_gives_up_as_its_command_ends_holds_nothing_up(dom0, monke
             file.write(b"y" * 50)
         await puller._cancel(cid)
         outcome = sandbox.Outcome(0, None, False, False, 150, 0, False, False, 0.1)
-        del dom0._running["work", cid]
-        dom0._finish_run(request, (outcome, running.why_stopped))
+        del dom0.execution._running["work", cid]
+        dom0.execution._finish_run(request, (outcome, running.why_stopped))
         puller.finished(cid, Finished(status="done"))
         await puller._deliver()
         assert vm.delivered == [(cid, 0)]
@@ -271,7 +272,7 @@ def test_a_vm_whose_disk_is_full_is_still_heard_and_gets_its_results_later(dom0,
     async def scene(puller, hub, vm):
         await puller._open()
         cid, request = _started(dom0)
-        dom0._finish_ping(request, time.monotonic())
+        dom0.execution._finish_ping(request, time.monotonic())
         puller.finished(cid, Finished(status="done"))
         vm.is_full = True
         await puller._deliver()
@@ -338,10 +339,10 @@ def test_nothing_is_kept_of_commands_that_ended_while_there_was_no_session(dom0,
 
 def test_a_cancel_before_the_start_is_remembered_no_longer_than_the_command(dom0):
     cid, item = _item("ping", b"ping")
-    assert dom0.claim([(dom0.admit("work", cid, item.command, item.token, -1), 0)]) == {}
-    dom0.cancel("work", cid)
-    dom0.execute("work", cid)
-    assert not dom0._cancelled_early
+    assert dom0.intake.claim([(dom0.intake.admit("work", cid, item.command, item.token, -1), 0)]) == {}
+    dom0.execution.cancel("work", cid)
+    dom0.execution.execute("work", cid)
+    assert not dom0.execution._cancelled_early
     # Its client gave up: nobody waits for the result.
     assert dom0.ledger.state("work", cid)[0] == "delivered"
     assert not os.path.exists(dom0.spool.path("work", cid))
@@ -349,38 +350,38 @@ def test_a_cancel_before_the_start_is_remembered_no_longer_than_the_command(dom0
 
 def test_a_start_removes_what_belongs_to_no_command_and_nothing_else(dom0):
     orphan, item = _item()
-    dom0.admit("work", orphan, item.command, item.token, -1)
+    dom0.intake.admit("work", orphan, item.command, item.token, -1)
     kept, request = _started(dom0)
-    dom0._finish_ping(request, time.monotonic())
-    dom0.recover()
+    dom0.execution._finish_ping(request, time.monotonic())
+    dom0.execution.recover()
     assert not os.path.exists(dom0.spool.path("work", orphan))
-    assert dom0.result("work", kept)[0] == 0
+    assert dom0.results.result("work", kept)[0] == 0
 
 
 def test_an_id_that_was_forgotten_with_age_is_never_taken_again(dom0):
     cid, request = _started(dom0)
-    dom0._finish_ping(request, time.monotonic())
-    dom0.close_delivery("work", cid)
+    dom0.execution._finish_ping(request, time.monotonic())
+    dom0.results.close_delivery("work", cid)
     # dom0's clock ran ahead, and an engine started.
     dom0.ledger._db.execute("UPDATE command SET claimed_at = claimed_at - 100 * 86400")
-    dom0.recover()
+    dom0.execution.recover()
     assert dom0.ledger.state("work", cid) is None
     assert dom0.ledger.forgotten_before("work") > 0
     token = make_token(KEY, "work", cid, 10, "ping", b"ping")
     with pytest.raises(Refused):
-        dom0.admit("work", cid, b"ping", token, -1)
+        dom0.intake.admit("work", cid, b"ping", token, -1)
 
 
 def test_dom0_signs_no_refusal_for_whoever_may_not_have_the_key(dom0):
     cid = new_cid()
-    assert dom0.refusal("work", cid, "no", is_proven=False)[1].startswith(b"mac -\n")
-    assert not dom0.refusal("work", cid, "no")[1].startswith(b"mac -\n")
+    assert dom0.results.refusal("work", cid, "no", is_proven=False)[1].startswith(b"mac -\n")
+    assert not dom0.results.refusal("work", cid, "no")[1].startswith(b"mac -\n")
 
 
 def test_another_qube_under_the_same_name_gets_nothing_and_is_given_nothing(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         cid, request = _started(dom0)
-        dom0._finish_ping(request, time.monotonic())
+        dom0.execution._finish_ping(request, time.monotonic())
         dom0.keyring.bind("work", "the one before")
         await puller._open()
         fresh, item = _item()
@@ -415,7 +416,7 @@ def test_the_first_qube_seen_under_a_name_is_the_one_the_key_is_for(dom0, monkey
     async def scene(puller, hub, vm):
         await puller._open()
         assert dom0.keyring.bound("work") == "one"
-        assert dom0.stranger("work", "two")
+        assert dom0.access.stranger("work", "two")
         dom0.keyring.remove("work")
         assert dom0.keyring.bound("work") == ""
 
@@ -424,13 +425,13 @@ def test_the_first_qube_seen_under_a_name_is_the_one_the_key_is_for(dom0, monkey
 
 def test_a_note_of_whom_the_key_is_for_that_can_not_be_read_lets_nobody_in(dom0, tmp_path):
     os.mkfifo(tmp_path / "qvm-remote-keys" / "work.key.uuid")
-    assert "can't tell" in dom0.stranger("work", "one")
+    assert "can't tell" in dom0.access.stranger("work", "one")
 
 
 def _claimed(dom0, command):
     cid, item = _item(command=command)
-    request = dom0.admit("work", cid, item.command, item.token, -1)
-    assert dom0.claim([(request, 0)]) == {}
+    request = dom0.intake.admit("work", cid, item.command, item.token, -1)
+    assert dom0.intake.claim([(request, 0)]) == {}
     return cid
 
 
@@ -438,11 +439,11 @@ def test_what_a_vm_keeps_in_dom0_is_bounded_also_if_all_of_it_was_let_in_before(
     mib = 1 << 20
     dom0.config = make_config({**_folders(dom0), "output_max": mib, "stdin_max": 0, "spool_bytes_max": 5 * mib})
     cids = [_claimed(dom0, b"head -c 1048576 /dev/zero; head -c 1048576 /dev/zero >&2") for _ in range(6)]
-    ends = [dom0.execute("work", cid)["status"] for cid in cids]
+    ends = [dom0.execution.execute("work", cid)["status"] for cid in cids]
     assert ends == ["done", "done", "refused", "refused", "refused", "refused"]
     assert sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(dom0.spool.path("work", "")) for name in names) < 5 * mib
     # Each of them is told why.
-    err = b"".join(dom0.result("work", cids[-1])[1]["err"][1](0))
+    err = b"".join(dom0.results.result("work", cids[-1])[1]["err"][1](0))
     assert b"dom0 keeps too many unfinished commands and results" in err
 
 
@@ -453,26 +454,25 @@ def test_a_vm_that_asks_for_much_has_a_tag_looked_up_once_and_its_commands_looke
         asked.append(tag)
         return set(tagged)
 
-    monkeypatch.setattr(dom0_module, "vms_with_tag", vms_with_tag)
+    for module in (execution, tags):
+        monkeypatch.setattr(module, "vms_with_tag", vms_with_tag)
     dom0.config = make_config({**_folders(dom0), "vms": {"work": {"policy": {"allow": [["echo", "@tag:mine"]]}}}})
     cids = [_claimed(dom0, b"echo build") for _ in range(5)]
     assert asked == ["mine"]
-    assert dom0.execute("work", cids[0])["status"] == "done"
+    assert dom0.execution.execute("work", cids[0])["status"] == "done"
     # A lookup that takes long is not made for each of those who wait for it.
-    real = dom0_module.vms_with_tag
-    monkeypatch.setattr(dom0_module, "vms_with_tag", lambda tag: (time.sleep(1.2), real(tag))[1])
-    monkeypatch.setattr(dom0, "_tags", {})
-    threads = [threading.Thread(target=dom0._tagged, args=("mine",)) for _ in range(5)]
+    monkeypatch.setattr(tags, "vms_with_tag", lambda tag: (time.sleep(1.2), vms_with_tag(tag))[1])
+    known = tags.Tags()
+    threads = [threading.Thread(target=known.names, args=("mine",)) for _ in range(5)]
     before = len(asked)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(asked) == before + 1
-    monkeypatch.setattr(dom0_module, "vms_with_tag", real)
     tagged.clear()
     # What was let in before the tag was taken away.
-    assert dom0.execute("work", cids[1])["status"] == "refused"
+    assert dom0.execution.execute("work", cids[1])["status"] == "refused"
 
 
 def test_what_is_old_goes_while_the_service_runs(dom0, tmp_path, monkeypatch):
@@ -511,9 +511,9 @@ def test_what_could_not_be_removed_while_the_disk_was_read_only_is_removed_later
         pytest.skip("nothing can be mounted here")
     try:
         delivered, again = _claimed(dom0, b"echo a"), _claimed(dom0, b"echo b")
-        dom0.execute("work", delivered)
+        dom0.execution.execute("work", delivered)
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        dom0.close_delivery("work", delivered)
+        dom0.results.close_delivery("work", delivered)
         dom0.spool.remove("work", again)
         dom0.spool.remove_left()
         assert sorted(os.listdir(folder)) == sorted([delivered, again])

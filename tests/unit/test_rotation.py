@@ -315,54 +315,54 @@ def dom0(tmp_path):
 def _accept(dom0, key):
     cid = new_cid()
     token = make_token(key, "work", cid, 10, "ping", b"ping")
-    assert dom0.claim([(dom0.admit("work", cid.encode(), b"ping", token, -1), 0)]) == {}
+    assert dom0.intake.claim([(dom0.intake.admit("work", cid.encode(), b"ping", token, -1), 0)]) == {}
     return cid
 
 
 def test_a_command_that_waits_while_its_key_is_replaced_is_run_and_answered_under_that_key(dom0, tmp_path):
     old = dom0.keyring.get("work")
     cid = _accept(dom0, old)
-    dom0.rotate("work")
+    dom0.access.rotate("work")
     new = dom0.keyring.staged("work")
     dom0.keyring.handed("work", new)
     # Its time is long over: the old key is good for nothing new, and kept for what waits.
     path = tmp_path / "qvm-remote-keys" / "work.key.old"
     os.utime(path, (time.time() - 7200,) * 2)
-    dom0.drop_old_key("work")
+    dom0.access.drop_old_key("work")
     with pytest.raises(Refused):
         _accept(dom0, old)
     with pytest.raises(KeyringError, match="signed before its last rotation"):
-        dom0.rotate("work")
-    assert dom0.execute("work", cid)["status"] == "done"
-    parts = dom0.result("work", cid)[1]
+        dom0.access.rotate("work")
+    assert dom0.execution.execute("work", cid)["status"] == "done"
+    parts = dom0.results.result("work", cid)[1]
     out, meta = (b"".join(parts[name][1](0)) for name in ("out", "meta"))
     assert read_meta(old, cid, hashlib.sha256(out).digest(), hashlib.sha256(b"").digest(), meta)[1] is True
-    dom0.drop_old_key("work")
+    dom0.access.drop_old_key("work")
     assert not path.exists()
 
 
 def test_a_revoked_vms_waiting_command_is_not_run(dom0):
     cid = _accept(dom0, dom0.keyring.get("work"))
-    dom0.forget("work")
-    assert dom0.execute("work", cid)["status"] == "refused"
+    dom0.access.forget("work")
+    assert dom0.execution.execute("work", cid)["status"] == "refused"
 
 
 def test_the_new_key_does_not_shorten_the_old_ones_life_while_commands_wait(dom0, tmp_path):
     old = dom0.keyring.get("work")
     first = _accept(dom0, old)
-    dom0.rotate("work")
+    dom0.access.rotate("work")
     new = dom0.keyring.staged("work")
     second = _accept(dom0, new)
     path = tmp_path / "qvm-remote-keys" / "work.key.old"
     assert time.time() - path.stat().st_mtime < 5
     for cid in (first, second):
-        dom0.execute("work", cid)
+        dom0.execution.execute("work", cid)
     _accept(dom0, new)
     assert 265 < time.time() - path.stat().st_mtime < 275
 
 
 def test_a_rotation_that_waits_is_not_replaced_by_another(dom0):
-    old, new = dom0.rotate("work")
-    assert dom0.rotate("work") == (old, new)
+    old, new = dom0.access.rotate("work")
+    assert dom0.access.rotate("work") == (old, new)
     given = os.urandom(32)
-    assert dom0.rotate("work", given) == (old, fingerprint(given))
+    assert dom0.access.rotate("work", given) == (old, fingerprint(given))

@@ -46,9 +46,9 @@ def _run(dom0, line, vm="work", form="shell"):
     """Run a command; give its status, stdout and stderr."""
     cid = new_cid()
     token = make_token(dom0.keyring.get(vm), vm, cid, 30, form, line)
-    assert dom0.claim([(dom0.admit(vm, cid.encode(), line, token, -1), 0)]) == {}
-    status = dom0.execute(vm, cid)["status"]
-    parts = dom0.result(vm, cid)[1]
+    assert dom0.intake.claim([(dom0.intake.admit(vm, cid.encode(), line, token, -1), 0)]) == {}
+    status = dom0.execution.execute(vm, cid)["status"]
+    parts = dom0.results.result(vm, cid)[1]
     return status, *(b"".join(parts[part][1](0)) for part in ("out", "err"))
 
 
@@ -95,7 +95,7 @@ def test_a_command_runs_as_the_user_and_dom0_keeps_as_whom(dom0, policy):
 @as_root
 def test_the_commands_of_a_script_under_rules_run_as_the_user(dom0, monkeypatch):
     _run_as(dom0, USER, {"allow": [["id", "**"], ["echo", "**"]]})
-    dom0.warm()
+    dom0.execution.warm()
     # That of the tests may lie where only root can get to; dom0's does not.
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     assert _run(dom0, b"id -un\necho a\n", form="script") == ("done", USER.encode() + b"\na\n", b"")
