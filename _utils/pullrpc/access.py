@@ -97,7 +97,7 @@ class Access:
         """
         # The key first: from here on nothing new is taken in.
         had_key = self._stores.keyring.remove(vm)
-        waiting = [cid for cid, _ in self._stores.ledger.undelivered(vm)] if self._stores.remembered(vm) else []
+        waiting = [cid for cid, *_ in self._stores.ledger.undelivered(vm)] if self._stores.remembered(vm) else []
         count = self._stores.remembered(vm) and self._stores.ledger.forget(vm)
         for cid in waiting:
             self._stores.spool.remove(vm, cid)

@@ -14,11 +14,11 @@ import time
 from . import __version__, sandbox
 from .accounts import ROOT, find_account
 from .audit import describe_rule
-from .errors import AuditError, LedgerError, Refused, SandboxError, SpoolError
+from .errors import AuditError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
 from .gate import authenticate, check_policy
 from .ledger import CLAIMED, DONE, RUNNING
 from .question import YES
-from .results import EXIT_FAILED, meta_of, meta_of_digests, reason_line
+from .results import EXIT_FAILED, is_of, meta_of, meta_of_digests, reason_line
 from .spool import ERR, META, OUT
 from .tokens import TOKEN_MAX, chunk_mac
 from .transport import vms_with_tag
@@ -75,7 +75,9 @@ class Execution:
             command, token_line, stdin_path = self._stores.spool.load_request(vm, cid, config.command_max, TOKEN_MAX)
             # Its key may have been replaced since it was claimed; if it was revoked, there is none of them.
             request = authenticate(config, functools.partial(self._stores.keyring.held, vm), vm, cid.encode("ascii"), command, token_line)
-            key = request.key
+            key, uuid = request.key, self._stores.ledger.uuid(vm, cid)
+            if not is_of(uuid, self._stores.keyring.bound(vm) or uuid):
+                raise Refused("identity", "this qube's name, and its access, were given to another qube")
             request = self._answered(check_policy(config, self._stores.ledger, vms_with_tag, request))
             account = None if request.form == "ping" else find_account(config.run_as)
             if request.form != "ping":
@@ -87,14 +89,14 @@ class Execution:
             if err.code == "replay":
                 raise
             return self._finish_without_run(vm, cid, str(err), "refused", key)
-        except (SpoolError, LedgerError) as err:
+        except (SpoolError, LedgerError, KeyringError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
             # Not the name alone: one that is root's second name is root.
             self._stores.audit.write("run", vm, cid, by=describe_rule(request.by), **{"as": account.name if account else ROOT})
-            outcome = self._run(config, request, stdin_path, account)
+            outcome = self._run(config, dataclasses.replace(request, uuid=uuid), stdin_path, account)
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
@@ -203,11 +205,26 @@ class Execution:
         self._stores.spool.sweep(self._stores.ledger.open_commands())
         for vm in self._stores.ledger.open_counts():
             # One that comes back in less than that is told. Others may be gone for good.
-            self._results.expire(vm, 2 * self._stores.config.spool_max_age)
+            self._results.expire(vm, max_age=2 * self._stores.config.spool_max_age)
         self._stores.prune()
         return left
 
-    def chunk(self, vm, cid, seq, part, offset, size):
+    def is_of(self, vm, cid, uuid):
+        """Say whether a command is a qube's, and not the one's that had its name before.
+
+        Args:
+            vm, cid: str.
+            uuid: str, the qube that has this name now.
+
+        Returns:
+            bool
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        return is_of(self._stores.ledger.uuid(vm, cid), uuid)
+
+    def chunk(self, vm, cid, seq, part, offset, size, uuid):
         """A piece of what a command that runs has written so far, with dom0's proof.
 
         Args:
@@ -215,16 +232,17 @@ class Execution:
             seq: int, pieces before it.
             part: str, ``out`` or ``err``.
             offset, size: int, bytes.
+            uuid: str, the qube that it is for.
 
         Returns:
-            (bytes, str): the piece and its MAC; None when the command does not run any more.
+            (bytes, str): the piece and its MAC; None when the command does not run any more, or is not that qube's.
 
         Raises:
             SpoolError: it can't be read.
         """
         # Without the lock, which is held while the ledger is asked: this is called in the loop of all VMs.
         running = self._running.get((vm, cid))
-        if running is None:
+        if running is None or not is_of(running.uuid, uuid):
             return None
         data = self._stores.spool.piece(vm, cid, part, offset, size)
         return data, chunk_mac(running.key, cid, seq, part, data)
@@ -249,7 +267,7 @@ class Execution:
             account=account,
         )
         on_output = functools.partial(self.on_output, vm, cid) if self.on_output else None
-        running = _Running(sandbox.start(job, _limits(config), on_output), request.key)
+        running = _Running(sandbox.start(job, _limits(config), on_output), request.key, request.uuid)
         with self._lock:
             self._running[vm, cid] = running
             if (vm, cid) in self._cancelled_early:
@@ -341,11 +359,12 @@ class Execution:
 
 
 class _Running:
-    """A command in the sandbox, and why it was told to stop if it was."""
+    """A command in the sandbox, whose it is, and why it was told to stop if it was."""
 
-    def __init__(self, handle, key):
+    def __init__(self, handle, key, uuid=""):
         self.handle = handle
         self.key = key
+        self.uuid = uuid
         self.why_stopped = None
 
     def stop(self, why):

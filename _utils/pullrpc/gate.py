@@ -39,6 +39,7 @@ class Request:
         by: str, the policy or rule that lets it run; empty until that was looked at.
         steps: tuple of (int, tuple of str), the lines of a script that rules allow, for the form *steps*; else None.
         asks: bool, whether it runs only if dom0's user says so.
+        uuid: str, the qube that asked; empty while that is not known.
     """
 
     vm: str
@@ -53,6 +54,7 @@ class Request:
     by: str = ""
     steps: tuple | None = None
     asks: bool = False
+    uuid: str = ""
 
 
 def authenticate(config, accepted_keys, vm, untrusted_cid, untrusted_command, untrusted_token):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -11,6 +12,7 @@ from .audit import describe_command, describe_rule
 from .errors import AuditError, KeyringError, LedgerError, Refused, SpoolError
 from .gate import authenticate, check_new, check_policy
 from .rates import Rates
+from .results import is_of
 from .tags import Tags
 from .validate import check_size
 
@@ -65,13 +67,14 @@ class Intake:
         self._verified.last = _NONE_VERIFIED
         return outcome
 
-    def admit(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size):
+    def admit(self, vm, untrusted_cid, untrusted_command, untrusted_token, untrusted_stdin_size, uuid=""):
         """Take a request in: verify it here and now, and keep it on disk. It is not claimed yet.
 
         Args:
             vm: str.
             untrusted_cid, untrusted_command, untrusted_token: bytes.
             untrusted_stdin_size: int, bytes; -1 when the VM shows no stdin.
+            uuid: str, the qube that this was fetched from.
 
         Returns:
             Request; None when it is on its way already and nothing was done.
@@ -81,6 +84,8 @@ class Intake:
         """
         request, seen = self._verify_once(vm, untrusted_cid, untrusted_command, untrusted_token)
         if seen:
+            if not is_of(self._stores.ledger.uuid(vm, request.cid), uuid):
+                raise Refused("replay", "another qube had this name when it used this id; send it again")
             return None
         config = self._stores.config.for_vm(vm)
         check_size(untrusted_stdin_size, config.stdin_max, "stdin")
@@ -93,7 +98,7 @@ class Intake:
             self._stores.spool.store_request(vm, request.cid, untrusted_command, untrusted_token)
         except (SpoolError, LedgerError, KeyringError) as err:
             raise self._dismiss(request, Refused("storage", str(err))) from err
-        return request
+        return dataclasses.replace(request, uuid=uuid)
 
     def stdin_writer(self, request):
         """Begin to keep the stdin of a request that was admitted.
@@ -159,7 +164,7 @@ class Intake:
         requests = [request for request, _ in admitted]
         try:
             self._stores.audit.write_all([self._accepted(*one) for one in admitted], sync=True)
-            claimed = self._stores.ledger.claim_all([(request.vm, request.cid, request.token_mac) for request in requests])
+            claimed = self._stores.ledger.claim_all([(request.vm, request.cid, request.token_mac, request.uuid) for request in requests])
         except (AuditError, LedgerError) as err:
             return {**refused, **{request.cid: self._dismiss(request, _unclaimed("storage", str(err))) for request in requests}}
         for request, is_claimed in zip(requests, claimed):

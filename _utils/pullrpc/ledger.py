@@ -73,11 +73,24 @@ class Ledger:
             row = self._db.execute("SELECT state, token FROM command WHERE vm = ? AND cid = ?", (vm, cid)).fetchone()
         return (row[0], bytes(row[1])) if row else None
 
+    def uuid(self, vm, cid):
+        """Say which qube a command is of: a name may have been given to another one since.
+
+        Returns:
+            str; empty when that is not known (it was claimed by an older qvm-remote), or the id was never claimed.
+
+        Raises:
+            LedgerError: the ledger can't be read.
+        """
+        with self._guarded():
+            row = self._db.execute("SELECT uuid FROM command WHERE vm = ? AND cid = ?", (vm, cid)).fetchone()
+        return (row and row[0]) or ""
+
     def claim_all(self, claims):
         """Claim commands. On return the claims are on disk.
 
         Args:
-            claims: list of (vm, cid, token MAC); the MAC tells the same request shown again from another one under its id.
+            claims: list of (vm, cid, token MAC, UUID of the qube); the MAC tells the same request shown again from another one under its id.
 
         Returns:
             list of bool, False for an id that was claimed before.
@@ -103,16 +116,16 @@ class Ledger:
         self._db.execute("PRAGMA synchronous=FULL")
         try:
             with self._transaction():
-                outcomes = [[self._insert(vm, cid, mac, now) for vm, cid, mac in ticket.claims] for ticket in tickets]
+                outcomes = [[self._insert(*claim, now) for claim in ticket.claims] for ticket in tickets]
         finally:
             self._db.execute("PRAGMA synchronous=NORMAL")
         for ticket, claimed in zip(tickets, outcomes):
             ticket.claimed = claimed
 
-    def _insert(self, vm, cid, token_mac, now):
+    def _insert(self, vm, cid, token_mac, uuid, now):
         cursor = self._db.execute(
-            "INSERT INTO command (vm, cid, token, state, claimed_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            (vm, cid, token_mac, CLAIMED, now),
+            "INSERT INTO command (vm, cid, token, state, claimed_at, uuid) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (vm, cid, token_mac, CLAIMED, now, uuid),
         )
         return cursor.rowcount == 1
 
@@ -198,13 +211,13 @@ class Ledger:
         """List a VM's results that wait for delivery, oldest first.
 
         Returns:
-            list of (cid, done_at in seconds since the epoch)
+            list of (cid, done_at in seconds since the epoch, UUID of the qube as :meth:`uuid` gives it)
 
         Raises:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            return self._db.execute("SELECT cid, done_at FROM command WHERE vm = ? AND state = ? ORDER BY done_at", (vm, DONE)).fetchall()
+            return self._db.execute("SELECT cid, done_at, coalesce(uuid, '') FROM command WHERE vm = ? AND state = ? ORDER BY done_at", (vm, DONE)).fetchall()
 
     def waiting_exit(self, vm, cid):
         """Look up the exit code of a result that waits for delivery.

@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS command (
     status TEXT,
     claimed_at REAL NOT NULL,
     done_at REAL,
+    uuid TEXT,
     PRIMARY KEY (vm, cid)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS passed (
@@ -36,12 +37,12 @@ CREATE TABLE IF NOT EXISTS forgotten (vm TEXT PRIMARY KEY, before INTEGER NOT NU
 CREATE INDEX IF NOT EXISTS command_state ON command (state, vm) WHERE state <> 'delivered';
 """
 _COLUMNS = {
-    "command": ["vm", "cid", "token", "state", "exit", "status", "claimed_at", "done_at"],
+    "command": ["vm", "cid", "token", "state", "exit", "status", "claimed_at", "done_at", "uuid"],
     "passed": ["vm", "until", "latest", "boot", "uptime"],
     "forgotten": ["vm", "before"],
 }
 #: Kept by SQLite beside the schema. Files of before there was a number have 0.
-_VERSION = 2
+_VERSION = 3
 #: In the table forgotten, what holds for every VM: no VM has this name.
 ALL_VMS = ""
 #: How long to wait for another process's write, seconds.
@@ -145,7 +146,7 @@ def set_aside(path, unfinished):
 
     Args:
         path: str.
-        unfinished: list of (vm, cid), commands that are to be told to their clients as interrupted.
+        unfinished: list of (vm, cid, uuid), commands that are to be told to their clients as interrupted, and which qube each is of.
 
     Returns:
         str, where the damaged one is now; None when there was none.
@@ -158,8 +159,8 @@ def set_aside(path, unfinished):
         newest, carried = _salvage(path)
         now = time.time()
         # A VM's clock may be ahead of ours.
-        before = max([int(now), newest, *(_time_of(cid) for _, cid in unfinished)])
-        carried["command"] = [(vm, cid, b"", "running", None, None, now, None) for vm, cid in unfinished]
+        before = max([int(now), newest, *(_time_of(cid) for _, cid, _ in unfinished)])
+        carried["command"] = [(vm, cid, b"", "running", None, None, now, None, uuid) for vm, cid, uuid in unfinished]
         moved = False
         # Its log goes last: without it, the rest would look sound and have forgotten what was claimed last.
         for suffix in ("", _SHARED, _LOG):
@@ -200,19 +201,25 @@ def _prepare(db, path):
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > _VERSION:
         raise LedgerError(f"the ledger {path} is of a newer qvm-remote; install that one again, or a newer one")
-    _check_columns(db, path, "command")
+    has_uuid = _column_names(db, "command")[-1:] == ["uuid"]
+    _check_columns(db, path, "command", _COLUMNS["command"] if has_uuid else _COLUMNS["command"][:-1])
     if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
         raise LedgerError(f"{path}: this file system can't hold the ledger safely (no WAL)")
     db.execute("PRAGMA synchronous=NORMAL")
     if version < _VERSION:
         # A ledger of before has what it needs in its table of commands; the others came later.
-        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-    for table in _COLUMNS:
-        _check_columns(db, path, table)
+        more = "" if has_uuid else "ALTER TABLE command ADD COLUMN uuid TEXT;"
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {more} PRAGMA user_version = {_VERSION}; COMMIT;")
+    for table, columns in _COLUMNS.items():
+        _check_columns(db, path, table, columns)
 
 
-def _check_columns(db, path, table):
-    if [row[1] for row in db.execute(f"PRAGMA table_info({table})")] != _COLUMNS[table]:
+def _column_names(db, table):
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def _check_columns(db, path, table, columns):
+    if _column_names(db, table) != columns:
         raise LedgerDamaged(f"{path} is a database, but no ledger of this qvm-remote (the table {table} is another one)")
 
 

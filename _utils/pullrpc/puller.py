@@ -26,7 +26,7 @@ from .errors import (
 )
 from .ids import check_cid
 from .outflow import Outflow
-from .results import EXIT_FAILED, in_memory
+from .results import EXIT_FAILED, in_memory, is_of
 from .session import Chunk, Delivery, NoAgent, Session
 from .tokens import TOKEN_MAX
 from .validate import check_size
@@ -63,7 +63,7 @@ class Finished:
 
     Attributes:
         status: str, see :meth:`pullrpc.execution.Execution.execute`.
-        result: (int, dict), as :meth:`pullrpc.results.Results.result` gives it, when it is small enough to be at hand; else None.
+        result: pullrpc.results.Result, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
         closed: bool, whether all that is to be recorded of it is.
     """
@@ -243,7 +243,7 @@ class Puller:
         refused, with the reason.
         """
         try:
-            waiting, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm)
+            waiting, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm, self._uuid)
         except (LedgerError, AuditError) as err:
             if not self._find_after:
                 self._hub.log(f"{self.vm}: the results that wait for it can't be told: {err}")
@@ -434,7 +434,7 @@ class Puller:
         verdict = self._hub.verify(self.vm, cid, untrusted_command, untrusted_token)
         if verdict.get("verified") is not True:
             raise Refused(str(verdict.get("code", "doubt")), str(verdict.get("reason", "dom0 could not verify the request")))
-        request = self._hub.dom0.intake.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size)
+        request = self._hub.dom0.intake.admit(self.vm, cid, untrusted_command, untrusted_token, item.stdin_size, self._uuid)
         if request is not None and request.asks:
             try:
                 self._hub.lines.check_question(request)
@@ -541,6 +541,8 @@ class Puller:
             await self._session.drop([cid])
 
     async def _cancel_in_dom0(self, cid):
+        if not await self._hub.call(self._hub.dom0.execution.is_of, self.vm, cid, self._uuid):
+            return
         if self._hub.lines.withdraw(self.vm, cid):
             await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
         else:
@@ -596,8 +598,9 @@ class Puller:
                 found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost))))
                 continue
             result = end.result or self._hub.dom0.results.result(self.vm, cid)
-            if result is not None:
-                found.append(Delivery(cid, *result, sent=self._sent(cid, end, result[1])))
+            # A command of the qube that had this name before may have ended only now.
+            if result is not None and is_of(result.uuid, self._uuid):
+                found.append(Delivery(cid, result.exit_code, result.parts, sent=self._sent(cid, end, result.parts)))
         return found
 
     def _sent(self, cid, end, parts):
@@ -612,7 +615,7 @@ class Puller:
             piece = None if cid in self._outbox else outflow.next()
             while piece is not None:
                 try:
-                    found = self._hub.dom0.execution.chunk(self.vm, cid, piece.seq, piece.part, piece.offset, piece.size)
+                    found = self._hub.dom0.execution.chunk(self.vm, cid, piece.seq, piece.part, piece.offset, piece.size, self._uuid)
                 except SpoolError as err:
                     self._hub.log(f"{self.vm}: {cid}: {err}")
                     found = None
@@ -672,7 +675,7 @@ class _Allowance:
 
 def _weight(end):
     """What a result takes that is at hand, bytes."""
-    return sum(size for size, _ in end.result[1].values()) if end.result else 0
+    return sum(size for size, _ in end.result.parts.values()) if end.result else 0
 
 
 def _claimed_cid(untrusted_cid):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+import typing
 
 from .errors import KeyringError, PullError, Refused, SpoolError
 from .spool import ERR, META, OUT
@@ -13,6 +14,33 @@ from .tokens import TOKEN_MAX, make_meta, parse_token, read_meta, token_matches
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
+
+
+class Result(typing.NamedTuple):
+    """A result that waits for delivery.
+
+    Attributes:
+        exit_code: int.
+        parts: dict, ``out``, ``err`` and ``meta`` as (size in bytes, callable of an offset that yields bytes).
+        uuid: str, the qube whose command it is of; empty when that is not known.
+    """
+
+    exit_code: int
+    parts: dict
+    uuid: str = ""
+
+
+def is_of(uuid, other):
+    """Say whether a command is a qube's.
+
+    Args:
+        uuid: str, which one the command is of; empty when that is not known.
+        other: str, the one that has its name now.
+
+    Returns:
+        bool
+    """
+    return uuid in ("", other)
 
 
 class Results:
@@ -82,26 +110,28 @@ class Results:
             key = self._signer(vm, cid, *request) if request else self.key_of(vm, cid)
         return err, meta_of(key, cid, b"", err, EXIT_FAILED, "refused")
 
-    def expire(self, vm, max_age=None):
+    def expire(self, vm, uuid=None, max_age=None):
         """Give up results of a VM that waited too long.
 
         Args:
             vm: str.
+            uuid: str, the qube that has this name now; None for whichever.
             max_age: int, seconds (default: the setting ``spool_max_age``).
 
         Returns:
-            (list of cid, list of cid): those still to be delivered, oldest first, and those that were given up just now.
+            (list of cid, list of cid): those still to be delivered, oldest first, and those that were given up just now; of that
+            qube's commands only.
 
         Raises:
             LedgerError: the ledger can't be read or written.
         """
         waiting, expired = [], []
-        for cid, done_at in self._stores.ledger.undelivered(vm):
-            if time.time() - done_at <= (max_age or self._stores.config.spool_max_age):
-                waiting.append(cid)
-                continue
-            self.close_delivery(vm, cid, "expired")
-            expired.append(cid)
+        for cid, done_at, of in self._stores.ledger.undelivered(vm):
+            is_old = time.time() - done_at > (max_age or self._stores.config.spool_max_age)
+            if is_old:
+                self.close_delivery(vm, cid, "expired")
+            if uuid is None or is_of(of, uuid):
+                (expired if is_old else waiting).append(cid)
         return waiting, expired
 
     def result(self, vm, cid):
@@ -111,8 +141,7 @@ class Results:
             vm, cid: str.
 
         Returns:
-            (int, dict) or None: exit code, and ``out``, ``err`` and ``meta`` as (size in bytes, callable of an offset that yields bytes);
-            None when there is nothing (any more) to deliver.
+            Result; None when there is nothing (any more) to deliver.
 
         Raises:
             LedgerError, SpoolError: it can't be read.
@@ -120,12 +149,13 @@ class Results:
         exit_code = self._stores.ledger.waiting_exit(vm, cid)
         if exit_code is None:
             return None
+        uuid = self._stores.ledger.uuid(vm, cid)
         if not self._stores.spool.size(vm, cid, META):
             # The disk was full when the command ended.
             err, meta = self.refusal(vm, cid, f"the command ended (exit code {exit_code}), but dom0 could not keep its result: its disk is full")
-            return EXIT_FAILED, in_memory(err, meta)
+            return Result(EXIT_FAILED, in_memory(err, meta), uuid)
         chunks = {part: functools.partial(self._stores.spool.chunks, vm, cid, part) for part in (OUT, ERR, META)}
-        return exit_code, {part: (self._stores.spool.size(vm, cid, part), chunks[part]) for part in (OUT, ERR, META)}
+        return Result(exit_code, {part: (self._stores.spool.size(vm, cid, part), chunks[part]) for part in (OUT, ERR, META)}, uuid)
 
     def close_delivery(self, vm, cid, what="delivered"):
         """Record that a result reached its VM, or never will; its files go.
@@ -162,7 +192,7 @@ def in_memory(err, meta):
         err, meta: bytes.
 
     Returns:
-        dict, as :meth:`Results.result` gives it.
+        dict, as :attr:`Result.parts`.
     """
     return {part: of_bytes(data) for part, data in (("out", b""), ("err", err), ("meta", meta))}
 

@@ -448,10 +448,9 @@ class Service:
     def _small_result(self, vm, cid):
         """A result that is worth keeping at hand until it is delivered; None for another one."""
         result = self.dom0.results.result(vm, cid)
-        if result is None or sum(size for size, _ in result[1].values()) > _AT_HAND:
+        if result is None or sum(size for size, _ in result.parts.values()) > _AT_HAND:
             return None
-        exit_code, parts = result
-        return exit_code, {part: of_bytes(b"".join(chunks(0))) for part, (_, chunks) in parts.items()}
+        return result._replace(parts={part: of_bytes(b"".join(chunks(0))) for part, (_, chunks) in result.parts.items()})
 
     def _post(self, what, vm, cid, *news):
         """Tell a VM's loop something, from whatever thread."""

@@ -9,7 +9,7 @@ import time
 
 from . import ledger_file
 from .audit import AuditLog
-from .errors import LedgerDamaged, Refused
+from .errors import KeyringError, LedgerDamaged, Refused
 from .handover import Handover
 from .keyring import Keyring
 from .ledger import Ledger
@@ -17,6 +17,8 @@ from .spool import Spool
 
 #: Most commands of which something is kept for one VM, as a multiple of those that may wait: each takes room in memory and time, too.
 _KEPT_MAX = 16
+#: In a UUID's place: no qube.
+_NOBODY = "-"
 
 
 class Stores:
@@ -118,9 +120,16 @@ class Stores:
             LedgerError: that can't be done; AuditError: it can't be recorded.
         """
         self._close_ledger()
-        unfinished = self.spool.kept()
+        unfinished = [(vm, cid, self._qube_of(vm)) for vm, cid in self.spool.kept()]
         self.audit.write("ledger-renewed", "-", sync=True, unfinished=len(unfinished))
         return ledger_file.set_aside(self.ledger_path, unfinished)
+
+    def _qube_of(self, vm):
+        """Which qube the commands of a name are of, when no ledger tells."""
+        try:
+            return self.keyring.bound(vm) if self.keyring.exists(vm) else _NOBODY
+        except KeyringError:
+            return _NOBODY
 
     def _close_ledger(self):
         with self._ledger_lock:

@@ -40,7 +40,7 @@ def dom0(settings):
     """dom0's side with a key for work, and a ledger that knows enough for several pages."""
     one = Dom0(make_config(settings))
     one.keyring.put("work", KEY.hex())
-    one.ledger.claim_all([("work", f"20260101-000000-1-{number:08x}", os.urandom(32)) for number in range(600)])
+    one.ledger.claim_all([("work", f"20260101-000000-1-{number:08x}", os.urandom(32), "") for number in range(600)])
     one._close_ledger()
     with _database(one.ledger_path) as db:
         db.execute("UPDATE command SET state = 'delivered'")
@@ -157,9 +157,11 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(dom0):
 def test_a_ledger_of_before_there_was_a_version_is_taken_on_with_all_that_it_knows(dom0):
     with _database(dom0.ledger_path) as db:
         db.execute("DELETE FROM forgotten")
+        db.execute("ALTER TABLE command DROP COLUMN uuid")
         db.execute("PRAGMA user_version = 0")
     dom0.execution.recover()
     assert dom0.ledger.counts() == {"delivered": 600}
+    assert dom0.ledger.uuid("work", "20260101-000000-1-00000000") == ""
     old = cid_time("20260101-000000-1-00000000")
     assert dom0.ledger.forgotten_before("work") < old
 
@@ -198,7 +200,7 @@ def test_what_kept_a_vm_out_is_carried_over_as_far_as_it_can_be_read(dom0):
 
 
 def test_the_log_of_a_ledger_goes_last_so_that_no_half_of_it_is_ever_believed(dom0, monkeypatch):
-    dom0.ledger.claim_all([("work", new_cid(), b"")])
+    dom0.ledger.claim_all([("work", new_cid(), b"", "")])
     moved = []
 
     def die_at_the_log(source, target, rename=os.rename):
@@ -236,7 +238,7 @@ def test_a_new_ledger_takes_no_id_from_before_it_was_made(dom0):
 
 def test_a_ledger_that_another_process_made_meanwhile_is_the_one(settings, monkeypatch):
     path = os.path.join(settings["state_dir"], "ledger.sqlite")
-    claim = [("work", "20260101-000000-1-0badcafe", b"")]
+    claim = [("work", "20260101-000000-1-0badcafe", b"", "")]
 
     def make_it_second(*args, make=ledger_file.make):
         make(*args)

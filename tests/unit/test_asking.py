@@ -229,7 +229,7 @@ def test_a_script_is_asked_about_once_whole_and_runs_line_by_line(world):
 def test_a_script_stops_at_the_first_command_that_fails_and_says_which(world):
     cid = world.submit(b"echo one\nfalse\necho three\n", form="script")
     assert world.wait_end(cid) == ["done"]
-    exit_code, _ = world.dom0.results.result("work", cid)
+    exit_code = world.dom0.results.result("work", cid).exit_code
     assert (exit_code, world.part(cid, "out")) == (1, b"one\n")
     assert b"command 2 of 3 (false) ended with exit code 1; 1 more were not run" in world.part(cid, "err")
 

@@ -70,18 +70,18 @@ def test_a_key_behind_a_symlink_is_refused(keyring, tmp_path):
 def test_a_claim_is_given_once_and_survives_a_reopening(tmp_path):
     path = str(tmp_path / "state" / "ledger.sqlite")
     ledger = Ledger(path)
-    assert ledger.claim_all([("work", CID, b"mac")]) == [True]
-    assert ledger.claim_all([("work", CID, b"mac")]) == [False]
-    assert ledger.claim_all([("dev", CID, b"mac")]) == [True]
+    assert ledger.claim_all([("work", CID, b"mac", "")]) == [True]
+    assert ledger.claim_all([("work", CID, b"mac", "")]) == [False]
+    assert ledger.claim_all([("dev", CID, b"mac", "")]) == [True]
     ledger.close()
     again = Ledger(path)
-    assert again.claim_all([("work", CID, b"mac")]) == [False]
+    assert again.claim_all([("work", CID, b"mac", "")]) == [False]
     assert again.state("work", CID) == ("claimed", b"mac")
 
 
 def test_only_one_of_many_threads_may_start_a_command(tmp_path):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
-    ledger.claim_all([("work", CID, b"")])
+    ledger.claim_all([("work", CID, b"", "")])
     won = []
     threads = [threading.Thread(target=lambda: won.append(ledger.start("work", CID))) for _ in range(16)]
     for thread in threads:
@@ -93,7 +93,7 @@ def test_only_one_of_many_threads_may_start_a_command(tmp_path):
 
 def test_a_state_never_goes_back(tmp_path):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
-    ledger.claim_all([("work", CID, b"")])
+    ledger.claim_all([("work", CID, b"", "")])
     ledger.start("work", CID)
     ledger.finish("work", CID, 0, "done")
     ledger.delivered([("work", CID)])

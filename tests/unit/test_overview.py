@@ -122,7 +122,7 @@ def test_what_waits_is_counted_for_each_vm(tmp_path):
     dom0 = _dom0(tmp_path)
     dom0.keyring.put("work", os.urandom(32).hex())
     done, open_one = new_cid(), new_cid()
-    dom0.ledger.claim_all([("work", done, b"1"), ("work", open_one, b"2")])
+    dom0.ledger.claim_all([("work", done, b"1", ""), ("work", open_one, b"2", "")])
     dom0.ledger.start("work", done)
     dom0.ledger.finish("work", done, 0, "done")
     assert overview(dom0)["vms"]["work"]["open"] == {"done": 1, "claimed": 1}

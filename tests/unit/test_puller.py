@@ -19,7 +19,7 @@ from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
 from pullrpc.puller import Finished, Puller
-from pullrpc.results import of_bytes
+from pullrpc.results import Result, of_bytes
 from pullrpc.session import Found, Item, Session, _frames_of, read_poll
 from pullrpc.tokens import fingerprint, make_token
 
@@ -164,8 +164,8 @@ def test_a_command_that_ends_while_a_session_begins_is_delivered(dom0, monkeypat
         cid, request = _started(dom0)
         loop, expire = asyncio.get_running_loop(), dom0.results.expire
 
-        def expire_while_it_ends(name):
-            found = expire(name)
+        def expire_while_it_ends(*args):
+            found = expire(*args)
             dom0.execution._finish_ping(request, time.monotonic())
             loop.call_soon_threadsafe(puller.finished, cid, Finished(status="done"))
             time.sleep(0.05)
@@ -297,7 +297,7 @@ def test_a_vm_that_takes_no_results_does_not_fill_dom0s_memory_with_them(dom0, m
     async def scene(puller, hub, vm):
         for number in range(40):
             parts = {"out": of_bytes(b"x" * 60000), "err": of_bytes(b""), "meta": of_bytes(b"m")}
-            puller.finished(f"20260101-000000-1-{number:08x}", Finished(status="done", result=(0, parts)))
+            puller.finished(f"20260101-000000-1-{number:08x}", Finished(status="done", result=Result(0, parts)))
         outbox.update(puller._outbox)
 
     _play(dom0, scene, monkeypatch)
@@ -428,11 +428,100 @@ def test_a_note_of_whom_the_key_is_for_that_can_not_be_read_lets_nobody_in(dom0,
     assert "can't tell" in dom0.access.stranger("work", "one")
 
 
-def _claimed(dom0, command):
+def _claimed(dom0, command, uuid=""):
     cid, item = _item(command=command)
-    request = dom0.intake.admit("work", cid, item.command, item.token, -1)
+    request = dom0.intake.admit("work", cid, item.command, item.token, -1, uuid)
     assert dom0.intake.claim([(request, 0)]) == {}
     return cid
+
+
+def _given_another_key(dom0):
+    dom0.keyring.put("work", os.urandom(32).hex(), uuid="two")
+
+
+def _revoked(dom0):
+    dom0.keyring.remove("work")
+
+
+def _revoked_and_given_the_same_key(dom0):
+    dom0.keyring.remove("work")
+    dom0.keyring.put("work", KEY.hex(), uuid="two")
+
+
+def _forgotten_and_given_another_key(dom0):
+    dom0.access.forget("work")
+    _given_another_key(dom0)
+
+
+@pytest.mark.parametrize("moment", ["done", "runs", "at hand", "waits"])
+@pytest.mark.parametrize("change", [_given_another_key, _revoked, _revoked_and_given_the_same_key, _forgotten_and_given_another_key])
+def test_another_qube_under_the_same_name_gets_nothing_of_the_one_before(dom0, monkeypatch, change, moment):
+    async def scene(puller, hub, vm):
+        dom0.keyring.bind("work", "one")
+        cid = _claimed(dom0, f"echo secret; while [ -e {dom0.config.state_dir}/wait ]; do sleep 0.05; done; echo rest".encode(), "one")
+        wait, running = os.path.join(dom0.config.state_dir, "wait"), None
+        if moment == "runs":
+            open(wait, "w").close()
+            running = asyncio.ensure_future(hub.call(dom0.execution.execute, "work", cid))
+            while not (dom0.spool.size("work", cid, "out") and ("work", cid) in dom0.execution._running):
+                await asyncio.sleep(0.02)
+        elif moment != "waits":
+            await hub.call(dom0.execution.execute, "work", cid)
+        end = Finished(status="done", result=dom0.results.result("work", cid) if moment == "at hand" else None)
+        change(dom0)
+        hub.uuid = "two"
+        await puller._open()
+        if running is not None:
+            puller.wrote(cid, 7, 0)
+            puller._stream()
+            await puller._cancel(cid)
+            os.unlink(wait)
+            assert (await running)["status"] == "done"
+        if moment == "waits":
+            assert (await hub.call(dom0.execution.execute, "work", cid))["status"] == "refused"
+        puller.finished(cid, end)
+        await puller._deliver()
+        assert (vm.delivered, vm.parts) == ([], {})
+        # It waits for its own qube, unless all of that was forgotten.
+        known = dom0.ledger.state("work", cid)
+        assert known is None or known[0] == "done"
+
+    monkeypatch.setattr(_Vm, "set_key", _note_key, raising=False)
+    _play(dom0, scene, monkeypatch)
+
+
+def test_an_id_of_the_qube_that_had_this_name_before_is_not_on_its_way(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        dom0.keyring.bind("work", "one")
+        cid, item = _item()
+        await puller._open()
+        await puller._take_in([item], [])
+        _revoked_and_given_the_same_key(dom0)
+        hub.uuid = "two"
+        await puller._open()
+        await puller._take_in([item], [])
+        assert (vm.delivered, sorted(puller._untold)) == ([(cid, 125)], [cid])
+        assert [line["code"] for line in query(dom0.config.audit_log) if line["what"] == "refused"] == ["replay"]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_result_waits_for_its_qube_whoever_has_the_name_meanwhile(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid = _claimed(dom0, b"echo secret", "one")
+        await hub.call(dom0.execution.execute, "work", cid)
+        dom0.keyring.bind("work", "two")
+        hub.uuid = "two"
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == []
+        dom0.keyring.bind("work", "one")
+        hub.uuid = "one"
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0)]
+
+    _play(dom0, scene, monkeypatch)
 
 
 def test_what_a_vm_keeps_in_dom0_is_bounded_also_if_all_of_it_was_let_in_before(dom0):

@@ -174,7 +174,7 @@ def test_no_note_holds_a_key(keyring, handover, tmp_path):
 def test_what_a_forgotten_vm_had_run_can_not_be_replayed(tmp_path):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
     cid = new_cid()
-    ledger.claim_all([("work", cid, b"mac")])
+    ledger.claim_all([("work", cid, b"mac", "")])
     ledger.start("work", cid)
     ledger.finish("work", cid, 0, "done")
     assert ledger.forget("work") == 1
@@ -190,7 +190,7 @@ def test_what_a_forgotten_vm_had_run_can_not_be_replayed(tmp_path):
 def test_what_runs_is_not_forgotten(tmp_path):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
     cid = new_cid()
-    ledger.claim_all([("work", cid, b"mac")])
+    ledger.claim_all([("work", cid, b"mac", "")])
     assert ledger.forget("work") == 0
     assert ledger.state("work", cid)[0] == "claimed"
 
