@@ -114,7 +114,8 @@ def check_policy(policy):
             raise ConfigError(f"{name} must be a list of at most {_RULES_MAX} rules")
         for at, rule in enumerate(rules):
             try:
-                _expand(rule)
+                for pattern in _expand(rule):
+                    _check_no_pattern(pattern, also_others=name != "allow")
             except ConfigError as err:
                 raise ConfigError(f"{name}, rule {at}: {err}") from None
 
@@ -138,13 +139,22 @@ def _expand(rule):
             raise ConfigError(f"{_REST} may only be the last word")
         if word.startswith(_TAG) and not _TAG_NAME.match(word[len(_TAG) :]):
             raise ConfigError(f"{_TAG} needs a tag's name behind it")
-        # Compared as it stands it would hardly fit anything, and where it is to forbid, it would forbid nothing.
-        is_pattern = os.path.basename(str(rule[0])).startswith("qvm-") and word not in (_ANY, _REST) and not _PATTERN.isdisjoint(word)
-        if is_pattern or (word.startswith("@") and not word.startswith(_TAG)):
-            raise ConfigError(f"{word[:_SHOWN_MAX]!r}: patterns are not known here; {_ANY} is any one word, {_TAG}NAME a qube with that tag")
     if not _PROGRAM.match(rule[0]):
         raise ConfigError("the first word must be the program itself, without wildcards")
     return (tuple(rule),)
+
+
+def _check_no_pattern(pattern, also_others):
+    """Check that no word of a rule could only be meant as a pattern, or was written by mistake: compared as it stands it would hardly fit
+    anything, and where it is to forbid, it would forbid nothing.
+    """
+    is_of_qubes = _takes_patterns(pattern)
+    for word in pattern:
+        marks = _PATTERN if is_of_qubes else {"*"} if also_others else ()
+        if word not in (_ANY, _REST) and (any(mark in word for mark in marks) or (word.startswith("@") and not word.startswith(_TAG))):
+            raise ConfigError(f"{word[:_SHOWN_MAX]!r}: patterns are not known here; {_ANY} is any one word, {_TAG}NAME a qube with that tag")
+        if (is_of_qubes or also_others) and word != word.strip():
+            raise ConfigError(f"{word[:_SHOWN_MAX]!r} begins or ends with a blank, which no name does")
 
 
 def tags_of(policy):

@@ -153,18 +153,56 @@ def test_what_is_denied_is_denied_in_other_words_too(argv):
 @pytest.mark.parametrize(
     ("deny", "argv"),
     [
-        (["qvm-tags", "*"], ("qvm-tags", "test", "list")),
         (["qvm-run", "test", "poweroff"], ("qvm-run", "test", "ls *.txt")),
         (["qvm-remove", "--force", "test"], ("qvm-remove", "test")),
-        (["qvm-kill"], ("qvm-kill", "test")),
         (["qvm-shutdown", "--wait", "**"], ("qvm-shutdown", "test")),
         (["qvm-run", "test", "**"], ("qvm-run", "--autostart", "build", "id")),
+        (["qvm-remove", "--force", "test"], ("qvm-remove", "-qv", "test")),
+        (["qvm-remove", "test"], ("qvm-remove", "-f", "build")),
+        (["qvm-start", "test"], ("qvm-start", "--skip-if-running", "build")),
         (["qvm-prefs", "test", "netvm", "*"], ("qvm-prefs", "test", "netvm")),
         (["qvm-prefs", "test", "netvm", "*"], ("qvm-prefs", "test", "memory", "netvm")),
     ],
 )
 def test_what_is_denied_is_not_more_than_what_may_be_meant(deny, argv):
     assert _allowed(*argv, policy={"allow": [[argv[0], "**"]], "deny": [deny]})
+
+
+@pytest.mark.parametrize(
+    ("deny", "argv"),
+    [
+        # The program, and no more words: with whatever words.
+        (["qvm-kill"], ("qvm-kill", "test")),
+        (["qvm-kill"], ("qvm-kill", "--verbose", "test", "build")),
+        (["qvm-kill"], ("qvm-shutdown", "--wait", "test")),
+        (["/usr/bin/reboot"], ("reboot", "now")),
+        (["qvm-run", "test"], ("qvm-run", "test", "id")),
+        (["qvm-prefs", "test", "netvm"], ("qvm-prefs", "test", "netvm", "sys-net")),
+        (["qvm-tags", "*"], ("qvm-tags", "test", "list")),
+        # Options by a letter, alone or with others, and the other way round.
+        (["qvm-remove", "--force", "test"], ("qvm-remove", "-f", "test")),
+        (["qvm-remove", "--force", "test"], ("qvm-remove", "-qf", "test")),
+        (["qvm-remove", "-f", "test"], ("qvm-remove", "--force", "test")),
+        (["qvm-remove", "-f", "test"], ("qvm-remove", "-vf", "test")),
+        (["qvm-shutdown", "--wait", "**"], ("qvm-shutdown", "-w", "test")),
+        (["qvm-prefs", "--unset", "test", "netvm"], ("qvm-prefs", "-D", "test", "netvm")),
+        (["qvm-shutdown", "test"], ("qvm-shutdown", "-a")),
+    ],
+)
+def test_what_is_kept_from_running_is_so_with_more_words_and_by_letters(deny, argv):
+    allow = [[argv[0], "**"]]
+    assert not _allowed(*argv, policy={"allow": allow, "deny": [deny]})
+    decision = decide({"allow": allow, "ask": [deny]}, argv, _tagged)
+    assert (decision.allowed, decision.asks) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["deny", "ask"])
+@pytest.mark.parametrize("word", ["dest*", "test ", "\ttest", "*.service"])
+def test_a_word_that_would_keep_nothing_from_running_is_a_mistake(name, word):
+    policy = {"allow": [["xl", word]], name: [["xl", "destroy", word]]}
+    with pytest.raises(ConfigError, match="patterns are not known|begins or ends with a blank"):
+        policy_module.check_policy(policy)
+    policy_module.check_policy({"allow": policy["allow"]})
 
 
 def test_a_command_has_so_many_words_and_no_more():
