@@ -16,6 +16,7 @@ import time
 from .audit_files import LET_GO, commands_folder, last_rotated
 from .chain import BODY_MAX, Chain
 from .commands import Commands
+from .errors import AuditError
 from .syslog import Syslog
 
 #: Most characters of a command that are recorded, and most that its line may have of it: a character can take twelve of those. Its digest
@@ -25,7 +26,7 @@ _COMMAND_SHOWN, _COMMAND_WRITTEN, _REFUSED_SHOWN = 1024, 2048, 256
 _REASON_SHOWN = 256
 #: Most characters of a rule that are recorded.
 _RULE_SHOWN = 256
-#: Refusals recorded for one VM within a minute; the rest is counted and recorded as one line.
+#: Refusals recorded for one VM within a minute, of those whose token fits and of all others; the rest is counted and recorded as one line.
 _REFUSALS_PER_MINUTE = 60
 _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
@@ -42,6 +43,8 @@ class AuditLog:
     def __init__(self, path, syslog=False, files=12):
         self._chain = Chain(path, lambda: last_rotated(path), files)
         self._lock = threading.Lock()
+        #: Minute and count of the last refusals, by VM and whether they were of a token that fits: whoever has no key hides nothing of
+        #: what a key was used for.
         self._refusals = {}
         self._syslog = Syslog()
         self._to_syslog = syslog
@@ -102,16 +105,12 @@ class AuditLog:
         Raises:
             AuditError: it can't be written.
         """
-        minute = int(time.monotonic() // 60)
+        minute = _minute()
+        self.tell_not_shown()
         with self._lock:
-            last, count = self._refusals.get(vm, (minute, 0))
-            if last != minute:
-                skipped, count = max(0, count - _REFUSALS_PER_MINUTE), 0
-            else:
-                skipped = 0
-            self._refusals[vm] = (minute, count + 1)
-        if skipped:
-            self.write("refusals-not-shown", vm, count=skipped)
+            who = vm, refused.command is not None
+            _, count = self._refusals.get(who, (minute, 0))
+            self._refusals[who] = (minute, count + 1)
         if count >= _REFUSALS_PER_MINUTE:
             return False
         about = {} if refused.command is None else _describe(refused.command, _REFUSED_SHOWN)
@@ -119,6 +118,30 @@ class AuditLog:
             about["claimed"] = False
         self.write("refused", vm, cid, code=refused.code, reason=str(refused)[:_REASON_SHOWN], **about)
         return True
+
+    def tell_not_shown(self, at_once=False):
+        """Append how many refusals of past minutes were counted only.
+
+        Args:
+            at_once: bool, whether this minute has to be told of, too: nobody counts on.
+
+        Raises:
+            AuditError: it can't be written; it is tried again.
+        """
+        minute = _minute()
+        with self._lock:
+            past = {who: one for who, one in self._refusals.items() if at_once or one[0] != minute}
+            self._refusals = {who: one for who, one in self._refusals.items() if who not in past}
+        records = [("refusals-not-shown", vm, "-", {"count": count - _REFUSALS_PER_MINUTE}) for (vm, _), (_, count) in past.items() if count > _REFUSALS_PER_MINUTE]
+        try:
+            if records:
+                self.write_all(records)
+        except AuditError:
+            with self._lock:
+                # What was counted meanwhile counts as well.
+                for who, (at, count) in past.items():
+                    self._refusals[who] = (at, count + self._refusals.get(who, (0, 0))[1])
+            raise
 
     def keep_command(self, vm, cid, raw, bytes_max, days):
         """Keep a command beside the log; on return it is on the disk.
@@ -186,6 +209,10 @@ def describe_rule(rule):
         str
     """
     return rule[:_RULE_SHOWN]
+
+
+def _minute():
+    return int(time.monotonic() // 60)
 
 
 def _stamp(now):

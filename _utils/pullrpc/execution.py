@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 import threading
 import time
 
@@ -19,6 +18,7 @@ from .gate import authenticate, check_policy
 from .ledger import CLAIMED, DONE, RUNNING
 from .question import YES
 from .results import EXIT_FAILED, is_of, meta_of, meta_of_digests, reason_line
+from .sandbox_slots import interpreter
 from .spool import ERR, META, OUT
 from .tokens import TOKEN_MAX, chunk_mac
 from .transport import vms_with_tag
@@ -252,7 +252,7 @@ class Execution:
         script = request.command.encode("utf-8") if request.form == "script" else None
         argv = {"argv": request.argv, "script": (_SHELL,), "shell": (_SHELL, "-c", "--", request.command)}.get(request.form)
         if request.form == "steps":
-            argv, script = (sys.executable, "-I", "-S", "-c", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
+            argv, script = (interpreter(), "-I", "-S", "-c", _RUN_STEPS), json.dumps([words for _, words in request.steps]).encode("ascii")
         for part in (OUT, ERR):
             self._stores.spool.remove_part(vm, cid, part)
         job = sandbox.Job(

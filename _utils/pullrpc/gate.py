@@ -146,6 +146,8 @@ def check_policy(config, ledger, tagged, request, now=None):
         # Runs nothing, and tells nothing but that the key fits: no policy is asked, so that nothing else may come in this way.
         if request.command != PING:
             raise Refused("policy", f"a ping has no text but {PING}")
+        if request.stdin_digest:
+            raise Refused("policy", "a ping has no stdin")
         return dataclasses.replace(request, by="ping")
     if config.until:
         _check_until(config, ledger, request.vm, time.time() if now is None else now)

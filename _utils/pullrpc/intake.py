@@ -131,6 +131,8 @@ class Intake:
             digest = writer.close()
         except SpoolError as err:
             raise self._dismiss(request, Refused("storage", str(err))) from err
+        # A VM sends one after the other: the next one is let in by what this one has taken.
+        self._stores.spool.wrote(request.vm, writer.size)
         if digest != request.stdin_digest:
             raise self._dismiss(request, Refused("stdin", "stdin is not what was signed"))
 

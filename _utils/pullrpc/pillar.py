@@ -341,7 +341,8 @@ def _moment(value, path):
         moment = None
     if moment is None or moment.tzinfo is None:
         _fail(path, "must be a time with its zone, like 2026-12-31T18:00:00Z or 2026-12-31T18:00:00+01:00")
-    return _setting("until", int(moment.timestamp()), path)
+    # Not 0, which is no end at all; what lies long ago is over.
+    return _setting("until", max(1, int(moment.timestamp())), path)
 
 
 def _is_digits(key):

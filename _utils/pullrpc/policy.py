@@ -30,6 +30,11 @@ _RULES_MAX, _WORDS_MAX, _WORD_MAX = 256, 64, 1024
 _SHOWN_MAX = 40
 #: Most commands in a script.
 _STEPS_MAX = 256
+#: Most pieces (blanks, words in quotes or not) that words are made of: a word may be of any number of them.
+_PIECES_MAX = 4 * ARGV_MAX
+#: Most words that a command has, times the words of all rules: each may have to be compared with each, while whoever asks gives the
+#: commands' words, and is refused for nothing but dom0's time.
+_COMPARED_MAX = 500_000
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
 _TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 #: What a line without a shell is made of: blanks, characters that a shell takes as they are, and text in either kind of quotes.
@@ -90,6 +95,9 @@ class Decision:
     rule: str
     reason: str
     asks: bool = False
+
+
+_TOO_MUCH = Decision(False, "", "it has too many words to be compared with so many rules; send it in parts")
 
 
 def check_policy(policy):
@@ -196,7 +204,13 @@ def _rules(policy):
     return [(name, pattern, _spelled(pattern)) for name, pattern in patterns]
 
 
+def _is_too_much(rules, count):
+    return count * sum(len(pattern) for _, pattern, _ in rules) > _COMPARED_MAX
+
+
 def _decide(rules, argv, tagged):
+    if _is_too_much(rules, len(argv)):
+        return _TOO_MUCH
     # All rules see the same tags: to ask for them costs a program's start.
     given = _spelled(argv)
     for name, pattern, spelled in rules if argv else ():
@@ -225,6 +239,8 @@ def decide_steps(policy, steps, tagged):
     if policy in (FULL, NONE):
         return decide(policy, (), tagged)
     rules = _rules(policy)
+    if _is_too_much(rules, sum(len(argv) for _, argv in steps)):
+        return _TOO_MUCH
     decisions = [(at, _decide(rules, argv, tagged)) for at, argv in steps]
     for deciding in (lambda one: not one.allowed and not one.asks, lambda one: one.asks):
         for at, decision in decisions:
@@ -352,7 +368,7 @@ def split_plain(line):
     Raises:
         Refused: a shell would do more with it than to split it (code ``policy``).
     """
-    words, at = [], 0
+    words, at, count = [], 0, 0
     while at < len(line):
         if len(words) == ARGV_MAX:
             raise Refused("policy", f"for this qube dom0 takes commands of at most {ARGV_MAX} words")
@@ -362,7 +378,9 @@ def split_plain(line):
             piece = _PIECE.match(line, at)
             if piece is None:
                 raise _needs_shell()
-            at = piece.end()
+            at, count = piece.end(), count + 1
+            if count > _PIECES_MAX:
+                raise Refused("policy", f"for this qube dom0 takes commands of at most {_PIECES_MAX} blanks and quoted parts of words")
             if piece["space"]:
                 break
             pieces.append(piece["plain"] or piece["single"] or piece["double"] or "")
@@ -390,6 +408,9 @@ def split_script(text):
     if not 1 <= len(lines) <= _STEPS_MAX:
         raise Refused("policy", f"for this qube dom0 takes scripts of 1 to {_STEPS_MAX} lines, each a single command; this one has {len(lines)}")
     steps, count = [], 0
+    # Each has its own bound on pieces; together they have one as well.
+    if sum(line.count("'") + line.count('"') for _, line in lines) > 2 * _PIECES_MAX:
+        raise Refused("policy", f"for this qube dom0 takes scripts of at most {_PIECES_MAX} quoted parts of words")
     for at, line in lines:
         try:
             steps.append((at, split_plain(line)))

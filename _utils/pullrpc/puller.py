@@ -389,8 +389,10 @@ class Puller:
         if isinstance(end, Refused):
             await self._refuse(cid, end, item)
             return
-        # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not.
-        self._retry = _RETRY_FIRST
+        if end is None:
+            # A VM that has dom0 start a session again and again, to break it, waits longer each time, also if it shows the same again in
+            # each; one that asks for something does not.
+            self._retry = _RETRY_FIRST
         self._untold.add(cid)
         if end == "known":
             await self._spend()

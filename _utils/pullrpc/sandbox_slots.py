@@ -403,13 +403,23 @@ def folders():
     return {slot.folder for slot in list(_all)}
 
 
+def interpreter():
+    """Say which Python runs what dom0 starts by itself.
+
+    Returns:
+        str, its path.
+    """
+    # Inside a frozen Salt, sys.executable need not be an interpreter.
+    return sys.executable if os.path.basename(sys.executable or "").startswith("python") else "/usr/bin/python3"
+
+
 def _program():
     """The interpreter, the supervisor for it, and what it needs to be told to run that."""
-    # Inside a frozen Salt, sys.executable need not be an interpreter.
-    if not os.path.basename(sys.executable or "").startswith("python"):
-        return "/usr/bin/python3", _SOURCE, _BOOT.format(size=len(_SOURCE), code="code")
+    python = interpreter()
+    if python != sys.executable:
+        return python, _SOURCE, _BOOT.format(size=len(_SOURCE), code="code")
     code = marshal.dumps(compile(_SOURCE, "supervisor.py", "exec"))
-    return sys.executable, code, _BOOT.format(size=len(code), code="marshal.loads(code)")
+    return python, code, _BOOT.format(size=len(code), code="marshal.loads(code)")
 
 
 def pool():

@@ -269,6 +269,7 @@ class Service:
         finally:
             if self._spawned:
                 await asyncio.wait(self._spawned, timeout=_GOODBYE_WAIT)
+            await self._do(functools.partial(self.dom0.audit.tell_not_shown, at_once=True))
             self.dom0.execution.on_output = None
             self.lines.close()
             self._threads.close()
@@ -287,6 +288,7 @@ class Service:
                     noted = time.monotonic()
                     await self._do(self.dom0.note_time)
                     await self._do(self.dom0.spool.remove_left)
+                    await self._do(self.dom0.audit.tell_not_shown)
                 if time.monotonic() >= pruned + _PRUNE_EVERY:
                     pruned = time.monotonic()
                     await self._do(self.dom0.prune)

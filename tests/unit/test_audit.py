@@ -17,6 +17,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pullrpc import audit as audit_module
 from pullrpc import audit_files, audit_read, chain
 from pullrpc.audit import AuditLog, describe_command
 from pullrpc.commands import list_kept
@@ -634,6 +635,49 @@ def test_a_refusal_says_what_was_refused_and_why_once_its_token_fits(path):
     assert (bare["reason"], "command" in bare) == ("the token does not fit", False)
     # It was not kept, and nobody misses it.
     assert _verify(path)["problems"] == []
+
+
+def _refusals(log, vm, count, command=None):
+    for _ in range(count):
+        refused = Refused("token" if command is None else "policy", "no")
+        refused.command = command
+        log.refusal(vm, CID, refused)
+
+
+def test_refusals_that_were_counted_only_are_told_of_although_none_follows(path, monkeypatch):
+    minute = [1000]
+    monkeypatch.setattr(audit_module, "_minute", lambda: minute[0])
+    log = AuditLog(path)
+    _refusals(log, "work", 100)
+    _refusals(log, "dev", 61)
+    _refusals(log, "mail", 60)
+    # Whoever shows wrong tokens hides nothing of what an authorized program asks for.
+    _refusals(log, "work", 2, "qvm-run vault id")
+    assert [line["command"] for line in _lines(path) if "command" in line] == ["qvm-run vault id"] * 2
+    log.tell_not_shown()
+    assert [line for line in _lines(path) if line["what"] == "refusals-not-shown"] == []
+    minute[0] += 1
+    log.tell_not_shown()
+    log.tell_not_shown()
+    assert [(line["vm"], line["count"]) for line in _lines(path) if line["what"] == "refusals-not-shown"] == [("work", 40), ("dev", 1)]
+    # When nobody counts on.
+    _refusals(log, "work", 70)
+    log.tell_not_shown(at_once=True)
+    assert _lines(path)[-1]["count"] == 10
+
+
+def test_refusals_that_could_not_be_told_of_are_told_later(path, monkeypatch):
+    minute = [1000]
+    monkeypatch.setattr(audit_module, "_minute", lambda: minute[0])
+    log = AuditLog(path)
+    _refusals(log, "work", 100)
+    minute[0] += 1
+    with monkeypatch.context() as full:
+        full.setattr(AuditLog, "write_all", lambda *_, **__: (_ for _ in ()).throw(AuditError("full")))
+        with pytest.raises(AuditError):
+            log.tell_not_shown()
+    log.tell_not_shown()
+    assert _lines(path)[-1]["count"] == 40
 
 
 def test_lines_are_found_by_vm_time_and_word(path):

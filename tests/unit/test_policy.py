@@ -248,17 +248,48 @@ def test_a_long_line_is_read_piece_by_piece(monkeypatch):
     # By the character that was half a minute of dom0's time.
     assert split_plain("a" * (1 << 20)) == ("a" * (1 << 20),)
     assert len(pieces) == 1
-    assert split_plain("'a'" * 300000) == ("a" * 300000,)
-    assert len(pieces) == 300001
+    assert split_plain("'a'" * 16384) == ("a" * 16384,)
+    assert len(pieces) == 16385
+    # Nor in as many pieces as whoever asks would have it read, one after the other.
+    for line in ("'a'" * 300000, "''" * 500000, "a''" * 300000):
+        with pytest.raises(Refused, match="at most 16384"):
+            split_plain(line)
+    assert len(pieces) == 16385 + 3 * 16385
     with pytest.raises(Refused, match="this one has 500000"):
         split_script("\na" * 500000)
+    with pytest.raises(Refused, match="at most 16384 quoted"):
+        split_script("\n".join(["a" + "''" * 1000] * 200))
     # Too many lines are not read at all.
-    assert len(pieces) == 300001
+    assert len(pieces) == 4 * 16385
 
 
-def test_a_ping_has_no_other_text():
+def test_a_command_is_compared_with_rules_as_long_as_that_is_soon_done():
+    compared = []
+
+    def tagged(tag):
+        compared.append(tag)
+        return set()
+
+    policy = {"allow": [["qvm-start", *(["*"] * 62), f"@tag:a{number}"] for number in range(64)]}
+    assert decide(policy, ("qvm-start", *("b" * 63)), tagged).reason == "no rule allows it"
+    assert len(compared) == 64
+    long = ("qvm-start", *("b" * 1000))
+    steps = [(at, ("qvm-start", *("b" * 63))) for at in range(1, 64)]
+    for decision in (decide(policy, long, tagged), decide_steps(policy, steps, tagged)):
+        assert (decision.allowed, decision.asks) == (False, False)
+        assert "too many words" in decision.reason
+    assert len(compared) == 64
+    # With rules as one has them it may be long.
+    assert _allowed("qvm-start", *("build",) * 1, policy=POLICY)
+    assert decide({"allow": [["echo", "**"]] * 50}, ("echo", *("b" * 4095)), tagged).allowed
+
+
+def test_a_ping_has_no_other_text_and_no_stdin():
     with pytest.raises(Refused, match="no text but ping"):
         check_policy(_config(policy="none"), None, _tagged, _request("x" * 1000, "ping"))
+    with pytest.raises(Refused, match="no stdin"):
+        check_policy(_config(policy="none"), None, _tagged, dataclasses.replace(_request("ping", "ping"), stdin_digest=b"d" * 32))
+    assert check_policy(_config(policy="none"), None, _tagged, _request("ping", "ping")).by == "ping"
 
 
 @pytest.mark.parametrize("name", ["netvm", "template", "guivm", "audiovm", "default_dispvm", "management_dispvm", "provides_network", "kernelopts"])

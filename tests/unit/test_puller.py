@@ -2,6 +2,7 @@
 """One VM's pull loop on the real ledger, spool and keyring: no ending of a command at an awkward moment loses or garbles its result."""
 
 import asyncio
+import hashlib
 import os
 import subprocess
 import threading
@@ -534,6 +535,43 @@ def test_what_a_vm_keeps_in_dom0_is_bounded_also_if_all_of_it_was_let_in_before(
     # Each of them is told why.
     err = b"".join(dom0.results.result("work", cids[-1])[1]["err"][1](0))
     assert b"dom0 keeps too many unfinished commands and results" in err
+
+
+def test_a_vm_keeps_no_more_stdin_in_dom0_than_it_may(dom0):
+    mib = 1 << 20
+    dom0.config = make_config({**_folders(dom0), "output_max": mib, "stdin_max": mib, "spool_bytes_max": 6 * mib})
+    taken = 0
+    for _ in range(12):
+        cid, item = _item()
+        data = os.urandom(mib)
+        token = make_token(KEY, "work", cid, 10, "shell", item.command, hashlib.sha256(data).digest())
+        try:
+            request = dom0.intake.admit("work", cid, item.command, token, len(data))
+        except Refused as refused:
+            assert refused.code == "room"
+            continue
+        writer = dom0.intake.stdin_writer(request)
+        writer.write(data)
+        dom0.intake.end_stdin(request, writer)
+        assert dom0.intake.claim([(request, len(data))]) == {}
+        taken += 1
+    # Each may write as much as two outputs take, too.
+    assert taken == 3
+
+
+def test_a_vm_that_shows_the_same_again_in_each_session_waits_longer_each_time(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid, item = _item("ping", b"ping")
+        puller._retry = 8.0
+        await puller._take_in([item], [])
+        assert puller._retry < 8.0
+        for _ in range(3):
+            puller._retry = 8.0
+            await puller._take_in([item], [])
+            assert puller._retry == 8.0
+
+    _play(dom0, scene, monkeypatch)
 
 
 def test_a_vm_that_asks_for_much_has_a_tag_looked_up_once_and_its_commands_looked_at_anew(dom0, monkeypatch):
