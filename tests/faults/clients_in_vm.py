@@ -27,11 +27,16 @@ def say(**data):
 
 
 def _start(order):
-    key = order["start"]
-    process = subprocess.Popen(
+    # Before the next order is read, which may be to kill it.
+    _clients[order["start"]] = subprocess.Popen(
         [*order.get("through", ()), "qvm-remote", "-v", *order["words"]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    _clients[key] = process
+    threading.Thread(target=_attend, args=(order,), daemon=True).start()
+
+
+def _attend(order):
+    key = order["start"]
+    process = _clients[key]
     out, err = process.communicate(order.get("stdin", "").encode("ascii"))
     # By the clock of this machine, which is dom0's in the simulator.
     say(ended=key, code=process.returncode, out=out.decode("ascii", "replace"), err=err.decode("utf-8", "replace"), at=time.time())
@@ -66,7 +71,7 @@ def main():
     for line in sys.stdin:
         order = json.loads(line)
         if "start" in order:
-            threading.Thread(target=_start, args=(order,), daemon=True).start()
+            _start(order)
         elif "kill" in order:
             _clients[order["kill"]].kill()
         else:
