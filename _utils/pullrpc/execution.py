@@ -10,7 +10,7 @@ import os
 import threading
 import time
 
-from . import __version__, sandbox
+from . import __version__, ledger_file, sandbox
 from .accounts import ROOT, find_account
 from .audit import describe_rule
 from .errors import AuditError, KeyringError, LedgerError, Refused, SandboxError, SpoolError
@@ -199,6 +199,7 @@ class Execution:
             LedgerError: the ledger is damaged, or can't be read or written; AuditError: the audit log can't.
         """
         self._stores.check_ledger()
+        ledger_file.sweep(self._stores.ledger_path)
         left = self._stores.ledger.unfinished()
         for vm, cid in left:
             self._finish_left(vm, cid, _INTERRUPTED, "interrupted")

@@ -124,6 +124,24 @@ def make(path, before, carried=None):
         forget(temp, f"{temp}-journal", temp + _LOG, temp + _SHARED)
 
 
+def sweep(path):
+    """Remove what somebody left who died while making a ledger: it is the ledger's own file under a second name, or no ledger yet.
+
+    Args:
+        path: str.
+
+    Raises:
+        LedgerError: it can't be removed.
+    """
+    with _told(path):
+        folder, name = os.path.split(path)
+        for entry in os.listdir(folder) if os.path.isdir(folder) else ():
+            # Somebody beside us may be making one in this moment.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.startswith(f"{name}.new.") and time.time() - os.lstat(os.path.join(folder, entry)).st_ctime > _BUSY_WAIT:
+                    forget(os.path.join(folder, entry))
+
+
 def problems(db):
     """Look whether every page, row and index of an open ledger is sound.
 

@@ -199,6 +199,19 @@ def test_what_kept_a_vm_out_is_carried_over_as_far_as_it_can_be_read(dom0):
     assert 1_900_000_000.0 <= dom0.ledger.saw_clock("work", 2_000_000_000, 1.0) < 1_900_000_600.0
 
 
+def test_what_is_left_of_a_ledger_in_the_making_is_removed_and_one_that_is_being_made_is_not(dom0, monkeypatch):
+    second, begun = f"{dom0.ledger_path}.new.1.0badcafe", f"{dom0.ledger_path}.new.2.0badcafe-journal"
+    os.link(dom0.ledger_path, second)
+    open(begun, "w").close()
+    dom0.execution.recover()
+    assert (os.path.exists(second), os.path.exists(begun)) == (True, True)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    dom0.execution.recover()
+    assert (os.path.exists(second), os.path.exists(begun)) == (False, False)
+    assert dom0.ledger.counts() == {"delivered": 600}
+
+
 def test_the_log_of_a_ledger_goes_last_so_that_no_half_of_it_is_ever_believed(dom0, monkeypatch):
     dom0.ledger.claim_all([("work", new_cid(), b"", "")])
     moved = []
