@@ -102,6 +102,50 @@ def test_a_state_never_goes_back(tmp_path):
     assert ledger.counts() == {"delivered": 1}
 
 
+def _steps(ledger, ask):
+    """How many steps of its own SQLite takes for a question."""
+    count = [0]
+
+    def step():
+        count[0] += 1
+
+    ledger._db.set_progress_handler(step, 1)
+    try:
+        ask(ledger)
+    finally:
+        ledger._db.set_progress_handler(None, 0)
+    return count[0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda ledger: ledger.undelivered("work"),
+        lambda ledger: ledger.waiting("work"),
+        lambda ledger: ledger.waiting_exit("work", CID),
+        lambda ledger: ledger.state("work", CID),
+        Ledger.unfinished,
+        Ledger.open_commands,
+        Ledger.open_counts,
+    ],
+    ids=["undelivered", "waiting", "waiting_exit", "state", "unfinished", "open_commands", "open_counts"],
+)
+def test_to_ask_what_is_open_costs_the_same_however_much_was_delivered(tmp_path, ask):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ended, runs, waits = CID, f"{CID[:-1]}1", f"{CID[:-1]}2"
+    ledger.claim_all([(vm, cid, b"") for vm in ("work", "dev") for cid in (ended, runs, waits)])
+    for vm in ("work", "dev"):
+        ledger.start(vm, runs)
+        ledger.finish(vm, ended, 0, "done")
+    before = _steps(ledger, ask)
+    delivered = [("work", f"20261123-000000-1-{number:08x}") for number in range(500)]
+    ledger.claim_all([(*one, b"") for one in delivered])
+    for one in delivered:
+        ledger.finish(*one, 0, "done")
+    ledger.delivered(delivered)
+    assert _steps(ledger, ask) == before
+
+
 def test_a_damaged_ledger_is_an_error(tmp_path):
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"garbage" * 1000)
