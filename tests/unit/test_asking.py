@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What dom0's user is asked about: that all of it is shown, that only a plain yes runs it, and that nobody is worn down."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import time
 
 import hypothesis.strategies as st
@@ -112,6 +114,47 @@ def test_only_a_plain_yes_is_a_yes(tmp_path, body, word):
     assert question.ask("text\n").word == word
     if word == "yes":
         assert (tmp_path / "helper.saw").read_text() == "text\n"
+
+
+@pytest.fixture
+def straggler(tmp_path):
+    """Says whether what a helper left behind in another session is still there, and ends it after the test."""
+    path = tmp_path / "helper.left"
+
+    def is_there():
+        with open(f"/proc/{int(path.read_text())}/stat", encoding="ascii") as file:
+            return file.read().split()[2] != "Z"
+
+    yield is_there
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+#: Leaves a process in another session, with what it is given of the helper's streams; its number is in a file once it is there.
+_LEAVES = "setsid sh -c 'echo $$ > '$0'.new; mv '$0'.new '$0'.left; exec sleep 60' </dev/null {} & until [ -e $0.left ]; do sleep 0.01; done; "
+
+
+@pytest.mark.parametrize(
+    ("keeps", "body", "word"),
+    [
+        (">/dev/null", "echo yes", "yes"),
+        (">/dev/null", "echo yes; exit 1", "no"),
+        (">/dev/null", "echo yes; exit 3", "failed"),
+        # Whoever has its stdout may have more to say: that is no answer.
+        ("", "echo yes", "timeout"),
+        ("", "trap '' TERM; sleep 60 & wait; sleep 60", "timeout"),
+    ],
+)
+def test_what_a_helper_leaves_behind_with_its_streams_is_not_waited_for(tmp_path, straggler, keeps, body, word):
+    question = Question(_helper(tmp_path, _LEAVES.format(keeps) + body), "work", new_cid(), 1 if word == "timeout" else 20)
+    assert question.ask("text\n").word == word
+    assert straggler()
+
+
+def test_why_a_helper_failed_is_said_though_something_has_its_stderr(tmp_path, straggler):
+    question = Question(_helper(tmp_path, _LEAVES.format(">/dev/null") + "echo 'no screen' >&2; exit 2"), "work", new_cid(), 20)
+    assert question.ask("text\n") == Answer("failed", "the helper ended with exit code 2: no screen")
+    assert straggler()
 
 
 def test_a_helper_that_is_not_there_is_no_yes_and_the_log_says_so():
