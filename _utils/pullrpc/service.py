@@ -79,7 +79,7 @@ class Service:
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
-        self.lines = Lines(dom0, self._run_one, self._interrupt_late, emit, log, self._asks_another)
+        self.lines = Lines(dom0, self._run_one, self._end_unstarted, emit, log, self._asks_another)
 
     def run(self):
         """Serve until :meth:`stop` is called.
@@ -415,10 +415,13 @@ class Service:
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, end)
 
-    def _interrupt_late(self, vm, cid):
-        """Finish a command that dom0's user was asked about when the service ended; in the thread that asks."""
+    def _end_unstarted(self, vm, cid, reason):
+        """Finish a command that dom0's user was asked about, and that can't be started any more; in the thread that asks."""
         try:
-            self.dom0.execution.interrupt_queued(vm, cid)
+            if reason is None:
+                self.dom0.execution.interrupt_queued(vm, cid)
+            else:
+                self.dom0.execution.finish_lost(vm, cid, reason)
         except PullError as err:
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, Finished())

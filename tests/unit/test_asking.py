@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 import time
 
 import hypothesis.strategies as st
@@ -182,13 +183,13 @@ class _World:
         for vm in ("work", "dev"):
             self.dom0.keyring.put(vm, os.urandom(32).hex())
         self.ended, self.logged = {}, []
-        self.lines = Lines(self.dom0, self._run, self._late, lambda *_: None, self.logged.append, lambda: None)
+        self.lines = Lines(self.dom0, self._run, self._unstarted, lambda *_: None, self.logged.append, lambda: None)
 
     def _run(self, vm, cid):
         self.ended[cid] = self.dom0.execution.execute(vm, cid)["status"]
 
-    def _late(self, vm, cid):
-        self.ended[cid] = "late"
+    def _unstarted(self, vm, cid, reason):
+        self.ended[cid] = reason or "late"
 
     def submit(self, line, vm="work", form="shell"):
         """Bring a request as far as a session does."""
@@ -333,6 +334,23 @@ def test_what_is_not_answered_when_the_service_ends_is_given_back_and_not_run(wo
     assert sorted(world.lines.close()) == sorted([("work", first), ("work", second)])
     _until(lambda: world.lines.is_done("work"))
     assert world.ended == {}
+
+
+def test_a_yes_to_what_no_thread_can_be_started_for_is_not_lost_and_the_next_one_is_asked_about(world, monkeypatch):
+    first = world.submit(b"printf a")
+    start = threading.Thread.start
+    with monkeypatch.context() as full:
+        _until(lambda: world.lines.open_question)
+        full.setattr(threading.Thread, "start", lambda thread: start(thread) if thread.name != "qvm-remote-run" else _no_room())
+        world.say("yes")
+        assert "can't start a thread" in world.wait_end(first)[0]
+    second = world.submit(b"printf b", vm="dev")
+    world.say("yes")
+    assert world.wait_end(second) == ["done"]
+
+
+def _no_room():
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_command_nobody_was_asked_about_is_not_run_whatever_the_engine_does(world):
