@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The programs by which dom0 reaches a VM: none of them outlives its use."""
 
+import os
 import time
 
 from pullrpc.aio import run
 from pullrpc.config import make_config
-from pullrpc.transport import open_channel
+from pullrpc.transport import list_vms, open_channel
 
 #: As qvm-run does: starts a child that talks to the VM, and leaves it behind when it is told to end.
 _QVM_RUN = """\
@@ -44,3 +45,11 @@ def test_a_session_that_has_to_be_killed_leaves_no_process_behind(tmp_path):
     while _is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_template_whose_name_ends_in_a_dash_keeps_it(tmp_path, monkeypatch):
+    program = tmp_path / "qvm-ls"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' 'one|AppVM|debian-|False' 'two|AppVM|-|-' 'three|StandaloneVM||False'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert {vm["name"]: vm["template"] for vm in list_vms()} == {"one": "debian-", "two": "", "three": ""}
