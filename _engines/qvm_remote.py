@@ -37,9 +37,9 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm``, 
 (*) with the setting ``events: all`` only: to fire one takes dom0 about as long as to run a small command.
 """
 
+import collections
 import logging
 import os
-import queue
 import signal
 import sys
 import threading
@@ -67,9 +67,10 @@ _TROUBLE_RETRY = 15.0
 _PARENT_CHECK = 1.0
 #: How long a thread keeps the interpreter while another one wants it, seconds.
 _SWITCH_INTERVAL = 0.0005
-#: Events that wait for the bus; beyond that they are dropped: events inform, they never delay a command.
-_EVENTS_MAX = 5000
-#: An event waits for the commands that were accepted within this time, seconds, to be delivered: they have the interpreter first.
+#: Events of one VM that wait for the bus; beyond that they are dropped: events inform, they never delay a command.
+_EVENTS_VM_MAX = 1000
+#: An event waits so long at most, seconds, for the commands that were accepted within this time to be delivered: they have the
+#: interpreter first.
 _EVENTS_WAIT = 0.25
 #: After an event the thread rests so many times as long as that took, but no longer than so many seconds: a burst of commands
 #: leaves it the time in between.
@@ -230,61 +231,97 @@ class _Signals:
 
 
 class _Events:
-    """Fires ``qvm-remote/<vm>/<cid>/<what>`` on the minion's bus from a thread of its own, so that nothing waits for it."""
+    """Fires ``qvm-remote/<vm>/<cid>/<what>`` on the minion's bus from a thread of its own, so that nothing waits for it.
+
+    VMs take turns, each with a bounded line: one with many events neither delays nor displaces another's.
+    """
 
     def __init__(self, opts):
         self._opts = opts
         # A masterless minion has nobody to send them on to.
         self._has_master = opts.get("master_type") != "disable"
-        self._queue = queue.Queue(_EVENTS_MAX)
-        #: Commands that are on their way, and when they were accepted.
+        #: VM to a deque of (when it was taken in, tag, data); an empty one is not kept.
+        self._lines = collections.OrderedDict()
+        #: Commands that are on their way, and when they were accepted; the oldest first.
         self._on_way = {}
-        self._changed = threading.Condition()
+        self._closing = False
+        lock = threading.Lock()
+        # Two of them: an event that comes is no reason to wake the thread while it gives way to commands.
+        self._arrived, self._calmed = threading.Condition(lock), threading.Condition(lock)
         self._thread = threading.Thread(target=self._work, name="qvm-remote-events", daemon=True)
         self._thread.start()
 
     def note(self, vm, cid, what):
         """Hear of a step, whether or not there is to be an event of it."""
-        with self._changed:
+        with self._calmed:
             if what == "accepted":
+                self._forget_old()
                 self._on_way[vm, cid] = time.monotonic()
             elif what in ("delivered", "cancelled"):
                 self._on_way.pop((vm, cid), None)
-                self._changed.notify()
+                if not self._on_way:
+                    self._calmed.notify()
 
     def put(self, vm, cid, what, data):
         """Fire an event soon; the arguments are checked names and words of ours, never output or keys."""
-        try:
-            self._queue.put_nowait((f"qvm-remote/{vm}/{cid}/{what}", {"vm": vm, "id": cid, "time": round(time.time(), 6), **data}))
-        except queue.Full:
-            return
+        event = {"vm": vm, "id": cid, "time": round(time.time(), 6), **data}
+        with self._arrived:
+            line = self._lines.setdefault(vm, collections.deque())
+            if len(line) < _EVENTS_VM_MAX:
+                line.append((time.monotonic(), f"qvm-remote/{vm}/{cid}/{what}", event))
+                self._arrived.notify()
 
     def close(self):
         """Fire what waits, for a moment at most."""
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            return
+        with self._arrived:
+            self._closing = True
+            self._arrived.notify()
         self._thread.join(1.0)
 
-    def _wait_for_calm(self):
-        with self._changed:
-            while self._on_way:
-                left = max(self._on_way.values()) + _EVENTS_WAIT - time.monotonic()
-                if left <= 0:
-                    # What takes longer than that is no matter of a moment.
-                    self._on_way.clear()
+    def _next(self):
+        """Wait for an event, and take it out of its line.
+
+        Returns:
+            (float, str, dict): when it was taken in, tag, data; None when there is none and none will come.
+        """
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._lines or self._closing)
+            if not self._lines:
+                return None
+            vm, line = next(iter(self._lines.items()))
+            event = line.popleft()
+            # To the end of the round, so that the others are served first.
+            self._lines.move_to_end(vm)
+            if not line:
+                del self._lines[vm]
+            return event
+
+    def _wait_for_calm(self, taken):
+        """Give way to commands that were just accepted; however many follow, no event waits for longer than it may."""
+        with self._calmed:
+            while True:
+                self._forget_old()
+                now = time.monotonic()
+                if not self._on_way or now >= taken + _EVENTS_WAIT:
                     return
-                self._changed.wait(left)
+                self._calmed.wait(min(taken, max(self._on_way.values())) + _EVENTS_WAIT - now)
+
+    def _forget_old(self):
+        # What takes longer than that is no matter of a moment.
+        while self._on_way:
+            oldest, accepted = next(iter(self._on_way.items()))
+            if time.monotonic() < accepted + _EVENTS_WAIT:
+                return
+            del self._on_way[oldest]
 
     def _work(self):
         with salt.utils.event.get_event("minion", opts=self._opts, listen=False) as bus:
             while True:
-                item = self._queue.get()
-                if item is None:
+                event = self._next()
+                if event is None:
                     return
-                self._wait_for_calm()
-                tag, data = item
+                taken, tag, data = event
+                self._wait_for_calm(taken)
                 began = time.monotonic()
                 bus.fire_event(data, tag)
                 if self._has_master:

@@ -1320,7 +1320,7 @@ def keys(config=None, vm=None):
 
 
 def status(config=None):
-    """Show whether an engine is at work, how each VM is served, and how many commands are in which state.
+    """Show whether an engine is at work, how each VM is served, and how many commands that are not delivered yet are in which state.
 
     Args:
         config: settings (dict), default: the engine's.
@@ -1329,10 +1329,10 @@ def status(config=None):
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
         stranger: another qube than the one that has access under this name), ``asking`` (VM, id and time of the question that
         dom0's user sees now, or None), ``ledger`` (``sound`` as far as that shows without looking at all of it, or what is wrong;
-        see :func:`ledger_check`), ``commands`` (state to count; empty when the ledger can't be read), ``keys`` as :func:`keys` gives
-        them, with ``in_vm``: what was last seen of the key there (fits, pending, lost, altered), and ``access``: what that VM may
-        have run; ``vms``: VM name to its session and figures, as :func:`pullrpc.overview.overview` gives them, and ``recent``: since
-        when these figures are.
+        see :func:`ledger_check`), ``commands`` (state to count, of those not delivered yet; empty when the ledger can't be read),
+        ``keys`` as :func:`keys` gives them, with ``in_vm``: what was last seen of the key there (fits, pending, lost, altered), and
+        ``access``: what that VM may have run; ``vms``: VM name to its session and figures, as :func:`pullrpc.overview.overview`
+        gives them, and ``recent``: since when these figures are.
 
     Raises:
         CommandExecutionError: the settings, the keys or the audit log can't be used.

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 
-from .errors import SessionBroken
+from .errors import SessionBroken, ThreadError
 
 #: How often to look at a process where the kernel can't tell of its end, seconds.
 _LOOK_EVERY = 0.02
@@ -49,7 +49,9 @@ class Threads:
     def __init__(self, count, name):
         self._loop = asyncio.get_running_loop()
         self._jobs = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        #: Calls that are not done yet.
+        self._open = 0
         self._count = count
         self._name = name
         self._threads = []
@@ -62,15 +64,25 @@ class Threads:
             args: its arguments.
 
         Returns:
-            asyncio.Future of what it returns or raises.
+            asyncio.Future of what it returns or raises; it raises ThreadError where there is no thread, and none can be started.
         """
         future = self._loop.create_future()
+        with self._lock:
+            all_busy = self._open >= len(self._threads)
+        if all_busy and len(self._threads) < self._count:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as err:
+                if not self._threads:
+                    future.set_exception(ThreadError(f"dom0 can't start a thread ({err}); try again later"))
+                    return future
+            else:
+                self._threads.append(thread)
+        with self._lock:
+            self._open += 1
         # Salt's loader finds its own context through context variables; a bare thread would have none.
         self._jobs.put((future, contextvars.copy_context(), function, args))
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self._count:
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
         return future
 
     def close(self):
@@ -91,13 +103,14 @@ class Threads:
             except BaseException as err:  # noqa: BLE001 - it is raised where it is waited for
                 outcome = (None, err)
             job = context = function = args = None
+            with self._lock:
+                self._open -= 1
             try:
                 self._loop.call_soon_threadsafe(_hand_over, future, *outcome)
             except RuntimeError:
                 # The loop is gone, and whoever waited.
                 return
             future = outcome = None
-            self._idle.release()
 
 
 def _hand_over(future, value, error):

@@ -69,14 +69,20 @@ class Asker:
 
         Returns:
             bool, False when the line is closed.
+
+        Raises:
+            ThreadError: there is no thread to ask with, and none can be started.
         """
         with self._lock:
             self._requests[request.vm, request.cid] = request
-        if self._line.submit(request.vm, request.cid):
-            return True
-        with self._lock:
-            del self._requests[request.vm, request.cid]
-        return False
+        is_in_line = False
+        try:
+            is_in_line = self._line.submit(request.vm, request.cid)
+        finally:
+            if not is_in_line:
+                with self._lock:
+                    del self._requests[request.vm, request.cid]
+        return is_in_line
 
     def withdraw(self, vm, cid):
         """Take a command out of the line, and its question back.

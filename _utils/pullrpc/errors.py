@@ -83,5 +83,9 @@ class FrameError(SessionBroken):
     """A frame was malformed, over its bound or late."""
 
 
+class ThreadError(PullError):
+    """No thread could be started: dom0 has no room for one. Only what needed it is given up, and its client is told."""
+
+
 class EngineBusy(PullError):
     """Another engine (or ``run_once``) holds the lock. Two of them never run side by side."""

@@ -168,7 +168,7 @@ class Execution:
             self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted", self._results.key_of(vm, cid))
 
     def finish_lost(self, vm, cid, reason):
-        """Finish a command that has ended, and whose end could not be recorded then. Nothing is done if it is by now.
+        """Finish a command that could not be started, or has ended and its end could not be recorded then. Nothing is done if it is by now.
 
         Args:
             vm, cid: str.

@@ -31,6 +31,9 @@ _CLOCK_STEP = 10
 class Ledger:
     """An open ledger; may be used from several threads.
 
+    Delivered rows are kept for days, and what is open is asked for all the time: those questions name the index of open rows, which
+    SQLite takes only with its condition word for word in the query, and for some queries not of itself.
+
     Args:
         path: str, the database file; its folder is created 0700.
 
@@ -181,7 +184,8 @@ class Ledger:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            return self._db.execute("SELECT vm, cid FROM command WHERE state IN (?, ?)", (CLAIMED, RUNNING)).fetchall()
+            query = "SELECT vm, cid FROM command INDEXED BY command_state WHERE state <> 'delivered' AND state IN (?, ?)"
+            return self._db.execute(query, (CLAIMED, RUNNING)).fetchall()
 
     def open_commands(self):
         """List what was claimed and is not delivered.
@@ -193,7 +197,7 @@ class Ledger:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            return set(self._db.execute("SELECT vm, cid FROM command WHERE state <> ?", (DELIVERED,)).fetchall())
+            return set(self._db.execute("SELECT vm, cid FROM command INDEXED BY command_state WHERE state <> 'delivered'").fetchall())
 
     def waiting(self, vm):
         """Count a VM's commands that were claimed and have not begun.
@@ -205,7 +209,8 @@ class Ledger:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            return self._db.execute("SELECT count(*) FROM command WHERE vm = ? AND state = ?", (vm, CLAIMED)).fetchone()[0]
+            query = "SELECT count(*) FROM command INDEXED BY command_state WHERE state <> 'delivered' AND vm = ? AND state = ?"
+            return self._db.execute(query, (vm, CLAIMED)).fetchone()[0]
 
     def undelivered(self, vm):
         """List a VM's results that wait for delivery, oldest first.
@@ -217,7 +222,8 @@ class Ledger:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            return self._db.execute("SELECT cid, done_at, coalesce(uuid, '') FROM command WHERE vm = ? AND state = ? ORDER BY done_at", (vm, DONE)).fetchall()
+            query = "SELECT cid, done_at, coalesce(uuid, '') FROM command INDEXED BY command_state WHERE state <> 'delivered' AND vm = ? AND state = ? ORDER BY done_at"
+            return self._db.execute(query, (vm, DONE)).fetchall()
 
     def waiting_exit(self, vm, cid):
         """Look up the exit code of a result that waits for delivery.
@@ -233,7 +239,7 @@ class Ledger:
         return row[0] if row else None
 
     def counts(self):
-        """Count commands by state.
+        """Count all commands by state. Looks at each of them: 0.7 s for a million.
 
         Returns:
             dict of state to int.
@@ -255,7 +261,8 @@ class Ledger:
         """
         counts = {}
         with self._guarded():
-            rows = self._db.execute("SELECT vm, state, count(*) FROM command WHERE state <> ? GROUP BY vm, state", (DELIVERED,)).fetchall()
+            query = "SELECT vm, state, count(*) FROM command INDEXED BY command_state WHERE state <> 'delivered' GROUP BY vm, state"
+            rows = self._db.execute(query).fetchall()
         for vm, state, count in rows:
             counts.setdefault(vm, {})[state] = count
         return counts

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .asker import Asker
+from .errors import ThreadError
 from .scheduler import FairPool
 
 
@@ -13,12 +14,13 @@ class Lines:
     Args:
         dom0: Dom0.
         run: callable of (vm, cid), which runs a command and must not raise.
-        late: callable of (vm, cid), called for a command that was answered when nothing was started any more.
+        unstarted: callable of (vm, cid, reason), called for a command that was answered and can't be started; the reason is None where
+            nothing is started any more.
         emit, log, changed: as for :class:`pullrpc.asker.Asker`.
     """
 
-    def __init__(self, dom0, run, late, emit, log, changed):
-        self._late = late
+    def __init__(self, dom0, run, unstarted, emit, log, changed):
+        self._unstarted = unstarted
         self._pool = FairPool(lambda: dom0.config.parallel, lambda vm: dom0.config.for_vm(vm).vm_parallel, run)
         self._asker = Asker(dom0, self._answered, emit, log, changed)
 
@@ -39,6 +41,9 @@ class Lines:
 
         Returns:
             bool, False when nothing is started any more.
+
+        Raises:
+            ThreadError: there is no thread for it, and none can be started; it does not wait.
         """
         return self._asker.submit(request) if request.asks else self._pool.submit(request.vm, request.cid)
 
@@ -83,5 +88,10 @@ class Lines:
         return self._pool.wait_idle(seconds)
 
     def _answered(self, vm, cid):
-        if not self._pool.submit(vm, cid):
-            self._late(vm, cid)
+        try:
+            if self._pool.submit(vm, cid):
+                return
+            reason = None
+        except ThreadError as err:
+            reason = str(err)
+        self._unstarted(vm, cid, reason)

@@ -83,8 +83,13 @@ class Notifier:
         with self._lock:
             if self._thread is None:
                 # Only now: where nothing is to be told, there is none.
-                self._thread = threading.Thread(target=self._work, name="qvm-remote-notifier", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="qvm-remote-notifier", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as err:
+                    self._log(_untold(notification[1], err))
+                    return
+                self._thread = thread
         try:
             self._queue.put_nowait(notification)
         except queue.Full:
@@ -97,7 +102,11 @@ class Notifier:
                 return
             problem = _tell(*item)
             if problem:
-                self._log(f"{item[1]}: dom0's user could not be told of a refusal: {problem}")
+                self._log(_untold(item[1], problem))
+
+
+def _untold(vm, why):
+    return f"{vm}: dom0's user could not be told of a refusal: {why}"
 
 
 def _tell(setting, vm, cid, text):

@@ -6,6 +6,7 @@ Whatever is told of commands comes from the ledger and from the end of the audit
 
 from __future__ import annotations
 
+import collections
 import time
 
 from . import __version__, note
@@ -30,7 +31,7 @@ def overview(dom0):
     Returns:
         dict: ``version``, ``engine`` (running or stopped), ``sessions`` (VM name to agent, agentless, connecting, waiting,
         stranger), ``asking`` (the question that dom0's user sees now, or None), ``ledger`` (``sound``, or what is wrong with it),
-        ``commands`` (state to count; empty when the ledger can't be read), ``keys`` (as
+        ``commands`` (state to count, of those not delivered yet; empty when the ledger can't be read), ``keys`` (as
         :meth:`pullrpc.keyring.Keyring.fingerprints` gives them, with ``in_vm`` and ``access``), ``recent`` (when the lines begin that
         the figures are from; None without any), and ``vms``: VM name to a dict of ``session`` (None without one), ``since`` (seconds
         since the epoch), ``policy`` (full, none, rules or ended), ``open`` (state to count), ``ran``, ``refused`` (counts), ``p50``,
@@ -50,10 +51,13 @@ def overview(dom0):
     lines = recent(config.audit_log)
     figures = _figures(lines)
     try:
-        ledger, commands, open_counts = "sound", dom0.ledger.counts(), dom0.ledger.open_counts()
+        ledger, open_counts = "sound", dom0.ledger.open_counts()
     except LedgerError as err:
         # Whoever asks how things are is to hear of the rest, too.
-        ledger, commands, open_counts = str(err), {}, {}
+        ledger, open_counts = str(err), {}
+    commands = collections.Counter()
+    for counts in open_counts.values():
+        commands.update(counts)
     vms = {}
     for vm in sorted({*known, *config.vms, *sessions}):
         vms[vm] = {
@@ -69,7 +73,7 @@ def overview(dom0):
         "sessions": sessions,
         "asking": news.get("asking"),
         "ledger": ledger,
-        "commands": commands,
+        "commands": dict(commands),
         "keys": known,
         "recent": lines[0].get("time") if lines else None,
         "vms": vms,

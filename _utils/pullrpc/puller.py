@@ -22,6 +22,7 @@ from .errors import (
     Refused,
     SessionBroken,
     SpoolError,
+    ThreadError,
     TransportError,
 )
 from .ids import check_cid
@@ -215,7 +216,7 @@ class Puller:
         except (SessionBroken, TransportError):
             # The everyday end: the VM was shut down, paused, killed.
             return False
-        except (LedgerError, SpoolError, AuditError) as err:
+        except (LedgerError, SpoolError, AuditError, ThreadError) as err:
             self._hub.log(f"{self.vm}: not served: {err}")
             return True
         finally:
@@ -385,7 +386,7 @@ class Puller:
                 await self._took(cid, *await self._accept_in_parts(cid, item))
 
     async def _took(self, cid, end, item):
-        """Go on with a command: ``end`` is None once it is on its way, a Refused, or an already known word."""
+        """Go on with a command: ``end`` is None once it is on its way, a Refused, a word, or why it was claimed and can't be started."""
         if isinstance(end, Refused):
             await self._refuse(cid, end, item)
             return
@@ -398,6 +399,10 @@ class Puller:
             await self._spend()
         elif end == "late":
             await self._hub.call(self._hub.dom0.execution.interrupt_queued, self.vm, cid)
+            self.finished(cid, Finished())
+        elif end is not None:
+            self._hub.log(f"{self.vm}: {cid}: {end}")
+            await self._hub.call(self._hub.dom0.execution.finish_lost, self.vm, cid, str(end))
             self.finished(cid, Finished())
 
     def _accept_all(self, listed):
@@ -426,7 +431,11 @@ class Puller:
                 continue
             # Told before it can run: whoever listens hears of it in this order.
             self._hub.emit(self.vm, request.cid, "accepted", {})
-            ends[request.cid] = None if self._hub.lines.submit(request) else "late"
+            try:
+                ends[request.cid] = None if self._hub.lines.submit(request) else "late"
+            except ThreadError as err:
+                # It is claimed: its end is to be recorded, and told, and the others go on.
+                ends[request.cid] = err
         return ends
 
     def _admit(self, cid, item, untrusted_command, untrusted_token):

@@ -10,6 +10,8 @@ import collections
 import contextvars
 import threading
 
+from .errors import ThreadError
+
 
 class FairPool:
     """Worker threads and one waiting line for each VM.
@@ -29,7 +31,7 @@ class FairPool:
         # Re-entrant: the counting methods are used from within, too.
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
-        self._threads = []
+        self._workers = 0
 
     def submit(self, vm, cid):
         """Put a command at the end of its VM's line.
@@ -39,17 +41,18 @@ class FairPool:
 
         Returns:
             bool, False when the pool is closed.
+
+        Raises:
+            ThreadError: there is no thread to run it, and none can be started; it does not wait.
         """
         with self._changed:
             if self._closed:
                 return False
             self._lines.setdefault(vm, collections.deque()).append(cid)
-            if len(self._threads) < min(self._parallel(), self.busy() + self.waiting_count()):
-                # Salt's loader finds its own context through context variables; a bare thread would have none.
-                context = contextvars.copy_context()
-                thread = threading.Thread(target=context.run, args=(self._work,), name="qvm-remote-run", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            problem = self._start_workers()
+            if problem and not self._workers:
+                self._lines[vm].pop()
+                raise ThreadError(f"dom0 can't start a thread to run this with ({problem}); try again later")
             self._changed.notify()
         return True
 
@@ -122,27 +125,59 @@ class FairPool:
         with self._changed:
             return self._changed.wait_for(lambda: not sum(self._running.values()), seconds)
 
-    def _work(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next_vm() is not None)
-                vm = self._next_vm()
-                if vm is None:
-                    return
-                cid = self._lines[vm].popleft()
-                # To the end of the round, so that the others are served first.
-                self._lines.move_to_end(vm)
-                if not self._lines[vm]:
-                    del self._lines[vm]
-                self._running[vm] += 1
+    def _start_workers(self):
+        """Start as many as have something to do, as far as that goes.
+
+        Returns:
+            str, why one could not be started; None if nothing was wrong.
+        """
+        while self._workers < min(self._parallel(), self.busy() + self.waiting_count()):
+            # Salt's loader finds its own context through context variables; a bare thread would have none.
+            context = contextvars.copy_context()
             try:
-                self._run(vm, cid)
-            finally:
-                with self._changed:
-                    self._running[vm] -= 1
-                    if not self._running[vm]:
-                        del self._running[vm]
-                    self._changed.notify_all()
+                threading.Thread(target=context.run, args=(self._work,), name="qvm-remote-run", daemon=True).start()
+            except RuntimeError as err:
+                return str(err)
+            # Only those that there are: they count for as long as the service lives.
+            self._workers += 1
+        return None
+
+    def _work(self):
+        try:
+            while self._run_next():
+                continue
+        finally:
+            with self._changed:
+                self._workers -= 1
+
+    def _run_next(self):
+        """Wait for a command's turn and run it.
+
+        Returns:
+            bool, False when nothing is started any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._next_vm() is not None)
+            vm = self._next_vm()
+            if vm is None:
+                return False
+            cid = self._lines[vm].popleft()
+            # To the end of the round, so that the others are served first.
+            self._lines.move_to_end(vm)
+            if not self._lines[vm]:
+                del self._lines[vm]
+            self._running[vm] += 1
+        try:
+            self._run(vm, cid)
+        finally:
+            with self._changed:
+                self._running[vm] -= 1
+                if not self._running[vm]:
+                    del self._running[vm]
+                # For what waits because no other could be started when it came.
+                self._start_workers()
+                self._changed.notify_all()
+        return True
 
     def _next_vm(self):
         if sum(self._running.values()) >= self._parallel():

@@ -79,7 +79,7 @@ class Service:
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
-        self.lines = Lines(dom0, self._run_one, self._interrupt_late, emit, log, self._asks_another)
+        self.lines = Lines(dom0, self._run_one, self._end_unstarted, emit, log, self._asks_another)
 
     def run(self):
         """Serve until :meth:`stop` is called.
@@ -160,20 +160,36 @@ class Service:
             while self._uuids_wanted:
                 # What is asked for from here on is looked up by the next one: each look begins after it was asked for.
                 wanted, self._uuids_wanted = self._uuids_wanted, {}
-                try:
-                    found, problem = await self.call(uuids, self.dom0.config, *sorted(wanted)), None
-                except Exception as err:  # noqa: BLE001 - whatever it is, those who wait are to hear of it: they serve nobody, and try again
-                    found, problem = {}, str(err) or type(err).__name__
-                for vm, futures in wanted.items():
+                problem = await self._give_uuids(wanted)
+                if problem is None:
+                    continue
+                for vm, futures in sorted(wanted.items()):
+                    # One that is gone is no matter of the others. They are looked up one after the other: a qubesd that hangs has one thread.
+                    own_problem = problem if len(wanted) == 1 else await self._give_uuids({vm: futures})
                     for future in futures:
-                        if future.done():
-                            continue
-                        if problem:
-                            future.set_exception(TransportError(problem))
-                        else:
-                            future.set_result(found[vm])
+                        if own_problem and not future.done():
+                            future.set_exception(TransportError(own_problem))
         finally:
             self._looking_up = False
+
+    async def _give_uuids(self, wanted):
+        """Look some qubes up at once, and give their UUIDs to those who wait.
+
+        Args:
+            wanted: dict of name to list of asyncio.Future.
+
+        Returns:
+            str, why that can't be done, and nobody was given any; None when it was.
+        """
+        try:
+            found = await self.call(uuids, self.dom0.config, *sorted(wanted))
+        except Exception as err:  # noqa: BLE001 - whatever it is, those who wait are to hear of it: they serve nobody, and try again
+            return str(err) or type(err).__name__
+        for vm, futures in wanted.items():
+            for future in futures:
+                if not future.done():
+                    future.set_result(found[vm])
+        return None
 
     def spawn(self, coroutine):
         """Have a coroutine run beside whatever runs.
@@ -417,10 +433,13 @@ class Service:
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, end)
 
-    def _interrupt_late(self, vm, cid):
-        """Finish a command that dom0's user was asked about when the service ended; in the thread that asks."""
+    def _end_unstarted(self, vm, cid, reason):
+        """Finish a command that dom0's user was asked about, and that can't be started any more; in the thread that asks."""
         try:
-            self.dom0.execution.interrupt_queued(vm, cid)
+            if reason is None:
+                self.dom0.execution.interrupt_queued(vm, cid)
+            else:
+                self.dom0.execution.finish_lost(vm, cid, reason)
         except PullError as err:
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, Finished())

@@ -103,7 +103,7 @@ def list_vms(tags=()):
         {
             "name": name,
             "class": klass,
-            "template": template.strip("-"),
+            "template": "" if template == "-" else template,
             "tags": [tag for tag in tagged if name in tagged[tag]],
             # A class without this property has a dash there.
             "for_disposables": for_disposables not in ("-", "False"),

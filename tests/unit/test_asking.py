@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What dom0's user is asked about: that all of it is shown, that only a plain yes runs it, and that nobody is worn down."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
 
 import hypothesis.strategies as st
@@ -114,6 +117,47 @@ def test_only_a_plain_yes_is_a_yes(tmp_path, body, word):
         assert (tmp_path / "helper.saw").read_text() == "text\n"
 
 
+@pytest.fixture
+def straggler(tmp_path):
+    """Says whether what a helper left behind in another session is still there, and ends it after the test."""
+    path = tmp_path / "helper.left"
+
+    def is_there():
+        with open(f"/proc/{int(path.read_text())}/stat", encoding="ascii") as file:
+            return file.read().split()[2] != "Z"
+
+    yield is_there
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+#: Leaves a process in another session, with what it is given of the helper's streams; its number is in a file once it is there.
+_LEAVES = "setsid sh -c 'echo $$ > '$0'.new; mv '$0'.new '$0'.left; exec sleep 60' </dev/null {} & until [ -e $0.left ]; do sleep 0.01; done; "
+
+
+@pytest.mark.parametrize(
+    ("keeps", "body", "word"),
+    [
+        (">/dev/null", "echo yes", "yes"),
+        (">/dev/null", "echo yes; exit 1", "no"),
+        (">/dev/null", "echo yes; exit 3", "failed"),
+        # Whoever has its stdout may have more to say: that is no answer.
+        ("", "echo yes", "timeout"),
+        ("", "trap '' TERM; sleep 60 & wait; sleep 60", "timeout"),
+    ],
+)
+def test_what_a_helper_leaves_behind_with_its_streams_is_not_waited_for(tmp_path, straggler, keeps, body, word):
+    question = Question(_helper(tmp_path, _LEAVES.format(keeps) + body), "work", new_cid(), 1 if word == "timeout" else 20)
+    assert question.ask("text\n").word == word
+    assert straggler()
+
+
+def test_why_a_helper_failed_is_said_though_something_has_its_stderr(tmp_path, straggler):
+    question = Question(_helper(tmp_path, _LEAVES.format(">/dev/null") + "echo 'no screen' >&2; exit 2"), "work", new_cid(), 20)
+    assert question.ask("text\n") == Answer("failed", "the helper ended with exit code 2: no screen")
+    assert straggler()
+
+
 def test_a_helper_that_is_not_there_is_no_yes_and_the_log_says_so():
     answer = Question("/nowhere/helper", "work", new_cid(), 5).ask("text\n")
     assert answer == Answer("failed", "/nowhere/helper: No such file or directory")
@@ -139,13 +183,13 @@ class _World:
         for vm in ("work", "dev"):
             self.dom0.keyring.put(vm, os.urandom(32).hex())
         self.ended, self.logged = {}, []
-        self.lines = Lines(self.dom0, self._run, self._late, lambda *_: None, self.logged.append, lambda: None)
+        self.lines = Lines(self.dom0, self._run, self._unstarted, lambda *_: None, self.logged.append, lambda: None)
 
     def _run(self, vm, cid):
         self.ended[cid] = self.dom0.execution.execute(vm, cid)["status"]
 
-    def _late(self, vm, cid):
-        self.ended[cid] = "late"
+    def _unstarted(self, vm, cid, reason):
+        self.ended[cid] = reason or "late"
 
     def submit(self, line, vm="work", form="shell"):
         """Bring a request as far as a session does."""
@@ -290,6 +334,23 @@ def test_what_is_not_answered_when_the_service_ends_is_given_back_and_not_run(wo
     assert sorted(world.lines.close()) == sorted([("work", first), ("work", second)])
     _until(lambda: world.lines.is_done("work"))
     assert world.ended == {}
+
+
+def test_a_yes_to_what_no_thread_can_be_started_for_is_not_lost_and_the_next_one_is_asked_about(world, monkeypatch):
+    first = world.submit(b"printf a")
+    start = threading.Thread.start
+    with monkeypatch.context() as full:
+        _until(lambda: world.lines.open_question)
+        full.setattr(threading.Thread, "start", lambda thread: start(thread) if thread.name != "qvm-remote-run" else _no_room())
+        world.say("yes")
+        assert "can't start a thread" in world.wait_end(first)[0]
+    second = world.submit(b"printf b", vm="dev")
+    world.say("yes")
+    assert world.wait_end(second) == ["done"]
+
+
+def _no_room():
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_command_nobody_was_asked_about_is_not_run_whatever_the_engine_does(world):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keyring, ledger, config, audit log, pool: the parts that dom0's safety rests on, each by itself."""
 
+import asyncio
 import json
 import os
 import threading
@@ -8,9 +9,10 @@ import time
 
 import pytest
 from pullrpc.agentless import _read_listing
+from pullrpc.aio import Threads, run
 from pullrpc.audit import AuditLog
 from pullrpc.config import make_config
-from pullrpc.errors import AuditError, ConfigError, EngineBusy, FrameError, KeyringError, LedgerError, PullError
+from pullrpc.errors import AuditError, ConfigError, EngineBusy, FrameError, KeyringError, LedgerError, PullError, ThreadError
 from pullrpc.keyring import Keyring
 from pullrpc.ledger import Ledger
 from pullrpc.lock import EngineLock, is_held
@@ -100,6 +102,50 @@ def test_a_state_never_goes_back(tmp_path):
     assert ledger.start("work", CID) is False
     ledger.finish("work", CID, 1, "done")
     assert ledger.counts() == {"delivered": 1}
+
+
+def _steps(ledger, ask):
+    """How many steps of its own SQLite takes for a question."""
+    count = [0]
+
+    def step():
+        count[0] += 1
+
+    ledger._db.set_progress_handler(step, 1)
+    try:
+        ask(ledger)
+    finally:
+        ledger._db.set_progress_handler(None, 0)
+    return count[0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda ledger: ledger.undelivered("work"),
+        lambda ledger: ledger.waiting("work"),
+        lambda ledger: ledger.waiting_exit("work", CID),
+        lambda ledger: ledger.state("work", CID),
+        Ledger.unfinished,
+        Ledger.open_commands,
+        Ledger.open_counts,
+    ],
+    ids=["undelivered", "waiting", "waiting_exit", "state", "unfinished", "open_commands", "open_counts"],
+)
+def test_to_ask_what_is_open_costs_the_same_however_much_was_delivered(tmp_path, ask):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ended, runs, waits = CID, f"{CID[:-1]}1", f"{CID[:-1]}2"
+    ledger.claim_all([(vm, cid, b"") for vm in ("work", "dev") for cid in (ended, runs, waits)])
+    for vm in ("work", "dev"):
+        ledger.start(vm, runs)
+        ledger.finish(vm, ended, 0, "done")
+    before = _steps(ledger, ask)
+    delivered = [("work", f"20261123-000000-1-{number:08x}") for number in range(500)]
+    ledger.claim_all([(*one, b"") for one in delivered])
+    for one in delivered:
+        ledger.finish(*one, 0, "done")
+    ledger.delivered(delivered)
+    assert _steps(ledger, ask) == before
 
 
 def test_a_damaged_ledger_is_an_error(tmp_path):
@@ -199,6 +245,103 @@ def test_a_closed_pool_gives_back_what_waited_and_starts_nothing():
     assert pool.submit("a", "3") is False
     release.set()
     assert pool.wait_idle(5)
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """While set, no thread can be started, as when the kernel has no room for one."""
+    start, none = threading.Thread.start, threading.Event()
+
+    def start_or_not(thread):
+        if none.is_set():
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_not)
+    return none
+
+
+def test_the_pool_has_all_its_threads_again_once_they_can_be_started(no_threads):
+    both, release = threading.Barrier(3), threading.Event()
+
+    def run(vm, cid):
+        if cid != "0":
+            both.wait(20)
+        release.wait(20)
+
+    pool = FairPool(lambda: 3, lambda vm: 3, run)
+    assert pool.submit("work", "0")
+    no_threads.set()
+    assert pool.submit("work", "1")
+    assert pool.submit("work", "2")
+    no_threads.clear()
+    assert pool.submit("work", "3")
+    # Two of them run beside the first one now, and neither would if the threads that could not be started counted.
+    both.wait(20)
+    release.set()
+    pool.close()
+    assert pool.wait_idle(20)
+
+
+def test_a_command_whose_thread_can_not_be_started_runs_when_another_is_free(no_threads):
+    ran, release = [], threading.Event()
+
+    def run(vm, cid):
+        release.wait(20)
+        ran.append(cid)
+
+    pool = FairPool(lambda: 2, lambda vm: 2, run)
+    assert pool.submit("work", "0")
+    no_threads.set()
+    assert pool.submit("work", "1")
+    release.set()
+    _until(lambda: len(ran) == 2)
+    pool.close()
+
+
+def test_a_pool_that_can_start_no_thread_at_all_says_so_and_keeps_nothing(no_threads):
+    ran = []
+    pool = FairPool(lambda: 2, lambda vm: 2, lambda vm, cid: ran.append(cid))
+    no_threads.set()
+    with pytest.raises(ThreadError, match="can't start a thread"):
+        pool.submit("work", "0")
+    assert pool.is_done("work")
+    no_threads.clear()
+    assert pool.submit("work", "1")
+    _until(lambda: ran)
+    assert ran == ["1"]
+    pool.close()
+
+
+def test_a_call_whose_thread_can_not_be_started_is_made_when_another_is_free_or_fails(no_threads):
+    release = threading.Event()
+
+    async def calls():
+        threads = Threads(2, "test")
+        no_threads.set()
+        with pytest.raises(ThreadError, match="can't start a thread"):
+            await threads.call(int)
+        no_threads.clear()
+        first = threads.call(release.wait, 20)
+        no_threads.set()
+        second = threads.call(release.is_set)
+        no_threads.clear()
+        # This one has a thread of its own.
+        assert await threads.call(int) == 0
+        release.set()
+        done = await first, await second
+        threads.close()
+        return done
+
+    done = run(asyncio.wait_for(calls(), 20))
+    assert done[0] is True
+
+
+def _until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_vm_says_at_the_end_of_its_list_that_it_has_an_agent_now():

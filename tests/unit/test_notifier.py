@@ -90,6 +90,19 @@ def test_it_is_off_unless_pillar_says_otherwise(desk):
         make_config({"notify_refusals": 1})
 
 
+def test_a_notification_that_no_thread_can_be_started_for_harms_nobody_and_later_ones_are_told(desk, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start)
+        desk.refuse("work")
+        assert desk.wait_logged(1) == ["work: dom0's user could not be told of a refusal: can't start new thread"]
+        desk.notifier.close()
+    desk.refuse("dev")
+    assert "dev was refused" in desk.told(1)[0]
+
+
 def test_a_refusal_is_told_with_the_qube_and_the_reason(desk):
     desk.refuse()
     assert desk.told(1) == ["qvm-remote: work was refused\ndom0 refused what work asked for: policy. See: qvm-remote-dom0 history work\n"]

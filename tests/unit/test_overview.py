@@ -3,12 +3,14 @@
 
 import os
 
+import pytest
 from pullrpc import audit_tail, note
 from pullrpc.audit import AuditLog
 from pullrpc.audit_tail import follow, recent
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.ids import new_cid
+from pullrpc.ledger import Ledger
 from pullrpc.overview import overview
 
 
@@ -128,6 +130,16 @@ def test_what_waits_is_counted_for_each_vm(tmp_path):
     assert overview(dom0)["vms"]["work"]["open"] == {"done": 1, "claimed": 1}
     dom0.ledger.delivered([("work", done)])
     assert overview(dom0)["vms"]["work"]["open"] == {"claimed": 1}
+
+
+def test_what_was_delivered_long_ago_is_not_counted_each_time(tmp_path, monkeypatch):
+    dom0 = _dom0(tmp_path)
+    cids = [new_cid() for _ in range(2)]
+    dom0.ledger.claim_all([("work", cid, b"") for cid in cids])
+    dom0.ledger.finish("work", cids[0], 0, "done")
+    dom0.ledger.delivered([("work", cids[0])])
+    monkeypatch.setattr(Ledger, "counts", lambda self: pytest.fail("it looked at every row"))
+    assert overview(dom0)["commands"] == {"claimed": 1}
 
 
 def test_a_ledger_that_can_not_be_read_hides_nothing_else(tmp_path):

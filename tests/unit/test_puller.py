@@ -215,6 +215,32 @@ def test_a_command_that_comes_with_its_own_cancel_does_not_run(dom0, monkeypatch
     _play(dom0, scene, monkeypatch)
 
 
+def test_a_claimed_command_that_no_thread_can_be_started_for_ends_as_failed_and_the_next_one_runs(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        (first, one), (second, other), (third, last) = _item(), _item(), _item()
+        start = threading.Thread.start
+
+        def start_others(thread):
+            if thread.name == "qvm-remote-run":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", start_others)
+            await puller._take_in([one, other], [])
+        for cid in (first, second):
+            assert dom0.ledger.state("work", cid)[0] == "done"
+            assert b"can't start a thread" in b"".join(dom0.results.result("work", cid)[1]["err"][1](0))
+        await puller._deliver()
+        assert sorted(vm.delivered) == sorted([(first, 125), (second, 125)])
+        await puller._take_in([last], [])
+        assert dom0.ledger.state("work", third)[0] == "claimed"
+        assert not hub.lines.is_done("work")
+
+    _play(dom0, scene, monkeypatch)
+
+
 def test_a_vm_that_lists_more_than_was_asked_for_breaks_the_protocol():
     cid, item = _item()
     row = [cid, item.command_size, item.token_size, -1, 0]

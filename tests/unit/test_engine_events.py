@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The engine's events: they give way to commands, but not for long, and no VM keeps another one's from being fired."""
+
+import contextlib
+import importlib.util
+import os
+import threading
+import time
+
+import pytest
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+class _Bus:
+    """A minion's bus that keeps what is fired; closed, it takes one event and no more."""
+
+    def __init__(self):
+        self.tags = []
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.is_used = threading.Event()
+
+    def fire_event(self, data, tag):
+        self.is_used.set()
+        assert self.is_open.wait(30)
+        self.tags.append(tag)
+
+    def wait_fired(self, tag):
+        """Wait until an event was fired."""
+        deadline = time.monotonic() + 20
+        while tag not in self.tags:
+            assert time.monotonic() < deadline, f"{tag} is not among {len(self.tags)} events"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def engine():
+    spec = importlib.util.spec_from_file_location("qvm_remote_engine", os.path.join(_ROOT, "_engines", "qvm_remote.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bus(engine, monkeypatch):
+    one = _Bus()
+    monkeypatch.setattr(engine.salt.utils.event, "get_event", lambda *_, **__: contextlib.nullcontext(one))
+    return one
+
+
+@pytest.fixture
+def events(engine, bus):
+    one = engine._Events({"master_type": "disable"})
+    yield one
+    bus.is_open.set()
+    one.close()
+
+
+def test_a_vm_whose_commands_never_cease_holds_no_event_back(events, bus):
+    stop = threading.Event()
+
+    def load():
+        for number in range(1000000):
+            events.note("work", str(number), "accepted")
+            if stop.wait(0.02):
+                return
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    try:
+        events.put("dev", "id", "refused", {"code": "policy"})
+        bus.wait_fired("qvm-remote/dev/id/refused")
+    finally:
+        stop.set()
+        loading.join()
+
+
+def test_an_event_gives_way_to_a_command_that_was_just_accepted(engine, events, bus, monkeypatch):
+    monkeypatch.setattr(engine, "_EVENTS_WAIT", 60)
+    events.note("work", "id", "accepted")
+    events.put("work", "id", "done", {})
+    time.sleep(0.1)
+    assert bus.tags == []
+    events.note("work", "id", "delivered")
+    bus.wait_fired("qvm-remote/work/id/done")
+
+
+def test_a_vm_with_many_events_has_none_of_anothers_dropped_and_vms_take_turns(engine, events, bus):
+    bus.is_open.clear()
+    events.put("work", "first", "refused", {})
+    assert bus.is_used.wait(20)
+    for number in range(6000):
+        events.put("work", str(number), "refused", {})
+    events.put("dev", "id", "refused", {})
+    bus.is_open.set()
+    bus.wait_fired("qvm-remote/dev/id/refused")
+    assert bus.tags.index("qvm-remote/dev/id/refused") <= 2
+
+
+def test_events_of_a_vm_keep_their_order_and_are_bounded_in_number(engine, events, bus, monkeypatch):
+    monkeypatch.setattr(engine, "_EVENTS_VM_MAX", 10)
+    bus.is_open.clear()
+    events.put("work", "first", "refused", {})
+    assert bus.is_used.wait(20)
+    for number in range(20):
+        events.put("work", str(number), "refused", {})
+    bus.is_open.set()
+    bus.wait_fired("qvm-remote/work/9/refused")
+    events.put("work", "last", "refused", {})
+    bus.wait_fired("qvm-remote/work/last/refused")
+    assert bus.tags == [f"qvm-remote/work/{cid}/refused" for cid in ("first", *range(10), "last")]
+
+
+def test_commands_whose_end_nobody_hears_of_are_not_kept_in_mind(engine, events, monkeypatch):
+    monkeypatch.setattr(engine, "_EVENTS_WAIT", 0.0)
+    for number in range(100):
+        events.note("work", str(number), "accepted")
+    assert len(events._on_way) <= 1
