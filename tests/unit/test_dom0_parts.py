@@ -135,13 +135,13 @@ def _steps(ledger, ask):
 def test_to_ask_what_is_open_costs_the_same_however_much_was_delivered(tmp_path, ask):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))
     ended, runs, waits = CID, f"{CID[:-1]}1", f"{CID[:-1]}2"
-    ledger.claim_all([(vm, cid, b"") for vm in ("work", "dev") for cid in (ended, runs, waits)])
+    ledger.claim_all([(vm, cid, b"", "") for vm in ("work", "dev") for cid in (ended, runs, waits)])
     for vm in ("work", "dev"):
         ledger.start(vm, runs)
         ledger.finish(vm, ended, 0, "done")
     before = _steps(ledger, ask)
     delivered = [("work", f"20261123-000000-1-{number:08x}") for number in range(500)]
-    ledger.claim_all([(*one, b"") for one in delivered])
+    ledger.claim_all([(*one, b"", "") for one in delivered])
     for one in delivered:
         ledger.finish(*one, 0, "done")
     ledger.delivered(delivered)

@@ -135,7 +135,7 @@ def test_what_waits_is_counted_for_each_vm(tmp_path):
 def test_what_was_delivered_long_ago_is_not_counted_each_time(tmp_path, monkeypatch):
     dom0 = _dom0(tmp_path)
     cids = [new_cid() for _ in range(2)]
-    dom0.ledger.claim_all([("work", cid, b"") for cid in cids])
+    dom0.ledger.claim_all([("work", cid, b"", "") for cid in cids])
     dom0.ledger.finish("work", cids[0], 0, "done")
     dom0.ledger.delivered([("work", cids[0])])
     monkeypatch.setattr(Ledger, "counts", lambda self: pytest.fail("it looked at every row"))
