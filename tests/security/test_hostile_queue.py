@@ -65,6 +65,10 @@ cid = wait(lambda: os.listdir(f"{QUEUE}/running"))[0]
 # It waits for its answer, and does not look: this is about who brings that.
 client.send_signal(signal.SIGSTOP)
 names = [f".{cid}.{part}.part" for part in ("out", "err", "meta")] + [f".{cid}.stream"] + [f"{cid}.{part}" for part in ("out", "err", "meta", "exit")]
+if kind != "fifo":
+    # One that nobody hears would say that the client has gone, and end its command.
+    os.unlink(f"{QUEUE}/results/{cid}.bell")
+    names.append(f"{cid}.bell")
 for name in names:
     plant(kind, f"{QUEUE}/results/{name}")
 os.unlink(f"{QUEUE}/running/{cid}")
@@ -100,14 +104,16 @@ print("1")
 """
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "link to what never ends", "link to itself"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to what never ends", "link to itself", "hard link to the key"])
 def test_what_lies_where_the_agents_own_files_belong_keeps_no_session_from_beginning(dom0, kind):
+    key = dom0.vm("work", "cat", _KEY).stdout
     dom0.python(LIB + _FOLDER, kind)
     dom0.wait_served("work")
     assert dom0.remote("hostname").stdout == b"dom0\n"
     # Rung by clients, heard by the agent, and nothing that it would read without end.
     assert dom0.vm("work", "stat", "-c", "%F", f"{_BASE}/doorbell").stdout == b"fifo\n"
     assert dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b""
+    assert dom0.vm("work", "cat", _KEY).stdout == key
 
 
 _GROWING = """
@@ -256,6 +262,9 @@ def test_many_names_in_one_vm_delay_no_other_vm_and_break_no_session(attacked, c
 
 
 _SEEN = """
+for part in ("err", "exit"):
+    plant(sys.argv[1], f"{QUEUE}/results/{sys.argv[1]}.{part}")
+os.close(os.open(f"{QUEUE}/pending/{sys.argv[1]}", os.O_CREAT, 0o600))
 plant(sys.argv[1], BASE + "/planted")
 subprocess.run(["rm", "-rf", BASE + "/dom0-seen"], check=True)
 os.rename(BASE + "/planted", BASE + "/dom0-seen")
@@ -296,12 +305,15 @@ def test_many_names_in_a_vm_without_the_agent_delay_no_other(dom0):
 def test_a_vm_without_the_agent_is_served_whatever_lies_in_its_queue(dom0):
     _take_agent(dom0, "work")
     program = "/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher"
+    key = dom0.vm("work", "cat", _KEY).stdout
     try:
         dom0.python(LIB + _REQUESTS, *KINDS)
-        for kind in ("folder", "fifo that is held open", "nobody may read"):
+        for kind in ("folder", "fifo that is held open", "nobody may read", "hard link to the key", "link to the key"):
             dom0.python(LIB + _SEEN, kind)
             assert dom0.vm("work", *program, "hostname").stdout == b"dom0\n"
             wait(lambda: dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
+            wait(lambda kind=kind: dom0.vm("work", "cat", f"{_BASE}/queue/results/{kind}.exit").stdout == b"125\n")
+            assert dom0.vm("work", "cat", _KEY).stdout == key
         assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
     finally:
         dom0.vm("work", "sh", "-c", f"pkill -f 'sleep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen")
