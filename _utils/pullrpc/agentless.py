@@ -35,6 +35,8 @@ _KEY_MAX = 66
 _REJECTS_MAX = 50
 #: Ended without a queue.
 _NO_QUEUE = 3
+#: Ended because a result could not be written down.
+_NO_ROOM = 4
 
 _D8 = "[0-9]" * 8
 _D6 = "[0-9]" * 6
@@ -244,8 +246,10 @@ class Agentless:
         self._wanted.ring()
         code, untrusted_output = await self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
         self._wanted.clear()
+        if code == _NO_ROOM:
+            raise AgentUnable("the qube could not take its results (is its disk full?)")
         if code or untrusted_output != b"END\n":
-            raise SessionBroken("the qube could not take its results (is its disk full?)")
+            raise SessionBroken("the qube could not be given its results (is it running?)")
         for result in results:
             yield result.cid
 
@@ -268,7 +272,7 @@ class Agentless:
         return "".join(told)
 
     def _delivery(self, results):
-        yield (_BEGIN + self._news() + "set -e\n").encode("ascii")
+        yield f"{_BEGIN}{self._news()}set -e\ntrap 'exit {_NO_ROOM}' EXIT\n".encode("ascii")
         for result in results:
             cid, exit_code, parts = result.cid, result.exit_code, result.parts
             for part in ("out", "err", "meta"):
@@ -281,7 +285,7 @@ class Agentless:
                 yield f"exec 3>&-; keep ../results/{cid}.{part}\n".encode("ascii")
             yield f'new ../results/{cid}.exit; echo {exit_code} > "$half"; keep ../results/{cid}.exit\n'.encode("ascii")
             yield _forget(cid).encode("ascii")
-        yield b"echo END\n"
+        yield b"trap - EXIT\necho END\n"
 
 
 def _take(cid):

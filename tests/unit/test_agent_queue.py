@@ -10,6 +10,7 @@ import subprocess
 import pytest
 from pullrpc import agentless
 from pullrpc.config import make_config
+from pullrpc.errors import AgentUnable
 from pullrpc.files import knock
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
@@ -233,14 +234,14 @@ def turns(request, tmp_path, monkeypatch):
 
     async def run_here(config, vm, words, data, output_max, wait):
         done = subprocess.run(
-            ["timeout", "20", *request.param], input=b"".join(data), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=False
+            ["timeout", "20", *one.under, *request.param], input=b"".join(data), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=False
         )
         one.said.append(done.stderr)
         return done.returncode, done.stdout
 
     monkeypatch.setattr(agentless, "run_bounded", run_here)
     one = agentless.Agentless(make_config({"agentless_interval": 1}), "work")
-    one.queue, one.said = queue, []
+    one.queue, one.said, one.under = queue, [], []
     yield one
     assert set(one.said) == {b""}
 
@@ -315,3 +316,14 @@ def test_without_the_agent_too_a_link_in_a_folders_place_is_not_followed(turns, 
 
     asyncio.run(serve())
     assert sorted(os.walk(tmp_path / "elsewhere")) == before
+
+
+def test_without_the_agent_too_a_result_that_there_is_no_room_for_is_no_end_of_the_conversation(turns):
+    cid = new_cid()
+    result = Delivery(cid, 7, {"out": of_bytes(b"x" * 300_000), "err": of_bytes(b""), "meta": of_bytes(b"meta")})
+    # As a full disk does, it cuts what is written.
+    turns.under = ["prlimit", "--fsize=8192"]
+    with pytest.raises(AgentUnable):
+        asyncio.run(_deliver(turns, [result]))
+    turns.under, turns.said = [], []
+    assert asyncio.run(_deliver(turns, [result])) == [cid]
