@@ -23,7 +23,9 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm``, 
 ``qvm-remote/<vm>/-/broken``               the VM broke the protocol; ``reason``
 ``qvm-remote/<vm>/-/key-handed``           a pending or new key reached the VM
 ``qvm-remote/<vm>/-/key-mended``           the VM had lost or altered its key; it has it again
-``qvm-remote/<vm>/-/key-lost``             the VM has no key any more; also ``key-altered``, ``key-not-handed``
+``qvm-remote/<vm>/-/key-lost``             the VM has no key any more; also ``key-altered``
+``qvm-remote/<vm>/-/key-not-handed``       the VM could not store its key; once, until it can
+``qvm-remote/<vm>/-/unable``               the VM can't do what dom0 asks; ``reason``; once, until it can
 ``qvm-remote/<vm>/<id>/accepted`` (*)      verified and claimed; it will run once
 ``qvm-remote/<vm>/<id>/refused``           it will not run; ``code``: id, size, key, token, stale, replay, ...
 ``qvm-remote/<vm>/<id>/running`` (*)       it begins

@@ -35,6 +35,8 @@ _KEY_MAX = 66
 _REJECTS_MAX = 50
 #: Ended without a queue.
 _NO_QUEUE = 3
+#: Ended because a result could not be written down.
+_NO_ROOM = 4
 
 _D8 = "[0-9]" * 8
 _D6 = "[0-9]" * 6
@@ -65,7 +67,7 @@ echo
 echo END
 """
 _SET_KEY = """\
-set -eu
+set -euC
 umask 077
 cd
 for name in .qvm-remote .qvm-remote/queue .qvm-remote/queue/pending .qvm-remote/queue/running .qvm-remote/queue/results .qvm-remote/history; do
@@ -74,22 +76,33 @@ for name in .qvm-remote .qvm-remote/queue .qvm-remote/queue/pending .qvm-remote/
     chmod 0700 "$name"
 done
 [ ! -d .qvm-remote/auth.key ]
-printf '%s\\n' {digits} > .qvm-remote/.auth.key.$$
-mv -f .qvm-remote/.auth.key.$$ .qvm-remote/auth.key
+rm -rf .qvm-remote/.auth.key.part
+printf '%s\\n' {digits} > .qvm-remote/.auth.key.part || {{ rm -f .qvm-remote/.auth.key.part; exit 1; }}
+mv -f .qvm-remote/.auth.key.part .qvm-remote/auth.key
 """
 
-# Where a file is to be written nothing else may lie: to open a FIFO would wait, and what is moved to a folder lands within it.
+# Nothing that lies there is written into: it may have another name as well, the key's for one. What is written goes to a file that is made
+# for it ("new NAME", then into "$half"), with -C, so that none is opened that is there; and that takes the other one's place ("keep NAME").
+# A folder there would take it in: it goes first.
 _BEGIN = f"""\
-set -u
+set -uC
 umask 077
+for name in "" /queue /queue/pending /queue/running /queue/results; do
+    [ ! -L "$HOME/.qvm-remote$name" ] || exit {_NO_QUEUE}
+done
 cd "$HOME/.qvm-remote/queue/pending" 2>/dev/null || exit {_NO_QUEUE}
 clear() {{
-    for way in "$@"; do
-        if [ -L "$way" ] || {{ [ -e "$way" ] && {{ [ ! -f "$way" ] || [ ! -w "$way" ]; }}; }}; then rm -rf "$way"; fi
-    done
+    if [ -d "$1" ]; then rm -rf "$1"; fi
 }}
-clear ../../dom0-seen
-: > ../../dom0-seen
+new() {{
+    half=${{1%/*}}/.${{1##*/}}.part
+    if [ -e "$half" ] || [ -L "$half" ]; then rm -rf "$half"; fi
+}}
+keep() {{
+    clear "$1" && mv -f "$half" "$1"
+}}
+new ../../dom0-seen
+true > "$half" && keep ../../dom0-seen
 """
 
 # A name that is no command id is answered here, some of them in a turn: the agent does the same (client/qvm_remote_client/agent.py, _reject).
@@ -100,9 +113,10 @@ reject() {{
     count=$((count + 1))
     mv -f -- "$1" "../rejected/$$.$count" 2>/dev/null || return 0
     [ "${{#1}}" -le 200 ] || return 0
-    clear "../results/$1.err" "../results/$1.exit"
-    printf 'qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\\n' > "../results/$1.err"
-    printf '125\\n' > "../results/.exit.$$" && mv -f "../results/.exit.$$" "../results/$1.exit"
+    new "../results/$1.err"
+    printf 'qvm-remote: refused: this file name is not a command id (YYYYMMDD-HHMMSS-PID-8HEX)\\n' > "$half" && keep "../results/$1.err"
+    new "../results/$1.exit"
+    printf '125\\n' > "$half" && keep "../results/$1.exit"
 }}
 is_cid() {{
     case $1 in {_D8}-{_D6}-?*-{_H8}) ;; *) return 1 ;; esac
@@ -172,7 +186,7 @@ class Agentless:
         """
         names = ("timeout_max", "command_max", "stdin_max", "max_age")
         lines = "".join(f"{name} {getattr(self._config, name)}\\n" for name in names)
-        self._told.append(f"clear ../../.dom0-limits ../../dom0-limits; printf '{lines}' > ../../.dom0-limits && mv -f ../../.dom0-limits ../../dom0-limits\n")
+        self._told.append(f"new ../../dom0-limits; printf '{lines}' > \"$half\" && keep ../../dom0-limits\n")
 
     async def inspect(self):
         """See :meth:`pullrpc.session.Session.inspect`."""
@@ -219,7 +233,7 @@ class Agentless:
 
     async def take(self, cids):
         """Remember to tell the VM, in the next turn, that dom0 has some commands."""
-        self._told += [f"clear ../running/{cid}; mv -f {cid} ../running/{cid} 2>/dev/null || : > ../running/{cid}\n" for cid in cids]
+        self._told += [_take(cid) for cid in cids]
 
     async def drop(self, cids):
         """Remember to tell the VM that cancelled commands are done with."""
@@ -232,8 +246,10 @@ class Agentless:
         self._wanted.ring()
         code, untrusted_output = await self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
         self._wanted.clear()
+        if code == _NO_ROOM:
+            raise AgentUnable("the qube could not take its results (is its disk full?)")
         if code or untrusted_output != b"END\n":
-            raise SessionBroken("the qube could not take its results (is its disk full?)")
+            raise SessionBroken("the qube could not be given its results (is it running?)")
         for result in results:
             yield result.cid
 
@@ -256,21 +272,32 @@ class Agentless:
         return "".join(told)
 
     def _delivery(self, results):
-        yield (_BEGIN + self._news() + "set -e\n").encode("ascii")
+        yield f"{_BEGIN}{self._news()}set -e\ntrap 'exit {_NO_ROOM}' EXIT\n".encode("ascii")
         for result in results:
             cid, exit_code, parts = result.cid, result.exit_code, result.parts
             for part in ("out", "err", "meta"):
-                half = f"../results/.{cid}.{part}.part"
-                yield f"clear {half} ../results/{cid}.{part}; : > {half}\n".encode("ascii")
+                # Opened once: nobody puts another file in its place between two pieces.
+                yield f'new ../results/{cid}.{part}; exec 3> "$half"\n'.encode("ascii")
                 for chunk in parts[part][1](0):
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
-                        yield f"base64 -d >> {half} <<'END'\n".encode("ascii") + piece + b"END\n"
-                yield f"mv -f {half} ../results/{cid}.{part}\n".encode("ascii")
-            half = f"../results/.{cid}.exit.part"
-            yield f"clear {half} ../results/{cid}.exit; echo {exit_code} > {half}; mv -f {half} ../results/{cid}.exit\n".encode("ascii")
+                        yield b"base64 -d >&3 <<'END'\n" + piece + b"END\n"
+                yield f"exec 3>&-; keep ../results/{cid}.{part}\n".encode("ascii")
+            yield f'new ../results/{cid}.exit; echo {exit_code} > "$half"; keep ../results/{cid}.exit\n'.encode("ascii")
             yield _forget(cid).encode("ascii")
-        yield b"echo END\n"
+        yield b"trap - EXIT\necho END\n"
+
+
+def _take(cid):
+    """The lines that move a command to those that dom0 has. Its client may have given up in this moment; the marker stays true all the same."""
+    marker = f"../running/{cid}"
+    return f"""\
+clear {marker}
+if ! mv -f {cid} {marker} 2>/dev/null && {{ [ -L {marker} ] || [ ! -f {marker} ]; }}; then
+    new {marker}
+    true > "$half" && keep {marker}
+fi
+"""
 
 
 def _forget(cid):

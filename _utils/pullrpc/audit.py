@@ -26,6 +26,9 @@ _COMMAND_SHOWN, _COMMAND_WRITTEN, _REFUSED_SHOWN = 1024, 2048, 256
 _REASON_SHOWN = 256
 #: Most characters of a rule that are recorded.
 _RULE_SHOWN = 256
+#: What the copy for the system's log has of a line's fields. Others read that log: nothing that has words of a command, or a digest by which
+#: one could be guessed, and no field that is new and was not thought of.
+_COPIED = ("as", "answer", "code", "count", "exit", "fingerprint", "seconds", "status", "uuid")
 #: Refusals recorded for one VM within a minute, of those whose token fits and of all others; the rest is counted and recorded as one line.
 _REFUSALS_PER_MINUTE = 60
 _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
@@ -36,7 +39,7 @@ class AuditLog:
 
     Args:
         path: str; its folder is created 0700, the file 0600. Its head (``.head``) and whole commands (``.commands``) lie beside it.
-        syslog: bool, whether the system's log gets a copy of each line, where there is one.
+        syslog: bool, whether the system's log is told of each line, where there is one: what happened, not the command.
         files: int, how many files are kept that were rotated away.
     """
 
@@ -89,7 +92,8 @@ class AuditLog:
         if self._to_syslog:
             for (what, vm, cid, fields), (seq, digest) in zip(records, written):
                 # The digest first: with it this copy says what the log has to hold, even if all of that was made anew.
-                self._syslog.send(f"{what} {vm} {cid} line {seq} sha256 {digest} {_dump(fields)}")
+                copied = {name: value for name, value in fields.items() if name in _COPIED}
+                self._syslog.send(f"{what} {vm} {cid} line {seq} sha256 {digest} {_dump(copied)}")
 
     def refusal(self, vm, cid, refused):
         """Append a refusal, at a bounded rate: a VM must not be able to fill dom0's disk by being refused.

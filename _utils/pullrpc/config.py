@@ -85,7 +85,7 @@ class Config:
         audit_log: the audit log; its head and whole commands lie beside it.
         audit_files: how many files of it are kept after their rotation.
         audit_commands_max, audit_keep_days: how many bytes of whole commands are kept (the oldest of the VM with most go first), and for how long.
-        syslog: whether the system's log gets a copy of each line, where there is one.
+        syslog: whether the system's log is told of each line (not of the command), where there is one.
         transport: ``qvm-run``, or ``qubesadmin`` (the library, which starts no Python program for each session).
         qvm_run, qvm_ls: programs, found through PATH.
         timeout_max: longest a command may run.

@@ -6,6 +6,7 @@ Every file appears by rename: whoever sees a name sees all of its content.
 
 import errno
 import os
+import stat
 import sys
 
 from .errors import PullError
@@ -143,6 +144,8 @@ def move(source, target):
         # Imported here: it takes longer than the move, where that is a renaming.
         import shutil
 
+        # Not written into: it may have another name as well.
+        forget(target)
         shutil.copyfile(source, target, follow_symlinks=False)
         os.chmod(target, 0o600)
         os.unlink(source)
@@ -197,7 +200,7 @@ def discard_stream(number):
 
 
 def knock(path):
-    """Write a byte to a FIFO if somebody listens; never wait.
+    """Write a byte to a FIFO if somebody listens; never wait, and write into nothing else that has its name.
 
     Args:
         path: str.
@@ -211,7 +214,10 @@ def knock(path):
         # Nobody listens; whoever waits without a bell looks by itself now and then.
         return err.errno != errno.ENXIO
     try:
-        os.write(fd, b"!")
+        info = os.fstat(fd)
+        # Another name of a file may have been put there, the key's for one; or of somebody else's FIFO.
+        if stat.S_ISFIFO(info.st_mode) and info.st_nlink == 1:
+            os.write(fd, b"!")
     except (BlockingIOError, BrokenPipeError):
         pass
     finally:

@@ -35,7 +35,7 @@ _HAS_CLIENT = ("TemplateVM", "StandaloneVM")
 #: All of it but the history and the VM's own audit log, which are its user's.
 _REMOVE_QUEUE = """\
 cd && [ ! -L .qvm-remote ] && [ -d .qvm-remote ] || exit 0
-cd .qvm-remote && rm -rf queue auth.key .auth.key.* dom0-limits .dom0-limits* dom0-seen doorbell agent.lock
+cd .qvm-remote && rm -rf queue auth.key .auth.key.* dom0-limits .dom0-limits* dom0-seen .dom0-seen* doorbell agent.lock
 """
 _REMOVE_ALL = "cd && { [ -L .qvm-remote ] || rm -rf .qvm-remote; }\n"
 

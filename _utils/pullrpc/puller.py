@@ -39,8 +39,8 @@ _RETRY_FIRST, _RETRY_UNREACHABLE, _RETRY_BROKEN = 1.0, 15.0, 60.0
 _GOOD_SESSION = 60.0
 #: What a VM may have done for nothing (refusals, cancels, empty answers): so many at once, then so many a second.
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
-#: How often the key in a VM is looked at, and how soon again after a token that did not fit, seconds; where many VMs are served
-#: no more often than one of them each so many seconds.
+#: How often the key in a VM is looked at, and how soon again after a token that did not fit, or where it could not be handed over, seconds;
+#: where many VMs are served no more often than one of them each so many seconds.
 _KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
 #: How long the results of commands just taken in are waited for before the VM is told that dom0 has them, seconds: most
 #: are there by then, which spares a request for each.
@@ -92,6 +92,8 @@ class Puller:
         self._hub = hub
         self._base = self._own = None
         self._key_looked = self._key_doubted = float("-inf")
+        #: Whether the VM could not take its key, and whether it could not do what ended a session; each is told once.
+        self._key_kept_back = self._unable = False
         #: Why nothing is taken from this VM and nothing given to it: it is not the one that has access under its name.
         self._stranger = None
         self._uuid = ""
@@ -145,6 +147,7 @@ class Puller:
                 break
             if time.monotonic() - started > _GOOD_SESSION:
                 self._retry = _RETRY_FIRST
+                self._unable = False
             self.state = "waiting"
             await self._bell.wait(self._retry)
             # Never 0 a second time: what made it so must not be a loop without a pause.
@@ -213,6 +216,13 @@ class Puller:
             self._hub.log(f"{self.vm}: {err}")
             self._hub.emit(self.vm, "-", "broken", {"reason": str(err)})
             return True
+        except AgentUnable as err:
+            # Its disk may be full, or read-only. Once, and not in each session: one that stays so must not fill dom0's log.
+            if not self._unable:
+                self._unable = True
+                self._hub.log(f"{self.vm}: not served: {err}")
+                self._hub.emit(self.vm, "-", "unable", {"reason": str(err)})
+            return False
         except (SessionBroken, TransportError):
             # The everyday end: the VM was shut down, paused, killed.
             return False
@@ -327,7 +337,7 @@ class Puller:
 
     def _until_key_look(self):
         every = max(_KEY_LOOK_EVERY, self._hub.served() * _KEY_LOOK_EACH)
-        wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked else every
+        wait = _KEY_LOOK_MIN if self._key_doubted > self._key_looked or self._key_kept_back else every
         return max(0.0, self._key_looked + wait - time.monotonic())
 
     async def _look_who_it_is(self):
@@ -355,8 +365,12 @@ class Puller:
             if is_due:
                 await self._session.set_key(key)
                 await self._hub.call(dom0.handover.handed, self.vm, key)
+            self._key_kept_back = False
         except AgentUnable as err:
-            news = "key-not-handed"
+            # Tried again soon, and told the first time.
+            if self._key_kept_back:
+                return
+            self._key_kept_back, news = True, "key-not-handed"
             self._hub.log(f"{self.vm}: its key could not be handed over: {err}")
         except KeyringError as err:
             # It is refused all the same, and told why, when it asks for something.

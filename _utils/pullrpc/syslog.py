@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A copy of what happens for the system's log, where there is one. It never waits, and what can't be sent is not sent."""
+"""What happens, told to the system's log, where there is one. It never waits: what that does not take at once is not sent."""
 
 from __future__ import annotations
 

@@ -131,7 +131,12 @@ class Agent:
         if not isinstance(limits, dict):
             raise PullError("hello without limits")
         lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(limits.items()))
-        self._write(self._queue.limits, lines.encode("ascii"))
+        try:
+            self._write(self._queue.limits, lines.encode("ascii"))
+        except OSError as err:
+            # A full disk keeps no session from beginning. The client goes by what dom0 took before; dom0 looks at it in any case.
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         self._tidy()
         return {"v": 2, "agent": __version__, "stream": 1}, b""
 
@@ -252,8 +257,7 @@ class Agent:
             info = os.lstat(path)
         except FileNotFoundError:
             return
-        # A file that has another name as well may be anything of this user's, its key for example.
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+        if not _is_single(info, stat.S_ISREG):
             self._put_aside(path)
 
     def _write(self, path, data):
@@ -332,8 +336,14 @@ class Agent:
         return ({} if knock(self._queue.bell(cid)) else {"gone": 1}), b""
 
     def _open(self, path, how):
+        """Open a plain file of ours, and no other."""
         self._clear(path)
-        return os.open(path, how | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, how | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        # Whoever puts something there may have done so since.
+        if not _is_single(os.fstat(fd), stat.S_ISREG):
+            os.close(fd)
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        return fd
 
     def _note_piece(self, cid, line):
         fd = self._open(self._queue.stream(cid), os.O_WRONLY | os.O_APPEND)
@@ -402,7 +412,7 @@ class Agent:
             os.close(self._bell)
             self._bell = None
         try:
-            if not stat.S_ISFIFO(os.lstat(self._queue.doorbell).st_mode):
+            if not _is_single(os.lstat(self._queue.doorbell), stat.S_ISFIFO):
                 self._put_aside(self._queue.doorbell)
         except FileNotFoundError:
             pass
@@ -457,6 +467,11 @@ class Agent:
         """Whether a name begins with the id of a command that dom0 has: what that wrote long ago is still wanted."""
         cid = name.partition(".")[0]
         return bool(cid) and os.path.lexists(self._queue.running(cid))
+
+
+def _is_single(info, is_kind):
+    """Whether a file is of a kind, and has this one name: by another one it may be anything of this user's, the key for example."""
+    return is_kind(info.st_mode) and info.st_nlink == 1
 
 
 def _check_whole(path, size):

@@ -5,6 +5,7 @@ Their words are those of qvm-remote 1.x, whose log goes on here: ``SUBMIT id= si
 """
 
 import os
+import stat
 import time
 
 from pullrpc.files import read_bounded
@@ -45,8 +46,11 @@ def _append(queue, text):
     try:
         fd = os.open(queue.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, line.encode("ascii"))
             info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+                # Another program of this user has put something else there, another name of the key for example. It is not written into.
+                return
+            os.write(fd, line.encode("ascii"))
             # Another client may have turned it over since it was opened.
             if info.st_size > _LOG_MAX and os.path.samestat(info, os.lstat(queue.audit)):
                 os.rename(queue.audit, queue.audit + ".1")

@@ -188,3 +188,30 @@ def test_a_qube_made_anew_under_a_name_does_not_get_what_the_one_before_had(mach
     # No id of the second in which dom0 forgot the one before is taken any more.
     time.sleep(1)
     assert _remote(machine, "-n", "echo a") == (0, b"a\n")
+
+
+def test_a_renamed_qube_has_access_only_as_another_one(machine):
+    _apply(machine, "full")
+    base, key = "/home/user/.qvm-remote", machine.vm("dev", "cat", "/home/user/.qvm-remote/auth.key").stdout
+    # As Qubes OS does it: a clone under the new name, and the one under the old name is removed.
+    machine.create("moved")
+    machine.dom0("qvm-start", "moved", check=True)
+    kept = machine.vm("dev", "tar", "-c", "-C", "/home/user", ".qvm-remote/auth.key", check=True).stdout
+    machine.vm("moved", "sh", "-c", f"umask 077 && tar -x -C /home/user && chmod 700 {base}", data=kept, check=True)
+    machine.dom0("qvm-shutdown", "--wait", "dev", check=True)
+    machine.dom0("qvm-remove", "--force", "dev", check=True)
+    # Nobody takes its key for one: there is none under its name, and no session.
+    done = machine.vm("moved", "qvm-remote", "ping", "-t", "3")
+    assert (done.returncode, machine.dom0("pgrep", "-f", "qvm-run .* moved ").returncode) == (125, 1), done.stderr
+    pillar = _pillar("full")
+    pillar["vms"]["moved"] = pillar["vms"].pop("dev")
+    machine.set_pillar(pillar)
+    machine.salt("state.apply", "qvm-remote")
+    machine.wait_served("moved")
+    own = machine.vm("moved", "cat", f"{base}/auth.key").stdout
+    assert own != key
+    assert machine.vm("moved", "qvm-remote", "-n", "echo a").stdout == b"a\n"
+    # The old name's key is no key of the new one's.
+    machine.vm("moved", "sh", "-c", f"cat > {base}/auth.key", data=key, check=True)
+    done = machine.vm("moved", "qvm-remote", "-n", "echo a")
+    assert (done.returncode, done.stdout, b"the token does not fit" in done.stderr) == (125, b"", True), done.stderr

@@ -253,13 +253,6 @@ class FaultStand(Sim):
         self.service.kill()
         return self.start_service(*hold)
 
-    def in_vms_root(self, vm, *argv):
-        """Do what no root of a VM may: with the rights of whoever runs the simulator, in the VM's place."""
-        status = subprocess.run(self.command("status"), capture_output=True, check=True).stdout.decode().splitlines()
-        pid = next(line.split()[-1] for line in status if line.split()[0] == vm)
-        own = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
-        subprocess.run(["nsenter", "--target", pid, "--mount", *own, *argv], check=True)
-
     def fill(self, path, where=None):
         """Fill a small disk to its last block."""
         command = ("sh", "-c", f"dd if=/dev/zero of={path}/filler bs=4k 2>/dev/null; test -s {path}/filler")

@@ -5,6 +5,7 @@ when there is room again.
 
 import itertools
 import re
+import time
 
 import pytest
 from fault_stand import AUDIT, KEYS, STATE, FaultStand, told_by
@@ -225,6 +226,53 @@ def test_a_vm_whose_disk_is_full_hears_so_and_queues_nothing(small_vm):
     _check_told(_remote(small_vm), "can't write to the queue .*No space")
     assert small_vm.clients["work"].look() == []
     small_vm.free(_QUEUE, "work")
+    assert _remote(small_vm).code == 7
+
+
+def _has_another_session(stand):
+    """Have the session end, and another one begin; what was said before is heard."""
+    stand.service.waiting_lines()
+    stand.service.order("kill-session work")
+    stand.service.wait_for("killed")
+
+
+def test_a_session_begins_though_its_vms_disk_is_full(small_vm):
+    assert _remote(small_vm).code == 7
+    small_vm.fill(_QUEUE, "work")
+    _has_another_session(small_vm)
+    small_vm.service.wait_for("connected work")
+    small_vm.free(_QUEUE, "work")
+    # In the same session, without a wait for another one.
+    assert _remote(small_vm).code == 7
+    assert [line for line in small_vm.service.waiting_lines() if line.startswith(("connected", "unable", "log"))] == []
+
+
+def test_a_key_that_its_vm_has_no_room_for_is_told_once_and_handed_over_when_there_is(small_vm):
+    assert _remote(small_vm).code == 7
+    small_vm.service.order("rotate work")
+    small_vm.service.wait_for("rotated")
+    small_vm.fill(_QUEUE, "work")
+    _has_another_session(small_vm)
+    small_vm.service.wait_for("log work: its key could not be handed over: ")
+    small_vm.service.wait_for("key-not-handed work")
+    # It is tried again meanwhile, and not told again.
+    time.sleep(12)
+    assert [line for line in small_vm.service.waiting_lines() if line.startswith(("key-", "log"))] == []
+    small_vm.free(_QUEUE, "work")
+    small_vm.service.wait_for("key-handed work")
+    assert _remote(small_vm).code == 7
+
+
+def test_a_vm_that_can_do_nothing_that_it_is_asked_is_told_of_once_and_served_when_it_can(small_vm):
+    assert _remote(small_vm).code == 7
+    small_vm.cover(f"{_QUEUE}/queue", where="work")
+    _has_another_session(small_vm)
+    small_vm.service.wait_for("log work: not served: the agent could not do what it was asked")
+    small_vm.service.wait_for("unable work")
+    time.sleep(8)
+    assert [line for line in small_vm.service.waiting_lines() if line.startswith(("connected", "unable", "log"))] == []
+    small_vm.cover(f"{_QUEUE}/queue", on=False, where="work")
+    small_vm.service.wait_for("connected work")
     assert _remote(small_vm).code == 7
 
 

@@ -61,6 +61,8 @@ def plant(kind, path):
         socket.socket(socket.AF_UNIX).bind(path)
     elif kind == "nobody may read":
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o000))
+    elif kind == "device":
+        os.rename(f"{BASE}/devices/{os.listdir(BASE + '/devices')[0]}", path)
     else:
         raise ValueError(kind)
 '''
@@ -68,6 +70,12 @@ KINDS = (
     *("fifo", "fifo that is held open", "folder", "link to what never ends", "link to itself", "link to the key", "hard link to the key"),
     *("socket", "nobody may read"),
 )
+#: Makes devices that are planted, which are read without end; to be run as root of the whole machine.
+MAKE_DEVICES = """
+folder=/home/user/.qvm-remote/devices; mkdir $folder
+for number in 1 2 3 4; do mknod $folder/$number c 1 5; chmod 666 $folder/$number; done
+chown -R --reference=/home/user $folder
+"""
 #: Before a program that stands in the agent's place. It answers what it is asked, as wrongly as its author wants.
 AGENT = """\
 #!/usr/bin/python3 -IS

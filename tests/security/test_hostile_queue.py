@@ -4,9 +4,10 @@ ends, nothing is written to where a link points, and whoever asks for something 
 """
 
 import json
+import os
 
 import pytest
-from attackers import KINDS, LIB, agents, wait
+from attackers import KINDS, LIB, MAKE_DEVICES, agents, be_itself, wait
 
 _BASE = "/home/user/.qvm-remote"
 _KEY = f"{_BASE}/auth.key"
@@ -46,8 +47,18 @@ print(json.dumps(planted))
 """
 
 
-def test_what_is_no_plain_file_among_the_requests_holds_nobody_up(attacked):
-    planted = attacked.python(LIB + _REQUESTS, *KINDS)
+def _only_roots(kind):
+    return pytest.param(kind, marks=pytest.mark.skipif(os.geteuid() != 0, reason="root of a user namespace may make no device"))
+
+
+@pytest.mark.parametrize("kinds", [KINDS, _only_roots(["device"])], ids=["users", "roots"])
+def test_what_is_no_plain_file_among_the_requests_holds_nobody_up(attacked, kinds):
+    if kinds == ["device"]:
+        attacked.in_vms_root("work", "sh", "-ec", MAKE_DEVICES)
+    planted = attacked.python(LIB + _REQUESTS, *kinds)
+    if kinds == ["device"]:
+        # Each is where it is meant to be, and may be opened.
+        attacked.vm("work", "rmdir", f"{_BASE}/devices", check=True)
     _assert_all_are_served(attacked)
     # Each is answered, and gone: not looked at again and again.
     wait(lambda: attacked.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
@@ -65,6 +76,10 @@ cid = wait(lambda: os.listdir(f"{QUEUE}/running"))[0]
 # It waits for its answer, and does not look: this is about who brings that.
 client.send_signal(signal.SIGSTOP)
 names = [f".{cid}.{part}.part" for part in ("out", "err", "meta")] + [f".{cid}.stream"] + [f"{cid}.{part}" for part in ("out", "err", "meta", "exit")]
+if kind != "fifo":
+    # One that nobody hears would say that the client has gone, and end its command.
+    os.unlink(f"{QUEUE}/results/{cid}.bell")
+    names.append(f"{cid}.bell")
 for name in names:
     plant(kind, f"{QUEUE}/results/{name}")
 os.unlink(f"{QUEUE}/running/{cid}")
@@ -100,14 +115,16 @@ print("1")
 """
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "link to what never ends", "link to itself"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to what never ends", "link to itself", "hard link to the key"])
 def test_what_lies_where_the_agents_own_files_belong_keeps_no_session_from_beginning(dom0, kind):
+    key = dom0.vm("work", "cat", _KEY).stdout
     dom0.python(LIB + _FOLDER, kind)
     dom0.wait_served("work")
     assert dom0.remote("hostname").stdout == b"dom0\n"
     # Rung by clients, heard by the agent, and nothing that it would read without end.
     assert dom0.vm("work", "stat", "-c", "%F", f"{_BASE}/doorbell").stdout == b"fifo\n"
     assert dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b""
+    assert dom0.vm("work", "cat", _KEY).stdout == key
 
 
 _GROWING = """
@@ -256,6 +273,9 @@ def test_many_names_in_one_vm_delay_no_other_vm_and_break_no_session(attacked, c
 
 
 _SEEN = """
+for part in ("err", "exit"):
+    plant(sys.argv[1], f"{QUEUE}/results/{sys.argv[1]}.{part}")
+os.close(os.open(f"{QUEUE}/pending/{sys.argv[1]}", os.O_CREAT, 0o600))
 plant(sys.argv[1], BASE + "/planted")
 subprocess.run(["rm", "-rf", BASE + "/dom0-seen"], check=True)
 os.rename(BASE + "/planted", BASE + "/dom0-seen")
@@ -263,10 +283,19 @@ print("1")
 """
 
 
+#: The client of a VM whose agent was taken.
+_PROGRAM = ("/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher")
+
+
 def _take_agent(dom0, vm):
     """As with a template that has no client: nothing named qvm-remote is in the PATH of qvm-run's shell."""
     dom0.vm(vm, "sh", "-c", f"find {_BASE}/queue -mindepth 2 -delete")
     dom0.vm(vm, "sh", "-c", "mv /usr/bin/qvm-remote /usr/lib/qvm-remote/launcher; pkill -f 'qvm-remote agent'", user="root")
+
+
+def _give_agent(dom0, vm):
+    dom0.vm(vm, "sh", "-c", f"pkill -f 'sleep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen {_BASE}/devices")
+    be_itself(dom0, vm)
 
 
 def test_many_names_in_a_vm_without_the_agent_delay_no_other(dom0):
@@ -287,24 +316,34 @@ def test_many_names_in_a_vm_without_the_agent_delay_no_other(dom0):
         assert turns == sorted(turns, reverse=True)
         assert turns[-1] > 0
     finally:
-        dom0.vm("dev", "sh", "-c", f"rm -rf {_BASE}/queue {_BASE}/dom0-seen")
-        dom0.shutdown("dev")
-        dom0.start("dev")
-        dom0.wait_served("dev")
+        _give_agent(dom0, "dev")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root of a user namespace may make no device")
+def test_a_vm_without_the_agent_is_served_whatever_devices_root_has_put_into_its_queue(dom0):
+    _take_agent(dom0, "work")
+    try:
+        dom0.in_vms_root("work", "sh", "-ec", MAKE_DEVICES)
+        dom0.python(LIB + _REQUESTS, "device")
+        dom0.vm("work", "rmdir", f"{_BASE}/devices", check=True)
+        assert dom0.vm("work", *_PROGRAM, "hostname").stdout == b"dom0\n"
+        wait(lambda: dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
+        assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
+    finally:
+        _give_agent(dom0, "work")
 
 
 def test_a_vm_without_the_agent_is_served_whatever_lies_in_its_queue(dom0):
     _take_agent(dom0, "work")
-    program = "/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher"
+    key = dom0.vm("work", "cat", _KEY).stdout
     try:
         dom0.python(LIB + _REQUESTS, *KINDS)
-        for kind in ("folder", "fifo that is held open", "nobody may read"):
+        for kind in ("folder", "fifo that is held open", "nobody may read", "hard link to the key", "link to the key"):
             dom0.python(LIB + _SEEN, kind)
-            assert dom0.vm("work", *program, "hostname").stdout == b"dom0\n"
+            assert dom0.vm("work", *_PROGRAM, "hostname").stdout == b"dom0\n"
             wait(lambda: dom0.vm("work", "ls", "-A", f"{_BASE}/queue/pending").stdout == b"")
+            wait(lambda kind=kind: dom0.vm("work", "cat", f"{_BASE}/queue/results/{kind}.exit").stdout == b"125\n")
+            assert dom0.vm("work", "cat", _KEY).stdout == key
         assert dom0.dom0("test", "-e", "/srv/attacked").returncode == 1
     finally:
-        dom0.vm("work", "sh", "-c", f"pkill -f 'sleep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen")
-        dom0.shutdown("work")
-        dom0.start("work")
-        dom0.wait_served("work")
+        _give_agent(dom0, "work")

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How the agent goes through its queue: a bounded number of names at a time, however many there are, and it reaches each of them."""
 
+import asyncio
 import os
+import shutil
 import stat
 import subprocess
 
 import pytest
 from pullrpc import agentless
+from pullrpc.config import make_config
+from pullrpc.errors import AgentUnable
+from pullrpc.files import knock
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
+from pullrpc.results import of_bytes
+from pullrpc.session import Delivery
 from qvm_remote_client import agent as module
+from qvm_remote_client import journal
 from qvm_remote_client.agent import Agent
 
 
@@ -136,3 +144,186 @@ def test_without_the_agent_too_a_device_in_the_queue_is_never_read(tmp_path, suf
     done = subprocess.run(words, input=script.encode(), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=True)
     sizes = {"": [], ".auth": [f"I {cid} 0 -1 0"], ".in": [f"I {cid} 0 0 -1"]}[suffix]
     assert [line for line in done.stdout.decode().splitlines() if line.startswith("I ")] == sizes
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A file of the same user's that nobody may write into by another name of it, its key for example; looked at afterwards."""
+    path = str(tmp_path / "other")
+    with open(path, "wb") as file:
+        file.write(b"of another use")
+    yield path
+    with open(path, "rb") as file:
+        assert file.read() == b"of another use"
+
+
+def test_a_knock_is_for_a_fifo_alone(other, tmp_path):
+    # Nobody waits there: it is not said to be gone.
+    assert knock(other) is True
+    bell = str(tmp_path / "bell")
+    os.mkfifo(bell)
+    assert knock(bell) is False
+    fd = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert knock(bell) is True
+        assert os.read(fd, 10) == b"!"
+        # The bell of somebody else, perhaps.
+        os.link(bell, str(tmp_path / "second"))
+        assert knock(bell) is True
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 10)
+    finally:
+        os.close(fd)
+
+
+_PARTS = {"out": 3, "err": 0, "meta": 4}
+
+
+@pytest.mark.parametrize("name", ["{}.bell", "{}.out", "{}.exit", ".{}.out.part", ".{}.stream"])
+def test_the_agent_writes_into_no_file_that_has_a_second_name(agent, other, name):
+    cid = new_cid()
+    _touch(agent.pending(cid))
+    os.link(other, agent._queue.results(name.format(cid)))
+    put = {"id": cid, "part": "out", "offset": 0, "seq": 0, "mac": "0" * 64}
+    agent._put(put, b"abc")
+    agent._result({"id": cid, "exit": 7, "inline": 1, **_PARTS}, b"abcmeta")
+    with open(agent._queue.results(f"{cid}.out"), "rb") as file:
+        assert file.read() == b"abc"
+
+
+def test_the_agent_writes_into_no_second_name_that_comes_as_it_opens_the_file(agent, other, monkeypatch):
+    cid = new_cid()
+    real = os.open
+
+    def exchange(path, *args, **kwargs):
+        if path == agent._queue.part(cid, "out"):
+            os.link(other, path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(module.os, "open", exchange)
+    with pytest.raises(OSError):
+        agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
+
+
+@pytest.mark.parametrize("name", ["no id.err", "no id.exit"])
+def test_the_agents_answer_to_what_is_no_id_goes_into_no_second_name(agent, other, name):
+    os.link(other, agent._queue.results(name))
+    _touch(agent.pending("no id"))
+    _scan(agent)
+    with open(agent._queue.results(name), "rb") as file:
+        assert file.read() != b"of another use"
+
+
+def test_the_clients_log_goes_into_no_second_name(agent, other):
+    os.link(other, agent._queue.audit)
+    journal.submitted(agent._queue, new_cid(), "shell", b"true")
+
+
+def _shell(*words):
+    return pytest.param(words, id=words[0], marks=pytest.mark.skipif(shutil.which(words[0]) is None, reason=f"{words[0]} is not installed"))
+
+
+_SHELLS = [_shell("dash", "-s"), _shell("bash", "--posix", "-s"), _shell("busybox", "sh", "-s")]
+
+
+@pytest.fixture(params=_SHELLS)
+def turns(request, tmp_path, monkeypatch):
+    """A conversation with a VM that has no agent, whose shell is one of those that there are."""
+    queue = Queue(str(tmp_path / ".qvm-remote"))
+    queue.make_folders()
+
+    async def run_here(config, vm, words, data, output_max, wait):
+        done = subprocess.run(
+            ["timeout", "20", *one.under, *request.param], input=b"".join(data), env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, check=False
+        )
+        one.said.append(done.stderr)
+        return done.returncode, done.stdout
+
+    monkeypatch.setattr(agentless, "run_bounded", run_here)
+    one = agentless.Agentless(make_config({"agentless_interval": 1}), "work")
+    one.queue, one.said, one.under = queue, [], []
+    yield one
+    assert set(one.said) == {b""}
+
+
+async def _deliver(turns, results):
+    return [cid async for cid in turns.deliver(results)]
+
+
+async def _serve(turns, waits, gone):
+    """All that is ever told to a VM without an agent: of a request that waits, and of one that its client has taken back meanwhile."""
+    await turns.hello()
+    # The second time, of what is there by then.
+    for _ in range(2):
+        await turns.take([waits, gone])
+        await turns.poll(0, 24)
+    result = Delivery(waits, 7, {part: of_bytes(data) for part, data in (("out", b"x" * 300_000), ("err", b""), ("meta", b"meta"))})
+    assert await _deliver(turns, [result]) == [waits]
+    await turns.set_key(bytes(32))
+
+
+#: Where the shell's script puts something, and where it has it before.
+_PLACES = [
+    *("dom0-seen", ".dom0-seen.part", "dom0-limits", ".dom0-limits", ".dom0-limits.part", "auth.key", ".auth.key.part"),
+    *("queue/running/{waits}", "queue/running/{gone}", "queue/results/no id.err", "queue/results/.no id.err.part", "queue/results/no id.exit"),
+    *(f"queue/results/{name}" for part in ("out", "err", "meta", "exit") for name in (f"{{waits}}.{part}", f".{{waits}}.{part}.part")),
+]
+
+
+@pytest.mark.parametrize("kind", ["hard link", "link", "fifo", "folder"])
+def test_without_the_agent_too_nothing_is_written_into_what_lies_there(turns, other, kind):
+    waits, gone, queue = new_cid(), new_cid(), turns.queue
+    for place in _PLACES:
+        path = os.path.join(queue.base, place.format(waits=waits, gone=gone))
+        if kind == "hard link":
+            os.link(other, path)
+        elif kind == "link":
+            os.symlink(other, path)
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif place != "auth.key":
+            # Whatever a folder in the key's place is, it is not ours to take away.
+            os.makedirs(os.path.join(path, "inside"))
+    for name in ("no id", waits):
+        _touch(queue.pending(name))
+    asyncio.run(_serve(turns, waits, gone))
+    found = {}
+    for place in ("dom0-seen", "dom0-limits", "auth.key", *(f"queue/results/{one}" for one in ("no id.err", "no id.exit", f"{waits}.out", f"{waits}.exit"))):
+        with open(os.path.join(queue.base, place), "rb") as file:
+            found[os.path.basename(place)] = file.read()
+    assert found["dom0-seen"] == b""
+    assert found["dom0-limits"].startswith(b"timeout_max ")
+    assert found["auth.key"] == b"00" * 32 + b"\n"
+    assert (found["no id.exit"], found[f"{waits}.exit"], found[f"{waits}.out"]) == (b"125\n", b"7\n", b"x" * 300_000)
+    # A marker that was made by hand is as good as one of ours, if it is a plain file.
+    assert stat.S_ISREG(os.lstat(queue.running(gone)).st_mode)
+
+
+@pytest.mark.parametrize("folder", ["", "queue", "queue/running", "queue/results"])
+def test_without_the_agent_too_a_link_in_a_folders_place_is_not_followed(turns, tmp_path, folder):
+    path = os.path.join(turns.queue.base, folder).rstrip("/")
+    os.rename(path, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", path)
+    # There would be something to answer.
+    _touch(turns.queue.pending("no id"))
+    before = sorted(os.walk(tmp_path / "elsewhere"))
+    cid = new_cid()
+
+    async def serve():
+        await turns.hello()
+        await turns.take([cid])
+        assert await turns.poll(0, 24) == ([], [])
+
+    asyncio.run(serve())
+    assert sorted(os.walk(tmp_path / "elsewhere")) == before
+
+
+def test_without_the_agent_too_a_result_that_there_is_no_room_for_is_no_end_of_the_conversation(turns):
+    cid = new_cid()
+    result = Delivery(cid, 7, {"out": of_bytes(b"x" * 300_000), "err": of_bytes(b""), "meta": of_bytes(b"meta")})
+    # As a full disk does, it cuts what is written.
+    turns.under = ["prlimit", "--fsize=8192"]
+    with pytest.raises(AgentUnable):
+        asyncio.run(_deliver(turns, [result]))
+    turns.under, turns.said = [], []
+    assert asyncio.run(_deliver(turns, [result])) == [cid]

@@ -717,6 +717,26 @@ def test_the_systems_log_gets_a_copy_and_never_holds_anything_up(path, tmp_path,
     assert _verify(path)["lines"] == 501
 
 
+def test_the_systems_log_which_others_read_gets_nothing_of_a_command(path, tmp_path):
+    log = AuditLog(path, syslog=True)
+    log._syslog._path = str(tmp_path / "dev-log")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(log._syslog._path)
+        refused = Refused("policy", "no rule lets it run: mount -o password=hush")
+        refused.command = "mount -o password=hush"
+        log.write("accepted", "work", CID, **describe_command(refused.command))
+        log.write("run", "work", CID, by="**", **{"as": "root"})
+        log.write("asked", "work", CID, new_field="hush")
+        log.refusal("work", CID, refused)
+        log.write("ended", "work", CID, exit=7, status="done", seconds=0.1)
+        texts = [listener.recv(4096).decode() for _ in range(5)]
+    assert b"hush" in _read(path)
+    assert [text for text in texts if "hush" in text or refused.command.encode().hex() in text] == []
+    shown = [json.loads(text[text.index("{") :]) for text in texts]
+    # A digest of the command alone would tell whoever guesses it.
+    assert shown == [{}, {"as": "root"}, {}, {"code": "policy"}, {"exit": 7, "status": "done", "seconds": 0.1}]
+
+
 @pytest.fixture
 def dom0(tmp_path, path):
     """dom0's side with a key for work, everything in a folder of this test."""

@@ -8,10 +8,12 @@ import array
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import textwrap
 
@@ -20,9 +22,15 @@ from boxes import MIB, Box, eventually, in_unit_too, is_alive, put_in_unit, read
 from pullrpc import sandbox, sandbox_slots
 from pullrpc.errors import SandboxError
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, and run commands as others")
+#: Root of a user namespace has no others, and may mount.
+_IS_ROOT = os.geteuid() == 0
+_HAS_OTHERS = _IS_ROOT and pathlib.Path("/proc/self/uid_map").read_text().split()[2] == str((1 << 32) - 1)
+mounts = pytest.mark.skipif(not _IS_ROOT, reason="only root can mount: a working folder is a plain one here")
+remounts = pytest.mark.skipif(not _HAS_OTHERS, reason="only the machine's root can remount")
+as_others = pytest.mark.skipif(not _HAS_OTHERS, reason="only root can run commands as others")
 #: Users of every system, as whom nothing runs elsewhere.
 USER, OTHER = "games", "nobody"
+_RUN_AS = ["root", pytest.param(USER, marks=as_others)]
 
 
 @pytest.fixture
@@ -72,6 +80,7 @@ def processes_of(user):
 # What any command may try, root's too.
 
 
+@mounts
 @in_unit_too
 def test_a_working_directory_that_is_filled_leaves_room_for_everybody_else(box):
     text = "head -c 64M /dev/zero > file; stat -c %s file; for i in $(seq 3000); do : > $i || break; done 2> errors; ls | wc -l; echo $PPID"
@@ -83,9 +92,13 @@ def test_a_working_directory_that_is_filled_leaves_room_for_everybody_else(box):
         assert box.sh("head -c 1M /dev/zero > file && mkdir -p a/b && echo $PPID", work_max=2 * MIB)[1] == b"%d\n" % slot
 
 
+@mounts
 @pytest.mark.parametrize(
     "harm",
-    ["mount -o remount,size=64M $TMPDIR/..", "umount -l $TMPDIR/..", "mount -t tmpfs none $TMPDIR/..", "mount -o remount,ro $TMPDIR/.."],
+    [
+        *("umount -l $TMPDIR/..", "mount -t tmpfs none $TMPDIR/.."),
+        *(pytest.param(f"mount -o remount,{how} $TMPDIR/..", marks=remounts) for how in ("size=64M", "ro")),
+    ],
 )
 def test_bounds_that_root_changed_are_not_the_next_commands(box, harm):
     before = box.sh("stat -f -c '%b %c' .", work_max=2 * MIB)[1]
@@ -113,6 +126,7 @@ def kept_outside(box):
         yield hand, take
 
 
+@mounts
 def test_room_that_somebody_outside_still_holds_is_not_taken_from_the_next_command(box):
     with kept_outside(box) as (hand, take):
         program = "import os; fd = os.open('f', os.O_RDWR | os.O_CREAT); os.write(fd, bytes(1 << 20)); os.unlink('f'); print(os.getppid())\n"
@@ -124,7 +138,7 @@ def test_room_that_somebody_outside_still_holds_is_not_taken_from_the_next_comma
         os.close(fd)
 
 
-@pytest.mark.parametrize("run_as", ["root", USER])
+@pytest.mark.parametrize("run_as", _RUN_AS)
 def test_an_output_that_somebody_outside_still_holds_delays_nothing_and_reaches_no_other_command(box, run_as):
     with kept_outside(box) as (hand, take):
         _, out, _ = box.run("/usr/bin/python3", "-c", "import os; print(os.getppid(), flush=True); fd = 1\n" + hand, run_as=run_as)
@@ -208,10 +222,11 @@ if not os.fork():
     open("{0}.new", "w").write(str(os.getpid())); os.rename("{0}.new", "{0}"); time.sleep(600)
 time.sleep(600)' &""",
 }
+_NEEDS = {"another user's": as_others, "in a pid namespace": mounts}
 
 
 @in_unit_too
-@pytest.mark.parametrize("which", sorted(_LEAVE))
+@pytest.mark.parametrize("which", [pytest.param(which, marks=_NEEDS.get(which, ())) for which in sorted(_LEAVE)])
 def test_what_a_command_leaves_behind_is_ended_whosever_and_wherever_it_is(box, which):
     pid = box.common / "pid"
     with bystander(box):
@@ -220,7 +235,8 @@ def test_what_a_command_leaves_behind_is_ended_whosever_and_wherever_it_is(box, 
         assert box.sh("echo $PPID")[1] == out
 
 
-def test_a_memory_bomb_hits_its_own_bound(box):
+@pytest.mark.parametrize("run_as", _RUN_AS)
+def test_a_memory_bomb_hits_its_own_bound(box, run_as):
     program = """
         held = []
         try:
@@ -231,8 +247,7 @@ def test_a_memory_bomb_hits_its_own_bound(box):
         print(len(held))
     """
     with bystander(box, memory_max=128 * MIB):
-        for run_as in ("root", USER):
-            assert 64 < int(python(box, program, memory_max=128 * MIB, run_as=run_as)[1]) < 128
+        assert 64 < int(python(box, program, memory_max=128 * MIB, run_as=run_as)[1]) < 128
 
 
 def test_a_supervisor_that_is_traced_is_given_up_with_its_command(box, monkeypatch):
@@ -247,9 +262,22 @@ def test_a_supervisor_that_is_traced_is_given_up_with_its_command(box, monkeypat
         assert result == 0 and eventually(lambda: not is_alive(slot)) and box.slot() != slot
 
 
+@pytest.mark.skipif(_IS_ROOT, reason="it is run as root")
+def test_what_takes_mounts_holds_for_root_of_a_user_namespace(tmp_path):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this machine lets an ordinary user make no user namespace")
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", os.path.abspath(__file__)]
+    names = "filled or bounds or room or leaves"
+    done = subprocess.run([*namespace, *program, "-k", names], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 9
+
+
 # What a command may try that is run as another user than root.
 
 
+@as_others
 @in_unit_too
 def test_a_command_of_another_user_is_nothing_but_that_user(box):
     text = "id -u; id -g; id -G; pwd; echo $TMPDIR; echo $HOME $USER $LOGNAME; stat -c '%U %a' .; umask; touch file && ls; grep -E 'Cap|NoNew' /proc/self/status"
@@ -266,6 +294,7 @@ def test_a_command_of_another_user_is_nothing_but_that_user(box):
     assert box.sh("id -u; touch /proc/self/oom_score_adj")[1] == b"0\n"
 
 
+@as_others
 def test_no_program_makes_another_user_root(box):
     become = box.common / "become"
     # What sudo is: root's, and whoever runs it is root.
@@ -275,6 +304,7 @@ def test_no_program_makes_another_user_root(box):
     assert box.run(str(become), "-u", run_as=USER)[1] != b"0\n"
 
 
+@as_others
 def test_no_service_of_root_on_the_system_bus_can_be_asked_by_another_user(box, monkeypatch):
     bus = box.common / "bus"
     bus.mkdir()
@@ -295,6 +325,7 @@ def test_no_service_of_root_on_the_system_bus_can_be_asked_by_another_user(box, 
         assert b"PermissionError" in box.run("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", uncover, run_as=USER)[2]
 
 
+@as_others
 def test_stdin_and_output_can_be_opened_by_their_names_and_stay_the_engines(box):
     sent = box.folder / "in"
     sent.write_bytes(b"sent\n")
@@ -313,11 +344,13 @@ def test_stdin_and_output_can_be_opened_by_their_names_and_stay_the_engines(box)
     assert (sent.stat().st_uid, stat.S_IMODE(sent.stat().st_mode) & 0o027) == (0, 0)
 
 
+@as_others
 def test_a_script_of_another_user_can_be_read_by_that_user_and_not_be_changed(box):
     outcome, out, err = box.run("/bin/bash", script=b'cat "$0"; echo x >> "$0"; rm -f "$0"; cat /dev/null > "$0"', run_as=USER)
     assert out.startswith(b'cat "$0"') and b"Permission denied" in err and outcome.exit_code == 1
 
 
+@as_others
 def test_another_user_gets_at_nothing_of_another_command(box):
     attack = """
         import os, sys
@@ -346,6 +379,7 @@ def test_another_user_gets_at_nothing_of_another_command(box):
         assert (outcome.exit_code, out) == (0, b"True []\n")
 
 
+@as_others
 def test_another_user_can_not_touch_its_supervisor(box):
     program = """
         import ctypes, os, signal
@@ -370,6 +404,7 @@ def test_another_user_can_not_touch_its_supervisor(box):
     assert (outcome.exit_code, out) == (0, b"-1\n") and box.slot() == slot
 
 
+@as_others
 def test_another_user_who_kills_all_it_may_kills_nobody_elses(box):
     with bystander(box), bystander(box, run_as=OTHER):
         slot = box.slot()
@@ -377,6 +412,7 @@ def test_another_user_who_kills_all_it_may_kills_nobody_elses(box):
         assert outcome.exit_code == 4 and box.slot() == slot and processes_of(USER) == []
 
 
+@as_others
 def test_another_user_who_takes_all_processes_takes_them_from_itself_alone(box):
     program = """
         import os, signal, sys, time
@@ -405,6 +441,7 @@ def test_another_user_who_takes_all_processes_takes_them_from_itself_alone(box):
         assert box.sh("echo $(echo on)", run_as=USER, tasks_max=40)[1] == b"on\n"
 
 
+@as_others
 def test_a_daemon_of_another_user_in_namespaces_of_its_own_dies_with_its_command(box):
     pid = box.common / "pid"
     text = f"setsid unshare --user --map-root-user --pid --fork setsid sleep 600 &\nwhile ! pgrep -u {USER} -x sleep > {pid}; do sleep 0.02; done"
@@ -413,6 +450,7 @@ def test_a_daemon_of_another_user_in_namespaces_of_its_own_dies_with_its_command
         assert outcome.exit_code == 0 and not is_alive(int(pid.read_text())) and processes_of(USER) == []
 
 
+@as_others
 @in_unit_too
 def test_a_command_of_another_user_dies_with_its_supervisor_though_nobody_looks(box):
     handle = box.start("/bin/bash", "-c", "echo $$ $PPID; read -r _ < <(sleep 600)", run_as=USER)
@@ -425,6 +463,7 @@ def test_a_command_of_another_user_dies_with_its_supervisor_though_nobody_looks(
     assert eventually(lambda: processes_of(USER) == [])
 
 
+@as_others
 def test_where_another_user_can_not_reach_its_working_directory_nothing_runs(box):
     box.folder.chmod(0o700)
     handle = box.start("touch", str(box.common / "ran"), run_as=USER)
