@@ -51,11 +51,18 @@ Ended = collections.namedtuple("Ended", "vm kind code out err at cid")
 
 
 class Lines:
-    """A program in a domain that takes orders and answers by lines."""
+    """A program in a domain that takes orders and answers by lines.
+
+    Attributes:
+        KEPT: what lines begin with that are said unasked, and may come while another one is waited for: they are not passed over.
+    """
+
+    KEPT = ()
 
     def __init__(self, process):
         self.process = process
         self._lines = queue.Queue()
+        self._passed = collections.deque()
         # What is told when it does not say what is waited for.
         self.seen = collections.deque(maxlen=20)
         threading.Thread(target=self._read, daemon=True).start()
@@ -75,6 +82,8 @@ class Lines:
 
     def next_line(self, seconds=PATIENCE):
         """What it says next; None when it has ended."""
+        if self._passed:
+            return self._passed.popleft()
         line = self._lines.get(timeout=seconds)
         if line is not None:
             self.seen.append(line)
@@ -82,7 +91,8 @@ class Lines:
 
     def waiting_lines(self):
         """What it has said meanwhile."""
-        lines = []
+        lines = list(self._passed)
+        self._passed.clear()
         with contextlib.suppress(queue.Empty):
             while True:
                 line = self._lines.get_nowait()
@@ -93,11 +103,17 @@ class Lines:
 
     def wait_for(self, *beginnings):
         """What it says that begins like one of these; the last of what comes before is in ``seen``."""
-        while True:
-            line = self.next_line()
-            assert line is not None, f"it ended; it had said: {list(self.seen)}"
-            if line.startswith(beginnings):
-                return line
+        kept = []
+        try:
+            while True:
+                line = self.next_line()
+                assert line is not None, f"it ended; it had said: {list(self.seen)}"
+                if line.startswith(beginnings):
+                    return line
+                if line.startswith(self.KEPT):
+                    kept.append(line)
+        finally:
+            self._passed.extendleft(reversed(kept))
 
     def end(self):
         """Have it closed and waited for."""
@@ -123,6 +139,11 @@ class Service(Lines):
         """Stop it at a step, the next time it comes there, or the next time with a command of a VM."""
         self.order(f"hold {step} {vm}".rstrip())
 
+    def kill_session(self, vm):
+        """Kill dom0's end of the session to a VM, which there must be."""
+        self.order(f"kill-session {vm}")
+        assert self.wait_for("killed", "nothing to kill") == "killed", f"dom0 had no session to {vm}"
+
     def kill(self):
         """Kill -9."""
         self.order("die")
@@ -137,6 +158,9 @@ class Service(Lines):
 
 class Clients(Lines):
     """The clients of a VM; see clients_in_vm."""
+
+    #: A client ends when it does, whatever else is asked just then.
+    KEPT = ('{"ended"',)
 
     def __init__(self, stand, vm):
         program = f"{PROGRAMS}/clients_in_vm.py"
@@ -155,9 +179,9 @@ class Clients(Lines):
         self.order(json.dumps({"kill": key}))
 
     def kill_agent(self):
-        """Kill the agent."""
+        """Kill the agent, which there must be."""
         self.order('{"do": "kill-agent"}')
-        return self.wait_for('{"killed"')
+        assert json.loads(self.wait_for('{"killed"'))["killed"], f"there was no agent in {self.vm}"
 
     def take_ended(self, line):
         """Read an answer: (key, Ended)."""
@@ -326,7 +350,9 @@ class FaultStand(Sim):
             assert time.monotonic() < deadline, f"this is left: {left}"
             time.sleep(0.1)
         for vm in dead:
-            self.clients[vm].clear()
+            # As its user would: what came for clients that are gone is theirs to put away.
+            self.vm(vm, "qvm-remote", "queue", "clean", check=True)
+            assert self.clients[vm].look() == [], f"clients that are gone left something in the queue of {vm}"
         beats = read_beats(self.service.ran())
         for cid, found in beats.items():
             assert is_one_run(found), f"{cid} ran twice: {found}"

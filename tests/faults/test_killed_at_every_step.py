@@ -12,11 +12,13 @@ _numbers = itertools.count(1)
 #: What the service comes to on the way of a command, in this order; see service_process.
 _ON_THE_WAY = ("queued", "fetched", "kept", "stdin", "claiming", "claimed", "submitted", "starting", "started", "running", "telling", "told", "streamed")
 _AT_ITS_END = ("ended", "proven", "finishing", "done", "delivering", "half-delivered", "sent", "answered", "delivered", "closed")
-#: The steps that another one than the service dies at: one of each part of a command's life.
-_STEPS_OF_OTHERS = ("queued", "fetched", "claimed", "running", "done", "delivering", "delivered")
-#: Of both, those at which what is on the disk changes: the others take minutes.
+_ALL = _ON_THE_WAY + _AT_ITS_END
+#: Those of them at which the VM has the result.
+_ANSWERED = ("sent", "answered", "delivered", "closed")
+#: Those at which what is on the disk changes: the others take minutes.
 _SHORT = ("claiming", "claimed", "started", "running", "proven", "finishing", "half-delivered", "delivered")
-_SHORT_OF_OTHERS = ("claimed", "running", "delivering")
+#: Of those, one of each part of a command's life: for the others who die.
+_SHORT_OF_OTHERS = ("claimed", "running", "half-delivered")
 
 
 def _steps(all_of_them, short):
@@ -45,17 +47,23 @@ def _kinds_for(step):
     return {"stdin": ("stdin",), "half-delivered": ("large",), "streamed": ("beats",)}.get(step, ("short", "beats"))
 
 
-def _finish(stand, keys, dead=()):
-    ended = [end for vm, some in keys.items() if vm not in dead for end in stand.clients[vm].wait_ended(some).values()]
-    stand.check(ended, dead)
+def _finish(stand, keys):
+    ended = [end for vm, some in keys.items() for end in stand.clients[vm].wait_ended(some).values()]
+    stand.check(ended)
     return ended
 
 
-@pytest.mark.parametrize("step", _steps(_ON_THE_WAY + _AT_ITS_END, _SHORT))
-def test_the_service_is_killed(stand, step):
+def _hold(stand, step):
+    """Bring a command of work to a step, at which the service stands; give the keys of all clients."""
     stand.service.hold(step, "work")
     keys = _start(stand, *_kinds_for(step))
     stand.service.wait_for(f"at {step}")
+    return keys
+
+
+@pytest.mark.parametrize("step", _steps(_ALL, _SHORT))
+def test_the_service_is_killed(stand, step):
+    keys = _hold(stand, step)
     stand.restart_service()
     _finish(stand, keys)
 
@@ -98,27 +106,59 @@ def test_a_command_is_interrupted_by_the_key_that_it_was_signed_with(stand, step
     assert "interrupted" in end.err
 
 
-@pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
-def test_sessions_are_cut_at_either_end(stand, step):
-    stand.service.hold(step, "work")
-    keys = _start(stand, *_kinds_for(step))
-    stand.service.wait_for(f"at {step}")
-    stand.clients["work"].kill_agent()
-    stand.service.order("kill-session dev")
-    stand.service.wait_for("killed")
+def _kill_agent(stand, vm):
+    stand.clients[vm].kill_agent()
+
+
+def _kill_session(stand, vm):
+    stand.service.kill_session(vm)
+
+
+#: An end of a session to who kills it, and who kills the other end.
+_ENDS = {"agent": (_kill_agent, _kill_session), "qvm-run": (_kill_session, _kill_agent)}
+
+
+@pytest.mark.parametrize("end", sorted(_ENDS))
+@pytest.mark.parametrize("step", _steps(_ALL, _SHORT_OF_OTHERS))
+def test_sessions_are_cut_at_either_end(stand, step, end):
+    kill, kill_other_end = _ENDS[end]
+    keys = _hold(stand, step)
+    kill(stand, "work")
+    # Its command is on its way too, wherever it is.
+    kill_other_end(stand, "dev")
     stand.service.order("go")
     assert {end.code for end in _finish(stand, keys)} == {7}
 
 
-@pytest.mark.parametrize("step", _steps(_STEPS_OF_OTHERS, _SHORT_OF_OTHERS))
-def test_clients_of_one_vm_and_all_of_another_one_are_killed(stand, step):
-    stand.service.hold(step, "work")
-    keys = _start(stand, *_kinds_for(step))
-    stand.service.wait_for(f"at {step}")
-    for key in keys["dev"]:
-        stand.clients["dev"].kill(key)
-    assert {end.code for end in stand.clients["dev"].wait_ended(keys["dev"]).values()} == {-9}
+def _kill_clients(stand, vm, keys):
+    """Kill clients; give the ends of those that had ended by themselves, with the result that they had just got."""
+    for key in keys:
+        stand.clients[vm].kill(key)
+    ended = stand.clients[vm].wait_ended(keys).values()
+    assert {end.code for end in ended} <= {-9, 7}
+    return [end for end in ended if end.code == 7]
+
+
+@pytest.mark.parametrize("step", _steps(_ALL, _SHORT_OF_OTHERS))
+def test_clients_are_killed_and_what_they_leave_harms_no_later_one(stand, step):
+    keys = _hold(stand, step)
+    ended = _kill_clients(stand, "work", keys["work"])
+    # Of the one that stands at the step no result can have come yet.
+    assert step in _ANSWERED or len(ended) < len(keys["work"])
+    stand.service.order("go")
+    later = _start(stand, "short", "beats")
+    for vm, more in later.items():
+        ended += stand.clients[vm].wait_ended(more if vm == "work" else keys[vm] + more).values()
+    assert {end.code for end in ended} == {7}
+    # That no command has run twice is seen from what all of them wrote, those of killed clients too.
+    stand.check(ended, dead=["work"])
+
+
+@pytest.mark.parametrize("step", _steps(_ALL, _SHORT_OF_OTHERS))
+def test_all_of_a_vm_and_clients_of_another_one_are_killed(stand, step):
+    keys = _hold(stand, step)
+    ended = _kill_clients(stand, "dev", keys["dev"])
     stand.power_cut("work")
     stand.service.order("go")
     stand.service.wait_for("connected work")
-    _finish(stand, {}, dead=["work", "dev"])
+    stand.check(ended, dead=["work", "dev"])
