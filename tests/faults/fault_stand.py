@@ -25,12 +25,14 @@ _IN_DOM0 = "/usr/lib/qvm-remote-service"
 PROGRAMS = "/usr/lib/qvm-remote-tests"
 #: In dom0, what each command of :mod:`load` writes its mark and its id to.
 MARKS = "/var/tmp/marks"
+#: In dom0, what each command of :data:`KINDS` writes to as it goes on.
+RAN = "/var/tmp/ran"
 #: Longest that anything may take before a test gives up, seconds.
 PATIENCE = 60
 STATE, AUDIT, KEYS = "/var/lib/qvm-remote", "/var/log/qvm-remote", "/etc/qubes/remote.d"
 _SETTINGS = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "syslog": False}
 #: Tells each time that it goes on, and ends with 7.
-_BEATS = "for i in {}; do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> /var/tmp/ran; sleep 0.05; done; "
+_BEATS = "for i in {}; do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> " + RAN + "; sleep 0.05; done; "
 #: Name to the words of a client, its stdin, and the output that its command has.
 KINDS = {
     "short": (["-n", _BEATS.format("1") + "echo done; exit 7"], "", "done\n"),
@@ -163,8 +165,10 @@ class Clients(Lines):
     KEPT = ('{"ended"',)
 
     def __init__(self, stand, vm):
-        program = f"{PROGRAMS}/clients_in_vm.py"
-        super().__init__(stand.popen_vm(vm, "/usr/bin/python3", "-IS", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        # As text: not every stand shows the tests' own files in its VMs.
+        with open(os.path.join(_HERE, "clients_in_vm.py"), encoding="utf-8") as file:
+            words = ("/usr/bin/python3", "-IS", "-c", file.read())
+        super().__init__(stand.popen_vm(vm, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         self.vm = vm
         self.kinds = {}
 
@@ -248,7 +252,6 @@ class FaultStand(Sim):
         shutil.copytree(os.path.join(_ROOT, "_utils", "pullrpc"), os.path.join(service, "pullrpc"), ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(os.path.join(_HERE, "service_process.py"), service)
         os.makedirs(driver)
-        shutil.copy(os.path.join(_HERE, "clients_in_vm.py"), driver)
         for name, text in (programs or {}).items():
             with open(os.path.join(driver, name), "w", encoding="utf-8") as file:
                 file.write(text)
