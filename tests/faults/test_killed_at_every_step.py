@@ -4,11 +4,15 @@ never after its client was told that it would not, and leaves nothing behind.
 """
 
 import itertools
+import time
 
 import pytest
-from fault_stand import FaultStand
+from fault_stand import INTERRUPTED, PATIENCE, RAN, FaultStand, outcome
 
 _numbers = itertools.count(1)
+_PIDS = "/var/tmp/pids"
+#: Says who its supervisor and itself are, and goes on until somebody ends it.
+_ENDLESS = f"echo $PPID $$ > {_PIDS}; for ((i = 1; ; i++)); do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> {RAN}; sleep 0.05; done"
 #: What the service comes to on the way of a command, in this order; see service_process.
 _ON_THE_WAY = ("queued", "fetched", "kept", "stdin", "claiming", "claimed", "submitted", "starting", "started", "running", "telling", "told", "streamed")
 _AT_ITS_END = ("ended", "proven", "finishing", "done", "delivering", "half-delivered", "sent", "answered", "delivered", "closed")
@@ -76,6 +80,33 @@ def test_the_service_is_killed_while_it_cleans_up_after_one_that_was_killed(stan
     stand.restart_service(step).wait_for(f"at {step}")
     stand.restart_service()
     _finish(stand, keys)
+
+
+def _pids(stand):
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        pids = stand.dom0("cat", _PIDS).stdout.decode().split()
+        if len(pids) == 2:
+            return pids
+        assert time.monotonic() < deadline, "the command did not begin"
+        time.sleep(0.05)
+
+
+def test_what_a_dead_service_left_running_is_ended_before_it_is_called_interrupted(stand):
+    stand.dom0("rm", "-f", _PIDS)
+    stand.clients["work"].start("endless", "endless", ["-n", _ENDLESS])
+    supervisor, command = _pids(stand)
+    # Now nobody but the next service ends it.
+    stand.dom0("kill", "-STOP", supervisor, check=True)
+    service = stand.restart_service("interrupting")
+    service.wait_for("at interrupting")
+    # Nothing is recorded, and nobody was told. What was killed may wait for somebody to hear of it.
+    assert stand.dom0("sh", "-c", f"test -e /proc/{command} && ! grep -q 'State:.[ZX]' /proc/{command}/status").returncode
+    written = service.ran()
+    service.order("go")
+    (end,) = _finish(stand, {"work": ["endless"]})
+    assert outcome(end) == INTERRUPTED
+    assert service.ran() == written
 
 
 def test_a_result_whose_row_was_not_written_is_delivered_all_the_same(stand):
