@@ -25,12 +25,14 @@ _IN_DOM0 = "/usr/lib/qvm-remote-service"
 PROGRAMS = "/usr/lib/qvm-remote-tests"
 #: In dom0, what each command of :mod:`load` writes its mark and its id to.
 MARKS = "/var/tmp/marks"
+#: In dom0, what each command of :data:`KINDS` writes to as it goes on.
+RAN = "/var/tmp/ran"
 #: Longest that anything may take before a test gives up, seconds.
 PATIENCE = 60
 STATE, AUDIT, KEYS = "/var/lib/qvm-remote", "/var/log/qvm-remote", "/etc/qubes/remote.d"
 _SETTINGS = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "syslog": False}
 #: Tells each time that it goes on, and ends with 7.
-_BEATS = "for i in {}; do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> /var/tmp/ran; sleep 0.05; done; "
+_BEATS = "for i in {}; do echo $QVM_REMOTE_ID $i $EPOCHREALTIME >> " + RAN + "; sleep 0.05; done; "
 #: Name to the words of a client, its stdin, and the output that its command has.
 KINDS = {
     "short": (["-n", _BEATS.format("1") + "echo done; exit 7"], "", "done\n"),
@@ -51,11 +53,18 @@ Ended = collections.namedtuple("Ended", "vm kind code out err at cid")
 
 
 class Lines:
-    """A program in a domain that takes orders and answers by lines."""
+    """A program in a domain that takes orders and answers by lines.
+
+    Attributes:
+        KEPT: what lines begin with that are said unasked, and may come while another one is waited for: they are not passed over.
+    """
+
+    KEPT = ()
 
     def __init__(self, process):
         self.process = process
         self._lines = queue.Queue()
+        self._passed = collections.deque()
         # What is told when it does not say what is waited for.
         self.seen = collections.deque(maxlen=20)
         threading.Thread(target=self._read, daemon=True).start()
@@ -75,6 +84,8 @@ class Lines:
 
     def next_line(self, seconds=PATIENCE):
         """What it says next; None when it has ended."""
+        if self._passed:
+            return self._passed.popleft()
         line = self._lines.get(timeout=seconds)
         if line is not None:
             self.seen.append(line)
@@ -82,7 +93,8 @@ class Lines:
 
     def waiting_lines(self):
         """What it has said meanwhile."""
-        lines = []
+        lines = list(self._passed)
+        self._passed.clear()
         with contextlib.suppress(queue.Empty):
             while True:
                 line = self._lines.get_nowait()
@@ -93,11 +105,17 @@ class Lines:
 
     def wait_for(self, *beginnings):
         """What it says that begins like one of these; the last of what comes before is in ``seen``."""
-        while True:
-            line = self.next_line()
-            assert line is not None, f"it ended; it had said: {list(self.seen)}"
-            if line.startswith(beginnings):
-                return line
+        kept = []
+        try:
+            while True:
+                line = self.next_line()
+                assert line is not None, f"it ended; it had said: {list(self.seen)}"
+                if line.startswith(beginnings):
+                    return line
+                if line.startswith(self.KEPT):
+                    kept.append(line)
+        finally:
+            self._passed.extendleft(reversed(kept))
 
     def end(self):
         """Have it closed and waited for."""
@@ -123,6 +141,11 @@ class Service(Lines):
         """Stop it at a step, the next time it comes there, or the next time with a command of a VM."""
         self.order(f"hold {step} {vm}".rstrip())
 
+    def kill_session(self, vm):
+        """Kill dom0's end of the session to a VM, which there must be."""
+        self.order(f"kill-session {vm}")
+        assert self.wait_for("killed", "nothing to kill") == "killed", f"dom0 had no session to {vm}"
+
     def kill(self):
         """Kill -9."""
         self.order("die")
@@ -138,9 +161,14 @@ class Service(Lines):
 class Clients(Lines):
     """The clients of a VM; see clients_in_vm."""
 
+    #: A client ends when it does, whatever else is asked just then.
+    KEPT = ('{"ended"',)
+
     def __init__(self, stand, vm):
-        program = f"{PROGRAMS}/clients_in_vm.py"
-        super().__init__(stand.popen_vm(vm, "/usr/bin/python3", "-IS", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        # As text: not every stand shows the tests' own files in its VMs.
+        with open(os.path.join(_HERE, "clients_in_vm.py"), encoding="utf-8") as file:
+            words = ("/usr/bin/python3", "-IS", "-c", file.read())
+        super().__init__(stand.popen_vm(vm, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         self.vm = vm
         self.kinds = {}
 
@@ -155,9 +183,9 @@ class Clients(Lines):
         self.order(json.dumps({"kill": key}))
 
     def kill_agent(self):
-        """Kill the agent."""
+        """Kill the agent, which there must be."""
         self.order('{"do": "kill-agent"}')
-        return self.wait_for('{"killed"')
+        assert json.loads(self.wait_for('{"killed"'))["killed"], f"there was no agent in {self.vm}"
 
     def take_ended(self, line):
         """Read an answer: (key, Ended)."""
@@ -224,7 +252,6 @@ class FaultStand(Sim):
         shutil.copytree(os.path.join(_ROOT, "_utils", "pullrpc"), os.path.join(service, "pullrpc"), ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(os.path.join(_HERE, "service_process.py"), service)
         os.makedirs(driver)
-        shutil.copy(os.path.join(_HERE, "clients_in_vm.py"), driver)
         for name, text in (programs or {}).items():
             with open(os.path.join(driver, name), "w", encoding="utf-8") as file:
                 file.write(text)
@@ -319,7 +346,9 @@ class FaultStand(Sim):
             assert time.monotonic() < deadline, f"this is left: {left}"
             time.sleep(0.1)
         for vm in dead:
-            self.clients[vm].clear()
+            # As its user would: what came for clients that are gone is theirs to put away.
+            self.vm(vm, "qvm-remote", "queue", "clean", check=True)
+            assert self.clients[vm].look() == [], f"clients that are gone left something in the queue of {vm}"
         beats = read_beats(self.service.ran())
         for cid, found in beats.items():
             assert is_one_run(found), f"{cid} ran twice: {found}"

@@ -2,9 +2,22 @@
 """Keeps real clients at work in several VMs, and kills whoever takes part in their commands."""
 
 import json
+import os
+import random
 import time
 
 from fault_stand import KINDS, MARKS
+
+
+def seeded_dice():
+    """Dice whose seed is printed; QVM_REMOTE_SEED has them fall the same way again.
+
+    Returns:
+        random.Random
+    """
+    seed = int(os.environ.get("QVM_REMOTE_SEED") or random.randrange(1 << 30))
+    print(f"QVM_REMOTE_SEED={seed}")
+    return random.Random(seed)
 
 
 class Load:
@@ -13,7 +26,7 @@ class Load:
     Each command writes its client's key and its id to :data:`fault_stand.MARKS` in dom0, before all else.
 
     Args:
-        stand: FaultStand.
+        stand: FaultStand, or what else has ``clients``: dict of VM to fault_stand.Clients.
         vms: VMs with clients.
         dice: random.Random.
         parallel: int, clients of one VM at a time.

@@ -8,6 +8,7 @@ Orders come on stdin, a line each, and what happens is told on stdout (see the d
 is tested knows of no steps.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ import pullrpc.ledger
 import pullrpc.puller
 import pullrpc.results
 import pullrpc.sandbox
+import pullrpc.sandbox_slots
 import pullrpc.scheduler
 import pullrpc.spool
 from pullrpc.config import make_config
@@ -169,9 +171,13 @@ def _look(dom0, _):
     """What there is of open commands in dom0."""
     config = dom0.config
     kept = sorted(os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(config.state_dir, "spool")) for name in names)
+    working = []
     jobs = os.path.join(config.run_dir, "jobs")
-    # A standing supervisor has a folder, and in it one for each command.
-    working = [name for slot in os.listdir(jobs) if os.path.isdir(os.path.join(jobs, slot)) for name in os.listdir(os.path.join(jobs, slot))]
+    # A standing supervisor has a folder, and in it one for each command. Another one is of a service that died.
+    for slot in os.listdir(jobs):
+        path = os.path.join(jobs, slot)
+        with contextlib.suppress(FileNotFoundError):
+            working += os.listdir(path) if path in pullrpc.sandbox_slots.folders() else [slot]
     try:
         # By the connection that is there: one of our own would leave files open, as long as that one holds its locks.
         with dom0.ledger._lock:

@@ -2,11 +2,10 @@
 """The service, agents, sessions, clients and VMs die at random moments while several VMs keep dom0 busy."""
 
 import os
-import random
 
 import pytest
 from fault_stand import FaultStand, check_end
-from load import KILLS, Load
+from load import KILLS, Load, seeded_dice
 
 #: Who dies, and how often as compared with the others.
 _WHO = {"service": 6, "agent": 2, "qvm-run": 2, "client": 2, "vm": 1}
@@ -23,8 +22,8 @@ def stand(tmp_path_factory):
         yield one
 
 
-def _play(stand, kills, seed):
-    dice = random.Random(seed)
+def _play(stand, kills):
+    dice = seeded_dice()
     load = Load(stand, _VMS, dice, _PARALLEL)
     for _ in range(kills):
         load.fill()
@@ -38,18 +37,10 @@ def _play(stand, kills, seed):
     assert [end for end in load.ended.values() if end.code == 7], "nothing came through"
 
 
-def _seed():
-    return int(os.environ.get("QVM_REMOTE_SEED") or random.randrange(1 << 30))
-
-
 def test_whoever_dies_at_some_moments(stand):
-    seed = _seed()
-    print(f"QVM_REMOTE_SEED={seed}")
-    _play(stand, 12, seed)
+    _play(stand, 12)
 
 
 @pytest.mark.long
 def test_whoever_dies_at_hundreds_of_moments(stand):
-    seed = _seed()
-    print(f"QVM_REMOTE_SEED={seed}")
-    _play(stand, int(os.environ.get("QVM_REMOTE_KILLS") or 300), seed)
+    _play(stand, int(os.environ.get("QVM_REMOTE_KILLS") or 300))

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The real minion and its engine are killed one without the other, at several moments of a command: none is lost or run twice, and
-none outlives its answer.
+"""The real minion and its engine are killed, together and one without the other, at several moments of a command, and at random ones
+under load: none is lost or run twice, and none outlives its answer.
 """
 
 import json
 import subprocess
 import time
+import types
 
 import pytest
-from fault_stand import INTERRUPTED, RESULT, Ended, outcome
+from fault_stand import INTERRUPTED, MARKS, RAN, RESULT, Clients, Ended, check_end, is_one_run, outcome, read_beats
+from load import Load, seeded_dice
 from pullrpc.config import Config
 
 _MARKS, _HELD = "/tmp/minion-marks", "/tmp/minion-held"
@@ -19,6 +21,26 @@ _STATES = """
 import json, sqlite3
 db = sqlite3.connect("file:/var/lib/qvm-remote/ledger.sqlite?mode=ro", uri=True, timeout=20)
 print(json.dumps([state for state, in db.execute("SELECT state FROM command WHERE state <> 'delivered'")]))
+"""
+
+
+#: What there is of commands that are not done with, as JSON. A supervisor that waits has a folder; one that nobody holds was left.
+_LEFT = """
+import json, os, sqlite3
+db = sqlite3.connect("file:/var/lib/qvm-remote/ledger.sqlite?mode=ro", uri=True, timeout=20)
+rows = db.execute("SELECT vm, cid, state FROM command WHERE state <> 'delivered'").fetchall()
+spool = [os.path.join(folder, name) for folder, _, names in os.walk("/var/lib/qvm-remote/spool") for name in names]
+words = set()
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            words.update(file.read().split(chr(0)))
+    except OSError:
+        continue
+jobs = "/run/qvm-remote/jobs"
+slots = [os.path.join(jobs, name) for name in os.listdir(jobs)]
+left = [slot for slot in slots if slot not in words or os.listdir(slot)]
+print(json.dumps(rows + spool + left))
 """
 
 
@@ -119,6 +141,16 @@ def _kill_minion(dom0, undo):
 _KILLS = {"engine": _kill_engine, "minion": _kill_minion}
 
 
+def _kill_both(dom0, _):
+    """At once, as the kernel does when memory is short."""
+    dom0.kill_engine()
+    dom0.start_engine()
+
+
+#: Who is killed at random moments, and how often as compared with the others.
+_KILLS_UNDER_LOAD = {_kill_engine: 3, _kill_minion: 1, _kill_both: 1}
+
+
 @pytest.mark.parametrize(
     ("victim", "moment"),
     [
@@ -149,6 +181,45 @@ def test_each_command_ends_once_whoever_of_both_is_killed_when(dom0, victim, mom
     finally:
         dom0.vm("work", "pkill", "-TERM", "-f", "qvm-remote -v")
         dom0.dom0("rm", "-f", _MARKS, _HELD)
+
+
+def _lines(dom0, path):
+    return dom0.dom0("cat", path).stdout.decode().splitlines()
+
+
+def _is_clean(dom0, clients):
+    left = json.loads(dom0.dom0("/usr/bin/python3", "-c", _LEFT, check=True).stdout)
+    return not left and not any(one.look() for one in clients.values())
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.long)])
+def test_each_command_ends_once_whichever_of_both_is_killed_at_random_moments_under_load(dom0, kills):
+    dice = seeded_dice()
+    dom0.dom0("rm", "-f", MARKS, RAN)
+    clients = {vm: Clients(dom0, vm) for vm in ("work", "dev")}
+    load = Load(types.SimpleNamespace(clients=clients), list(clients), dice, 3)
+    try:
+        for _ in range(kills):
+            load.fill()
+            # Also while the engine of before is being cleaned up after.
+            load.take(dice.uniform(0.02, 1.5))
+            dice.choices(list(_KILLS_UNDER_LOAD), list(_KILLS_UNDER_LOAD.values()))[0](dom0, lambda: None)
+        assert not load.finish()
+        dom0.wait_served(*clients)
+        _wait(lambda: _is_clean(dom0, clients))
+    finally:
+        for one in clients.values():
+            one.end()
+    beats = read_beats(_lines(dom0, RAN))
+    assert all(map(is_one_run, beats.values()))
+    for end in load.ended.values():
+        check_end(end, [at for _, at in beats.get(end.cid, [])])
+    # Key and id of each that began: no client's twice, and none under another one's id.
+    marks = [line.split() for line in _lines(dom0, MARKS)]
+    assert len(marks) == len({key for key, _ in marks}) == len({cid for _, cid in marks})
+    assert {(key, end.cid) for key, end in load.ended.items() if outcome(end) == RESULT} <= set(map(tuple, marks))
+    assert len(load.ended) == len(load.started)
+    assert RESULT in map(outcome, load.ended.values()), "nothing came through"
 
 
 def test_an_engine_with_a_damaged_ledger_serves_nobody_until_that_was_set_aside(dom0):

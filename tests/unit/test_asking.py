@@ -328,6 +328,29 @@ def test_a_yes_is_for_the_user_that_was_named_and_for_no_other(world):
     assert b"as another user" in world.part(cid, "err")
 
 
+def test_a_yes_is_for_the_request_that_was_shown_and_for_no_other_under_its_id(world):
+    cid = world.submit(b"printf a")
+    _until(lambda: os.path.exists(world.folder / f"asked.{cid}"))
+    # The VM has signed another one as well, and it lies where the one lay that is being asked about.
+    token = make_token(world.dom0.keyring.get("work"), "work", cid, 10, "shell", b"printf b")
+    world.dom0.spool.store_request("work", cid, b"printf b", token)
+    world.say("yes")
+    assert world.wait_end(cid) == ["refused"]
+    assert world.part(cid, "out") == b""
+    assert "run" not in [what for what, _ in world.audited()]
+
+
+def test_that_it_is_asked_is_in_the_log_before_it_is_shown_and_the_answer_before_it_runs(world):
+    log = world.dom0.config.audit_log
+    _helper(world.folder, f"cat {log} > {world.folder}/log.asked; cat > /dev/null; echo yes")
+    world.dom0.config = make_config({**world.settings, "vms": {"work": {"policy": {"ask": [["cp", "**"]]}}}})
+    cid = world.submit(f"cp {log} {world.folder}/log.run".encode())
+    assert world.wait_end(cid) == ["done"]
+    seen = {name: [(line["what"], line["id"]) for line in map(json.loads, (world.folder / name).read_text().splitlines())] for name in ("log.asked", "log.run")}
+    assert seen["log.asked"][-1] == ("asked", cid)
+    assert [what for what, _ in seen["log.run"]][-3:] == ["asked", "answered", "run"]
+
+
 def test_what_is_not_answered_when_the_service_ends_is_given_back_and_not_run(world):
     first, second = world.submit(b"printf a"), world.submit(b"printf b")
     _until(lambda: os.path.exists(world.folder / f"asked.{first}"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -775,6 +776,56 @@ def test_commands_that_come_together_are_logged_by_one_write_and_one_fsync(dom0,
     assert [(line["what"], line["by"], line.get("whole", True)) for line in lines] == [("accepted", "full", True)] * 2 + [("accepted", "full", False)]
     assert _read(os.path.join(audit_files.commands_folder(path), "work", requests[2].cid)) == b"true " + b"x" * 5000
     assert _verify(path)["problems"] == []
+
+
+def test_a_claim_and_an_end_are_on_the_disk_in_the_log_before_the_ledger_has_them(dom0, path, monkeypatch):
+    done, fsync = [], os.fsync
+    _fill(path, 1, dom0.audit)
+    request = _admit(dom0, b"true")
+
+    def noted_fsync(fd):
+        fsync(fd)
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            done.append(_lines(path)[-1]["what"])
+
+    def noted(name, original):
+        monkeypatch.setattr(dom0.ledger, name, lambda *args: (done.append(name), original(*args))[1])
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    for name in ("claim_all", "start", "finish"):
+        noted(name, getattr(dom0.ledger, name))
+    assert dom0.intake.claim([(request, 0)]) == {}
+    assert done == ["accepted", "claim_all"]
+    assert dom0.execution.execute("work", request.cid)["status"] == "done"
+    assert done == ["accepted", "claim_all", "start", "ended", "finish"]
+
+
+@pytest.mark.parametrize(("ending", "status"), [("exit 3", "done"), ("kill -9 $$", "done"), ("sleep 60", "timeout")])
+def test_nothing_of_an_output_or_of_stdin_is_in_the_log_or_in_its_copy(dom0, path, tmp_path, ending, status):
+    dom0.audit.reconfigure(True, 12)
+    dom0.audit._syslog._path = str(tmp_path / "dev-log")
+    cid, stdin = new_cid(), b"hush-on-stdin"
+    # The words that it writes are none of its own.
+    line = b"cat; printf 'hush-%s' $((6 * 7)) >&1; printf 'hush-%s' $((6 * 8)) >&2; : " + b"x" * 2000 + b"; " + ending.encode()
+    token = make_token(dom0.keyring.get("work"), "work", cid, 1 if status == "timeout" else 10, "shell", line, hashlib.sha256(stdin).digest())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(dom0.audit._syslog._path)
+        request = dom0.intake.admit("work", cid.encode(), line, token, len(stdin))
+        writer = dom0.intake.stdin_writer(request)
+        writer.write(stdin)
+        dom0.intake.end_stdin(request, writer)
+        assert dom0.intake.claim([(request, len(stdin))]) == {}
+        assert dom0.execution.execute("work", cid)["status"] == status
+        parts = dom0.results.result("work", cid).parts
+        assert [b"".join(parts[part][1](0)) for part in ("out", "err")] == [b"hush-on-stdinhush-42", b"hush-48"]
+        dom0.results.close_delivery("work", cid)
+        said = [listener.recv(1 << 16) for _ in _lines(path)]
+    folder = os.path.dirname(path)
+    kept = [_read(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names]
+    assert [line["what"] for line in _lines(path)] == ["accepted", "run", "ended", "delivered"]
+    # The command itself is in its line, and whole beside it.
+    assert sum(b"printf 'hush-%s'" in data for data in kept) == 2
+    assert not [data for data in kept + said if re.search(rb"hush-[^%]", data)]
 
 
 def test_what_cant_be_logged_is_refused_and_nothing_is_kept_of_it(dom0, path):

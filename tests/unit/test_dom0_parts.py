@@ -2,8 +2,10 @@
 """Keyring, ledger, config, audit log, pool: the parts that dom0's safety rests on, each by itself."""
 
 import asyncio
+import functools
 import json
 import os
+import sqlite3
 import threading
 import time
 
@@ -79,6 +81,35 @@ def test_a_claim_is_given_once_and_survives_a_reopening(tmp_path):
     again = Ledger(path)
     assert again.claim_all([("work", CID, b"mac", "")]) == [False]
     assert again.state("work", CID) == ("claimed", b"mac")
+
+
+class _Watched(sqlite3.Connection):
+    """Notes what is in force when something is committed; SQLite alone knows when it forces that to the disk."""
+
+    FULL = 2
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.committed = []
+
+    def execute(self, statement, *args):
+        if statement == "COMMIT":
+            self.committed.append((super().execute("PRAGMA synchronous").fetchone()[0], super().execute("PRAGMA journal_mode").fetchone()[0]))
+        return super().execute(statement, *args)
+
+
+def test_a_claim_is_committed_so_that_it_is_on_the_disk_on_return(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=_Watched))
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ledger._db.committed.clear()
+    for cid in (CID, f"{CID[:-1]}f"):
+        # What comes between them may have another mode in force.
+        assert ledger.claim_all([("work", cid, b"mac", "")]) == [True]
+        assert ledger._db.committed == [(_Watched.FULL, "wal")]
+        ledger.start("work", cid)
+        ledger.finish("work", cid, 0, "done")
+        ledger.delivered([("work", cid)])
+        ledger._db.committed.clear()
 
 
 def test_only_one_of_many_threads_may_start_a_command(tmp_path):

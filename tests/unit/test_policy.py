@@ -4,6 +4,7 @@
 import dataclasses
 import os
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from pullrpc import ledger as ledger_module
 from pullrpc import policy as policy_module
+from pullrpc import service
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import ConfigError, LedgerError, Refused, TransportError
@@ -524,6 +526,41 @@ def test_time_passes_for_a_vm_that_asks_for_nothing(dom0):
     with pytest.raises(Refused) as caught:
         check_policy(dom0.config.for_vm("work"), dom0.ledger, _tagged, _request("true"), now=time.time() - 100)
     assert caught.value.code == "clock"
+
+
+def test_the_service_notes_what_time_it_is_while_nobody_asks_for_anything(dom0, tmp_path, monkeypatch):
+    qvm_ls = tmp_path / "qvm-ls"
+    qvm_ls.write_text("#!/bin/sh\n")
+    qvm_ls.chmod(0o700)
+    real, ahead = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(service, "_NOTE_EVERY", 0.1)
+    until = int(time.time()) + 3600
+    dom0.config = make_config({**dom0.folders, "qvm_ls": str(qvm_ls), "discover_interval": 1, "vms": {"work": {"until": until}}})
+    one = service.Service(dom0, None, None, lambda *_: None, lambda text: None)
+    thread = threading.Thread(target=one.run)
+
+    def latest():
+        # As it stands there: whoever asks by saw_clock would note it.
+        with dom0.ledger._lock:
+            return (dom0.ledger._db.execute("SELECT max(latest) FROM passed").fetchone()[0]) or 0
+
+    thread.start()
+    try:
+        for at in (0, 3700):
+            ahead[0] = at
+            deadline = time.monotonic() + 20
+            while latest() < until - 3600 + at:
+                assert time.monotonic() < deadline, "it was not noted"
+                time.sleep(0.02)
+    finally:
+        one.stop()
+        thread.join(20)
+    # Its end came while nobody asked; that the clock is set back afterwards gives it no second beginning.
+    ahead[0] = 0
+    with pytest.raises(Refused) as caught:
+        check_policy(dom0.config.for_vm("work"), dom0.ledger, _tagged, _request("true"))
+    assert caught.value.code == "ended"
 
 
 def test_a_command_whose_time_is_over_when_its_turn_comes_is_not_run(dom0):
