@@ -136,7 +136,8 @@ class Stand(Sim):
                 return
             time.sleep(0.2)
         log = self.dom0("tail", "-n", "40", "/var/log/qvm-remote/minion.log").stdout.decode("utf-8", "replace")
-        raise RuntimeError(f"the engine does not serve {', '.join(vms)}; its log ends with:\n{log}")
+        said = "".join(f"{vm} says: {answer.stderr.decode('utf-8', 'replace')}" for vm, answer in zip(vms, answers))
+        raise RuntimeError(f"the engine does not serve {', '.join(vms)}; {said}; its log ends with:\n{log}")
 
     def salt(self, *words, timeout=180):
         """Run qubesctl in dom0.

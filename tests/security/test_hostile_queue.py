@@ -294,7 +294,7 @@ def _take_agent(dom0, vm):
 
 
 def _give_agent(dom0, vm):
-    dom0.vm(vm, "sh", "-c", f"pkill -f 'sleep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen {_BASE}/devices")
+    dom0.vm(vm, "sh", "-c", f"pkill -f '[s]leep 7654340'; rm -rf {_BASE}/queue {_BASE}/dom0-seen {_BASE}/devices")
     be_itself(dom0, vm)
 
 
