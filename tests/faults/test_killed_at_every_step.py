@@ -37,6 +37,13 @@ def stand(tmp_path_factory):
         yield one
 
 
+@pytest.fixture(autouse=True)
+def _let_go(stand):
+    """Have nobody stand at a step any more, however a test ended: the next one needs the service."""
+    yield
+    stand.service.order("go")
+
+
 def _start(stand, *kinds):
     """Start clients in work, whose commands come to the step, and one in dev beside them; give their keys."""
     keys = {"work": [], "dev": []}
@@ -153,6 +160,8 @@ _ENDS = {"agent": (_kill_agent, _kill_session), "qvm-run": (_kill_session, _kill
 @pytest.mark.parametrize("step", _steps(_ALL, _SHORT_OF_OTHERS))
 def test_sessions_are_cut_at_either_end(stand, step, end):
     kill, kill_other_end = _ENDS[end]
+    # One that was cut after its last command may not be there again yet.
+    stand.vm("dev", "qvm-remote", "-q", "ping", check=True)
     keys = _hold(stand, step)
     kill(stand, "work")
     # Its command is on its way too, wherever it is.
