@@ -458,7 +458,18 @@ class Request:
                 self.give_up()
             self._hang_up()
             raise NoResult(f"the result of {self.cid} is damaged: {err}") from err
+        if authentic:
+            # An agent that was killed may not have come to it. The next one would store the result again, for nobody.
+            self._forget_request()
         return Result(exit_code, authentic, fields, parts, dict(zip(("out", "err"), counts)))
+
+    def _forget_request(self):
+        _remove(self._queue, self.cid)
+        try:
+            forget(self._queue.running(self.cid))
+        except OSError:
+            # Where it can't be removed, no result is stored either.
+            pass
 
     def _check(self, exit_code, digests, untrusted_meta):
         if None in digests:

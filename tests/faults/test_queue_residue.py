@@ -2,12 +2,14 @@
 """What dead clients leave in a VM's queue goes, and what a client says when it gives up is true."""
 
 import fcntl
+import hashlib
 import os
 import time
 
 import pytest
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
+from pullrpc.tokens import make_meta
 from qvm_remote_client import request as requests
 from qvm_remote_client.agent import Agent
 
@@ -58,6 +60,28 @@ def test_a_result_that_comes_again_is_not_stored_again(queue):
         os.unlink(queue.results(name))
     agent._result(*_result(cid))
     assert os.listdir(queue.results()) == []
+
+
+def test_a_result_that_comes_again_since_the_agent_was_killed_as_it_stored_it_is_not_kept_for_nobody(queue, monkeypatch):
+    request = requests.Request(queue, "shell", b"true", 5)
+    request.submit()
+    os.rename(queue.pending(request.cid), queue.running(request.cid))
+    digests = [hashlib.sha256(data).digest() for data in (b"out", b"")]
+    meta = make_meta(bytes(range(32)), request.cid, *digests, {"id": request.cid, "exit": 0, "status": "done"})
+    answer = {"id": request.cid, "inline": 1, "out": 3, "err": 0, "meta": len(meta), "exit": 0}, b"out" + meta
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        # All of it is there by then; that the request is done with is not noted yet.
+        dying.setattr(Agent, "_forget_request", _die)
+        Agent(queue)._result(*answer)
+    result = request.wait(lambda word: None, lambda part, data: None)
+    assert (result.exit_code, result.authentic) == (0, True)
+    request.keep()
+    Agent(queue)._result(*answer)
+    assert [names for _, _, names in os.walk(os.path.dirname(queue.pending().rstrip("/"))) if names] == []
+
+
+def _die(*_):
+    raise KeyboardInterrupt
 
 
 def test_the_bell_of_a_client_that_was_killed_goes_with_its_result(queue):
