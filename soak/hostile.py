@@ -117,5 +117,5 @@ class Hostile:
         self.begin(self._vm)
 
     def tidy(self):
-        """Remove what attackers left in their own VM."""
-        self._stand.vm(self._vm, "sh", "-c", "rm -rf ~/.qvm-remote/queue/*/* ~/.qvm-remote/queue/*/.[!.]*")
+        """Remove what attackers left in their own VM. Its agent may move some of that meanwhile: that goes the next time."""
+        self._stand.vm(self._vm, "sh", "-c", "find ~/.qvm-remote/queue -mindepth 2 -delete")

@@ -188,6 +188,7 @@ class Soaking:
         left = self._wait(self._left)
         if left:
             # Parts of requests whose clients died while they wrote them: the agent puts them away after a day, and this at once.
+            self._hostile.tidy()
             cleaned = {vm: self._stand.vm(vm, "qvm-remote", "queue", "clean") for vm in HONEST_VMS}
             left = self._wait(self._left) + [f"{vm}: {done.stderr.decode()}" for vm, done in cleaned.items() if done.returncode]
         for vm in self._stand.vms:
