@@ -222,6 +222,7 @@ def test_each_command_ends_once_whichever_of_both_is_killed_at_random_moments_un
     assert RESULT in map(outcome, load.ended.values()), "nothing came through"
 
 
+@pytest.mark.long
 def test_an_engine_with_a_damaged_ledger_serves_nobody_until_that_was_set_aside(dom0):
     dom0.stop_engine()
     ledger = "/var/lib/qvm-remote/ledger.sqlite"
