@@ -39,7 +39,9 @@ def forbids(pattern, argv, matches):
     plain = [word for word in words if not word.startswith("-")]
     if not all(any(_may_be_option(one, word) for one in given) for word in words if word.startswith("-")):
         return False
-    if plain and program in _TAKE_ALL and any(_is_option(word, _ALL) or (_is_letters(word) and "a" in word) for word in given):
+    # qvm-run has another option under this letter (--autostart), and words that are another program's.
+    may_be_all = program in _TAKE_NAMES and any(_is_letters(word) and "a" in word for word in given)
+    if plain and (may_be_all or (program in _TAKE_ALL and any(_is_option(word, _ALL) for word in given))):
         return True
     return _fit(plain, given, matches, takes_names=bool(plain) and program in _TAKE_NAMES)
 

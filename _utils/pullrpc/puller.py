@@ -39,6 +39,8 @@ _RETRY_FIRST, _RETRY_UNREACHABLE, _RETRY_BROKEN = 1.0, 15.0, 60.0
 _GOOD_SESSION = 60.0
 #: What a VM may have done for nothing (refusals, cancels, empty answers): so many at once, then so many a second.
 _IDLE_BURST, _IDLE_RATE = 60.0, 5.0
+#: How many sessions may begin soon after one in which it asked for something, at once, then so many a second: each starts programs in dom0.
+_SOON_BURST, _SOON_RATE = 100.0, 0.1
 #: How often the key in a VM is looked at, and how soon again after a token that did not fit, or where it could not be handed over, seconds;
 #: where many VMs are served no more often than one of them each so many seconds.
 _KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
@@ -112,7 +114,10 @@ class Puller:
         self._outflows = {}
         self._bell = Bell()
         self._retry = _RETRY_FIRST
-        self._allowance = _Allowance()
+        self._allowance = _Allowance(_IDLE_BURST, _IDLE_RATE)
+        self._soon = _Allowance(_SOON_BURST, _SOON_RATE)
+        #: Whether it asked for something new in this session.
+        self._asked_for = False
         #: Set once nothing more may be taken in; results are still delivered.
         self.stopping = False
         #: Set once the session may end.
@@ -145,9 +150,14 @@ class Puller:
             broken = await self._try_session()
             if self.ending or not self.running:
                 break
-            if time.monotonic() - started > _GOOD_SESSION:
-                self._retry = _RETRY_FIRST
+            is_good = time.monotonic() - started > _GOOD_SESSION
+            if is_good:
                 self._unable = False
+            # A VM that has dom0 start a session again and again, to break it, waits longer each time; one that asks for something does not,
+            # unless it goes on like that.
+            if is_good or (self._asked_for and not self._soon.spend()):
+                self._retry = min(self._retry, _RETRY_FIRST)
+            self._asked_for = False
             self.state = "waiting"
             await self._bell.wait(self._retry)
             # Never 0 a second time: what made it so must not be a loop without a pause.
@@ -242,7 +252,12 @@ class Puller:
             self._session = Agentless(config, self.vm)
             await self._session.hello()
         # Looked up once the session is open: as long as that lasts it is the same VM.
-        self._uuid = await self._hub.uuid_of(self.vm)
+        uuid = await self._hub.uuid_of(self.vm)
+        if self._uuid not in ("", uuid):
+            # What is at hand is another qube's, which had this name before; what is this one's is found in the ledger.
+            for at_hand in (self._outbox, self._outflows, self._untold):
+                at_hand.clear()
+        self._uuid = uuid
         await self._look_who_it_is()
         await self._look_at_key()
         await self._find_results()
@@ -404,10 +419,8 @@ class Puller:
         if isinstance(end, Refused):
             await self._refuse(cid, end, item)
             return
-        if end is None:
-            # A VM that has dom0 start a session again and again, to break it, waits longer each time, also if it shows the same again in
-            # each; one that asks for something does not.
-            self._retry = _RETRY_FIRST
+        # What is shown again asks for nothing.
+        self._asked_for = self._asked_for or end is None
         self._untold.add(cid)
         if end == "known":
             await self._spend()
@@ -680,10 +693,16 @@ class Puller:
 
 
 class _Allowance:
-    """A token bucket: what a VM may have done for nothing before its loop is slowed down."""
+    """A token bucket: what a VM may have done before its loop is slowed down.
 
-    def __init__(self):
-        self._left = _IDLE_BURST
+    Args:
+        burst: float, so many at once.
+        rate: float, then so many a second.
+    """
+
+    def __init__(self, burst, rate):
+        self._burst, self._rate = burst, rate
+        self._left = burst
         self._at = time.monotonic()
 
     def spend(self):
@@ -693,9 +712,9 @@ class _Allowance:
             float, seconds to wait first; 0 while there is some left.
         """
         now = time.monotonic()
-        self._left = min(_IDLE_BURST, self._left + (now - self._at) * _IDLE_RATE) - 1
+        self._left = max(-self._burst, min(self._burst, self._left + (now - self._at) * self._rate) - 1)
         self._at = now
-        return max(0.0, -self._left / _IDLE_RATE)
+        return max(0.0, -self._left / self._rate)
 
 
 def _weight(end):

@@ -159,6 +159,7 @@ def test_what_is_denied_is_denied_in_other_words_too(argv):
         (["qvm-remove", "--force", "test"], ("qvm-remove", "test")),
         (["qvm-shutdown", "--wait", "**"], ("qvm-shutdown", "test")),
         (["qvm-run", "test", "**"], ("qvm-run", "--autostart", "build", "id")),
+        (["qvm-run", "test", "**"], ("qvm-run", "build", "ls", "-la")),
         (["qvm-remove", "--force", "test"], ("qvm-remove", "-qv", "test")),
         (["qvm-remove", "test"], ("qvm-remove", "-f", "build")),
         (["qvm-start", "test"], ("qvm-start", "--skip-if-running", "build")),

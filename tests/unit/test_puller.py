@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+import types
 
 import pytest
 from pullrpc import execution, sandbox, tags
@@ -527,7 +528,7 @@ def test_an_id_of_the_qube_that_had_this_name_before_is_not_on_its_way(dom0, mon
         hub.uuid = "two"
         await puller._open()
         await puller._take_in([item], [])
-        assert (vm.delivered, sorted(puller._untold)) == ([(cid, 125)], [cid])
+        assert (vm.delivered, puller._untold) == ([(cid, 125)], set())
         assert [line["code"] for line in query(dom0.config.audit_log) if line["what"] == "refused"] == ["replay"]
 
     _play(dom0, scene, monkeypatch)
@@ -585,18 +586,50 @@ def test_a_vm_keeps_no_more_stdin_in_dom0_than_it_may(dom0):
     assert taken == 3
 
 
-def test_a_vm_that_shows_the_same_again_in_each_session_waits_longer_each_time(dom0, monkeypatch):
+@pytest.mark.parametrize(
+    ("is_new", "sessions", "waits"),
+    [
+        # What it shows again and again is no reason to come soon.
+        (False, 7, [1, 2, 4, 8, 15, 15, 15]),
+        # Who asks for something in each is served soon in the next one, unless there is no end to that.
+        (True, 106, [1] * 100 + [2, 4, 8, 15, 15, 15]),
+    ],
+)
+def test_a_vm_that_breaks_each_session_waits_longer_each_time(dom0, monkeypatch, is_new, sessions, waits):
     async def scene(puller, hub, vm):
-        await puller._open()
-        cid, item = _item("ping", b"ping")
-        puller._retry = 8.0
-        await puller._take_in([item], [])
-        assert puller._retry < 8.0
-        for _ in range(3):
-            puller._retry = 8.0
-            await puller._take_in([item], [])
-            assert puller._retry == 8.0
+        waited, item = [], _item("ping", b"ping")[1]
 
+        async def wait(seconds=None):
+            waited.append(seconds)
+            puller.ending = len(waited) == sessions
+
+        async def session():
+            await puller._open()
+            await puller._take_in([_item("ping", b"ping")[1] if is_new else item], [])
+            # Not to be waited for in this test.
+            monkeypatch.setattr(puller, "_bell", types.SimpleNamespace(wait=wait, ring=lambda: None))
+            return False
+
+        monkeypatch.setattr(puller, "_try_session", session)
+        dom0.config = make_config({**_folders(dom0), "vm_queue": 1000})
+        await puller.run()
+        assert waited == waits
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_is_at_hand_for_one_qube_is_not_for_the_next_one_of_its_name(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        dom0.keyring.bind("work", "one")
+        await puller._open()
+        puller.finished(new_cid(), Finished(lost="nobody knows"))
+        _given_another_key(dom0)
+        hub.uuid = "two"
+        await puller._open()
+        await puller._deliver()
+        assert vm.delivered == []
+
+    monkeypatch.setattr(_Vm, "set_key", _note_key, raising=False)
     _play(dom0, scene, monkeypatch)
 
 
