@@ -56,7 +56,7 @@ test: prepare-bench lint
 	# Without spin (Fedora has none) the model's test is left out; without atheris hypothesis fuzzes alone.
 	-@$(PYTHON3) tools/bootstrap.py --model
 	-@$(PYTHON3) tools/bootstrap.py --fuzz
-	# And these for tests of man pages and completion: each is left out where there is no such program.
+	# And these for tests of man pages, completion and other shells: each is left out where there is no such program.
 	-@$(PYTHON3) tools/bootstrap.py --papers
 	@$(PYTHON3) tools/bootstrap.py --packages
 	$(BIN)/nox --session oldest

@@ -3,8 +3,8 @@
 """Prepare a developer's machine for `make demo` and `make test`: a virtual environment in .venv, and the few system
 packages that can't come with it. Says what it does; does nothing when all is there. With --bench also what `make bench`
 needs beside: OpenSSH; with --model what `make model` needs, with --packages what the tests of packages in `make test` need, with
---all-packages what `make packages` and its longer tests do, with --papers what tests of man pages and completion do, alone; with --fuzz,
-in .venv, what `make fuzz` is better with. Standard library only.
+--all-packages what `make packages` and its longer tests do, with --papers what tests of man pages, completion and other shells do, alone; with
+--fuzz, in .venv, what `make fuzz` is better with. Standard library only.
 """
 
 import hashlib
@@ -58,11 +58,12 @@ _FOR_ALL_PACKAGES = (
     ("rpmlint", lambda: shutil.which("rpmlint"), "rpmlint", "rpmlint"),
     ("lintian", lambda: shutil.which("lintian"), "lintian", None),
 )
-#: To look at man pages and completion as those who use them do.
+#: To look at man pages and completion as those who use them do, and at the queue of a qube without the agent by every shell that may be there.
 _FOR_PAPERS = (
     ("mandoc, to check man pages", lambda: shutil.which("mandoc"), "mandoc", "mandoc"),
     ("zsh, to check its completion", lambda: shutil.which("zsh"), "zsh", "zsh"),
     ("fish, for the same", lambda: shutil.which("fish"), "fish", "fish"),
+    ("busybox, whose shell may be a qube's", lambda: shutil.which("busybox"), "busybox", "busybox"),
 )
 #: What these options install, and nothing beside it.
 _ALONE = {"--model": _FOR_MODEL, "--packages": _FOR_PACKAGES, "--all-packages": _FOR_ALL_PACKAGES, "--papers": _FOR_PAPERS}
