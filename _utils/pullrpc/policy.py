@@ -34,7 +34,7 @@ _STEPS_MAX = 256
 _PIECES_MAX = 4 * ARGV_MAX
 #: Most words that a command has, times the words of all rules: each may have to be compared with each, while whoever asks gives the
 #: commands' words, and is refused for nothing but dom0's time.
-_COMPARED_MAX = 500_000
+_COMPARED_MAX = 100_000
 _PROGRAM = re.compile(r"[A-Za-z0-9_/.+-]+\Z")
 _TAG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}\Z")
 #: What a line without a shell is made of: blanks, characters that a shell takes as they are, and text in either kind of quotes.
