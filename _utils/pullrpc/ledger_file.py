@@ -52,6 +52,8 @@ _BUSY_WAIT = 10
 _MAKING = 2
 #: What SQLite keeps beside its file while that is open.
 _LOG, _SHARED = "-wal", "-shm"
+#: The new ledger, whole, before the damaged one is moved away. As long as it is there, the damaged one is not all away, and none is opened.
+_NEXT = "-next"
 
 
 def open_file(path):
@@ -68,6 +70,8 @@ def open_file(path):
     """
     with _told(path):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        if os.path.lexists(path + _NEXT):
+            raise LedgerDamaged(f"the ledger {path} was being set aside, and that did not come to its end")
         if not os.path.lexists(path):
             if is_there(path):
                 raise LedgerDamaged(f"the ledger {path} is gone, and what was last written to it ({path}{_LOG}) is still there")
@@ -91,7 +95,7 @@ def is_there(path):
     Returns:
         bool
     """
-    return os.path.lexists(path) or os.path.lexists(path + _LOG)
+    return any(os.path.lexists(path + suffix) for suffix in ("", _LOG, _NEXT))
 
 
 def make(path, before, carried=None):
@@ -138,7 +142,7 @@ def sweep(path):
         for entry in os.listdir(folder) if os.path.isdir(folder) else ():
             # Somebody beside us may be making one in this moment.
             with contextlib.suppress(FileNotFoundError):
-                if entry.startswith(f"{name}.new.") and time.time() - os.lstat(os.path.join(folder, entry)).st_ctime > _BUSY_WAIT:
+                if entry.startswith((f"{name}.new.", f"{name}{_NEXT}.new.")) and time.time() - os.lstat(os.path.join(folder, entry)).st_ctime > _BUSY_WAIT:
                     forget(os.path.join(folder, entry))
 
 
@@ -172,21 +176,25 @@ def set_aside(path, unfinished):
     Raises:
         LedgerError: it can't be done.
     """
-    aside = time.strftime(f"{path}.damaged-%Y%m%d-%H%M%S", time.gmtime())
     with _told(path):
-        newest, carried = _salvage(path)
-        now = time.time()
-        # A VM's clock may be ahead of ours.
-        before = max([int(now), newest, *(_time_of(cid) for _, cid, _ in unfinished)])
-        carried["command"] = [(vm, cid, b"", "running", None, None, now, None, uuid) for vm, cid, uuid in unfinished]
-        moved = False
-        # Its log goes last: without it, the rest would look sound and have forgotten what was claimed last.
+        if not os.path.lexists(path + _NEXT):
+            newest, carried = _salvage(path)
+            now = time.time()
+            # A VM's clock may be ahead of ours.
+            before = max([int(now), newest, *(_time_of(cid) for _, cid, _ in unfinished)])
+            carried["command"] = [(vm, cid, b"", "running", None, None, now, None, uuid) for vm, cid, uuid in unfinished]
+            make(path + _NEXT, before, carried)
+        # Whoever is killed from here on is followed by one who finds it, and goes on: under the same name, and with what was salvaged then.
+        aside = time.strftime(f"{path}.damaged-%Y%m%d-%H%M%S", time.gmtime(os.lstat(path + _NEXT).st_mtime))
         for suffix in ("", _SHARED, _LOG):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + suffix, aside + suffix)
-                moved = True
-        make(path, before, carried)
-    return aside if moved else None
+        sync_folder(os.path.dirname(path))
+        if os.path.lexists(path):
+            raise LedgerError(f"while the ledger {path} was set aside, another process made one; see to it that none is at work, then do this again")
+        os.rename(path + _NEXT, path)
+        sync_folder(os.path.dirname(path))
+        return aside if any(os.path.lexists(aside + suffix) for suffix in ("", _LOG)) else None
 
 
 def is_damage(error):
@@ -219,26 +227,41 @@ def _prepare(db, path):
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > _VERSION:
         raise LedgerError(f"the ledger {path} is of a newer qvm-remote; install that one again, or a newer one")
-    has_uuid = _column_names(db, "command")[-1:] == ["uuid"]
-    _check_columns(db, path, "command", _COLUMNS["command"] if has_uuid else _COLUMNS["command"][:-1])
+    # A ledger of before has what it needs in its table of commands; the others came later.
+    if _column_names(db, "command") not in (_COLUMNS["command"], _COLUMNS["command"][:-1]):
+        raise _wrong_table(path, "command")
     if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
         raise LedgerError(f"{path}: this file system can't hold the ledger safely (no WAL)")
     db.execute("PRAGMA synchronous=NORMAL")
     if version < _VERSION:
-        # A ledger of before has what it needs in its table of commands; the others came later.
-        more = "" if has_uuid else "ALTER TABLE command ADD COLUMN uuid TEXT;"
-        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {more} PRAGMA user_version = {_VERSION}; COMMIT;")
+        _update(db)
     for table, columns in _COLUMNS.items():
-        _check_columns(db, path, table, columns)
+        if _column_names(db, table) != columns:
+            raise _wrong_table(path, table)
+
+
+def _update(db):
+    """Have it as this version makes it, unless somebody beside us has done so by now."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if db.execute("PRAGMA user_version").fetchone()[0] < _VERSION:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            if "uuid" not in _column_names(db, "command"):
+                db.execute("ALTER TABLE command ADD COLUMN uuid TEXT")
+            db.execute(f"PRAGMA user_version = {_VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 def _column_names(db, table):
     return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
 
 
-def _check_columns(db, path, table, columns):
-    if _column_names(db, table) != columns:
-        raise LedgerDamaged(f"{path} is a database, but no ledger of this qvm-remote (the table {table} is another one)")
+def _wrong_table(path, table):
+    return LedgerDamaged(f"{path} is a database, but no ledger of this qvm-remote (the table {table} is another one)")
 
 
 def _salvage(path):
