@@ -88,9 +88,9 @@ class Execution:
         except Refused as err:
             if err.code == "replay":
                 raise
-            return self._finish_without_run(vm, cid, str(err), "refused", key)
+            return self._finish_unstarted(vm, cid, str(err), "refused", key)
         except (SpoolError, LedgerError, KeyringError) as err:
-            return self._finish_without_run(vm, cid, str(err), "failed", key)
+            return self._finish_unstarted(vm, cid, str(err), "failed", key)
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
@@ -325,6 +325,12 @@ class Execution:
         for part in (OUT, ERR, META):
             self._stores.spool.remove_part(vm, cid, part)
         self._finish_without_run(vm, cid, reason, status, self._results.key_of(vm, cid))
+
+    def _finish_unstarted(self, vm, cid, reason, status, key):
+        # Another caller may have started it meanwhile: then it is that one's.
+        if not self._stores.ledger.start(vm, cid):
+            raise Refused("replay", _NOT_WAITING)
+        return self._finish_without_run(vm, cid, reason, status, key)
 
     def _finish_without_run(self, vm, cid, reason, status, key=None):
         """Keep a result that says why there is none, in place of whatever output there was."""

@@ -4,11 +4,12 @@
 import os
 
 import pytest
-from pullrpc import sandbox
+from pullrpc import execution, sandbox
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
+from pullrpc.errors import Refused
 from pullrpc.ids import new_cid
-from pullrpc.spool import COMMAND, TOKEN
+from pullrpc.spool import COMMAND, OUT, TOKEN
 from pullrpc.tokens import make_token
 
 
@@ -75,3 +76,22 @@ def test_what_is_as_it_was_signed_runs(dom0, tmp_path):
     assert dom0.intake.claim([(request, 0)]) == {}
     assert dom0.execution.execute("work", cid)["status"] == "done"
     assert (tmp_path / "ran").exists()
+
+
+def test_who_refuses_a_command_that_another_one_has_begun_meanwhile_leaves_its_output_alone(dom0, monkeypatch):
+    cid, line = new_cid(), b"true"
+    request = dom0.intake.admit("work", cid.encode(), line, _token(dom0, cid, line), -1)
+    assert dom0.intake.claim([(request, 0)]) == {}
+
+    def refuse(*_):
+        # The other caller has looked at it before the rules were changed.
+        assert dom0.ledger.start("work", cid)
+        _put(dom0, cid, OUT, b"of the other one")
+        raise Refused("policy", "not any more")
+
+    monkeypatch.setattr(execution, "check_policy", refuse)
+    with pytest.raises(Refused) as caught:
+        dom0.execution.execute("work", cid)
+    assert caught.value.code == "replay"
+    assert dom0.ledger.state("work", cid)[0] == "running"
+    assert b"".join(dom0.spool.chunks("work", cid, OUT)) == b"of the other one"
