@@ -208,7 +208,9 @@ class Agent:
             elif is_cid(raw) and self._is_plain(raw):
                 items.append(raw.decode("ascii"))
             else:
-                self._reject(raw)
+                # What is another user's, or a mount, can't be moved: it stays there, and holds nobody up.
+                with contextlib.suppress(OSError):
+                    self._reject(raw)
                 rejects += 1
                 if rejects == _REJECTS_MAX:
                     break
@@ -221,7 +223,7 @@ class Agent:
     def _is_plain(self, raw):
         try:
             return stat.S_ISREG(os.lstat(os.path.join(os.fsencode(self._queue.pending()), raw)).st_mode)
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def _reject(self, raw):
@@ -229,14 +231,14 @@ class Agent:
         source = os.path.join(self._queue.pending(), os.fsdecode(raw))
         if not os.path.lexists(source):
             return
-        self._rejected += 1
         if is_cid(raw):
             # What came with it belongs to no request now.
             self._forget(source + ".auth", source + ".in")
-        if self._rejected > _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
+        if self._rejected >= _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
             forget(source)
             return
         self._put_aside(source)
+        self._rejected += 1
         # Room for the dot, the suffix and the temporary name within the 255 bytes of a file name.
         if len(raw) <= 200:
             target = self._queue.results(os.fsdecode(raw))
@@ -244,20 +246,41 @@ class Agent:
             self._write(target + ".exit", b"125\n")
 
     def _put_aside(self, path):
-        """Move away what is none of ours."""
-        rejected = self._queue.rejected().rstrip("/")
-        if os.path.islink(rejected) or not os.path.isdir(rejected):
-            forget(rejected)
-            os.mkdir(rejected, 0o700)
-        os.rename(path, self._queue.rejected(os.urandom(8).hex()))
+        """Move away what is none of ours, whatever its rights; what has vanished meanwhile is away."""
+        target = self._rejected_folder() + os.urandom(8).hex()
+        try:
+            os.rename(path, target)
+        except FileNotFoundError:
+            pass
+        except PermissionError:
+            # Who moves a folder writes into it: its parent's name.
+            _make_ours(path)
+            os.rename(path, target)
 
-    def _clear(self, path):
-        """Have nothing lie where a plain file of ours is to be opened, but that file."""
+    def _rejected_folder(self):
+        """The folder for what is none of ours, there and ours to write into."""
+        folder = self._queue.rejected()
+        path = folder.rstrip("/")
+        try:
+            _make_ours(path)
+            return folder
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            forget(path)
+        except PermissionError:
+            # It is another user's. Where it stays, it may be moved all the same.
+            os.rename(path, f"{path}.{os.urandom(8).hex()}")
+        os.mkdir(path, 0o700)
+        return folder
+
+    def _clear(self, path, is_kind=stat.S_ISREG):
+        """Have nothing lie where a plain file of ours (or one of another kind) is to be opened, but that file."""
         try:
             info = os.lstat(path)
         except FileNotFoundError:
             return
-        if not _is_single(info, stat.S_ISREG):
+        if not _is_single(info, is_kind):
             self._put_aside(path)
 
     def _write(self, path, data):
@@ -305,6 +328,8 @@ class Agent:
 
     def _take(self, request, payload):
         cid = _checked(request["id"])
+        # A folder that has come there since would be moved as well, or, without rights, not be moved.
+        self._clear(self._queue.pending(cid))
         try:
             self._rename(self._queue.pending(cid), self._queue.running(cid))
         except FileNotFoundError:
@@ -338,7 +363,13 @@ class Agent:
     def _open(self, path, how):
         """Open a plain file of ours, and no other."""
         self._clear(path)
-        fd = os.open(path, how | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        how |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(path, how, 0o600)
+        except PermissionError:
+            # Somebody took the rights from it, or it is another user's.
+            self._put_aside(path)
+            fd = os.open(path, how, 0o600)
         # Whoever puts something there may have done so since.
         if not _is_single(os.fstat(fd), stat.S_ISREG):
             os.close(fd)
@@ -411,17 +442,19 @@ class Agent:
                 pass
             os.close(self._bell)
             self._bell = None
+        self._clear(self._queue.doorbell, stat.S_ISFIFO)
         try:
-            if not _is_single(os.lstat(self._queue.doorbell), stat.S_ISFIFO):
-                self._put_aside(self._queue.doorbell)
-        except FileNotFoundError:
-            pass
-        try:
-            os.mkfifo(self._queue.doorbell, 0o600)
-        except FileExistsError:
-            pass
+            self._bell = self._open_fifo(self._queue.doorbell)
+        except PermissionError:
+            self._put_aside(self._queue.doorbell)
+            self._bell = self._open_fifo(self._queue.doorbell)
+
+    def _open_fifo(self, path):
+        # Another session's does as well.
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
         # Opened for writing too: with no writer left a FIFO would read as closed for ever.
-        self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _hang_up(self):
         """Leave no doorbell behind that nobody hears, but don't take another session's."""
@@ -442,7 +475,8 @@ class Agent:
         for folder in (self._queue.results(), self._queue.pending(), self._queue.running(), self._queue.rejected().rstrip("/")):
             if os.path.islink(folder) or not os.path.isdir(folder):
                 continue
-            with os.scandir(folder) as entries:
+            # One that can't be read, or written into, is made ours again when there is something to be put there.
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in itertools.islice(entries, _TIDIED_MAX):
                     self._tidy_one(folder, entry, now)
 
@@ -472,6 +506,21 @@ class Agent:
 def _is_single(info, is_kind):
     """Whether a file is of a kind, and has this one name: by another one it may be anything of this user's, the key for example."""
     return is_kind(info.st_mode) and info.st_nlink == 1
+
+
+def _make_ours(folder):
+    """Give us all rights to a folder; a link is not followed.
+
+    Raises:
+        NotADirectoryError: it is none.
+        OSError: it is not there, or another user's.
+    """
+    # So it is opened whatever its rights, and the one that was opened is the one that is changed.
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)
 
 
 def _check_whole(path, size):
