@@ -343,7 +343,8 @@ class Agent:
         dom0 sends a piece again if it did not see the answer: it must do no harm to store it twice.
         """
         cid, part, offset = _checked(request["id"]), request["part"], int(request["offset"])
-        fd = self._open(self._part(cid, part), os.O_WRONLY)
+        path = self._part(cid, part)
+        fd = self._open(path, os.O_WRONLY)
         try:
             size = os.fstat(fd).st_size
             if size < offset:
@@ -353,6 +354,12 @@ class Agent:
             write_fully(fd, payload)
             if size > offset + len(payload):
                 os.ftruncate(fd, offset + len(payload))
+        except OSError:
+            # The disk is full, most likely: half a piece is good for nothing, and would keep it so. One that was stored before stays.
+            os.ftruncate(fd, max(offset, size))
+            if max(offset, size) == 0:
+                forget(path)
+            raise
         finally:
             os.close(fd)
         if "mac" not in request:

@@ -2,6 +2,7 @@
 """How the agent goes through its queue: a bounded number of names at a time, however many there are, and it reaches each of them."""
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
@@ -327,3 +328,44 @@ def test_without_the_agent_too_a_result_that_there_is_no_room_for_is_no_end_of_t
         asyncio.run(_deliver(turns, [result]))
     turns.under, turns.said = [], []
     assert asyncio.run(_deliver(turns, [result])) == [cid]
+
+
+@pytest.mark.parametrize("begun", [b"", b"begun"])
+def test_a_piece_that_there_is_no_room_for_leaves_none_of_it_behind(agent, monkeypatch, begun):
+    cid = new_cid()
+    _touch(agent._queue.running(cid))
+    if begun:
+        agent._put({"id": cid, "part": "out", "offset": 0}, begun)
+
+    def write_some(fd, data):
+        os.write(fd, data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(module, "write_fully", write_some)
+        with pytest.raises(OSError, match="No space left"):
+            agent._put({"id": cid, "part": "out", "offset": len(begun)}, b"abcdef")
+    part = agent._queue.part(cid, "out")
+    if not begun:
+        assert not os.path.lexists(part)
+    else:
+        with open(part, "rb") as file:
+            assert file.read() == begun
+    agent._put({"id": cid, "part": "out", "offset": len(begun)}, b"abcdef")
+    with open(part, "rb") as file:
+        assert file.read() == begun + b"abcdef"
+
+
+def test_a_piece_that_was_stored_before_stays_where_it_can_not_be_stored_again(agent, monkeypatch):
+    cid = new_cid()
+    _touch(agent._queue.running(cid))
+    agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
+
+    def write_nothing(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_fully", write_nothing)
+    with pytest.raises(OSError, match="No space left"):
+        agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
+    with open(agent._queue.part(cid, "out"), "rb") as file:
+        assert file.read() == b"abc"
