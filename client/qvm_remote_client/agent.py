@@ -28,6 +28,8 @@ _SCAN_EVERY = 2.0
 _LIST_EVERY = 20.0
 #: A folder changed this lately may change again without showing it: file systems count time in ticks. Nanoseconds.
 _SETTLES_AFTER = 1_000_000_000
+#: How often the agent's lock is asked for at each look at the queue: whoever keeps it must not hold the session up.
+_LOCK_TRIES = 10
 #: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
 _ITEMS_MAX = 24
 _CANCELS_MAX = 16
@@ -438,15 +440,10 @@ class Agent:
         self._forget(self._queue.stream(cid), *(self._queue.part(cid, part) for part in ("out", "err", "meta")))
 
     def _open_bell(self):
-        if self._lock is None:
-            self._lock = self._open(self._queue.agent_lock, os.O_RDWR)
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._hold_lock()
         if self._bell is not None:
-            try:
-                if os.path.samestat(os.lstat(self._queue.doorbell), os.fstat(self._bell)):
-                    return
-            except FileNotFoundError:
-                pass
+            if _is_still(self._queue.doorbell, self._bell):
+                return
             os.close(self._bell)
             self._bell = None
         self._clear(self._queue.doorbell, stat.S_ISFIFO)
@@ -463,18 +460,31 @@ class Agent:
         # Opened for writing too: with no writer left a FIFO would read as closed for ever.
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
+    def _hold_lock(self):
+        """Hold the lock by which clients see that there is a session; whoever took it away since has it for nobody."""
+        if self._lock is not None and not _is_still(self._queue.agent_lock, self._lock):
+            os.close(self._lock)
+            self._lock = None
+        if self._lock is None:
+            self._lock = self._open(self._queue.agent_lock, os.O_RDWR)
+        for _ in range(_LOCK_TRIES):
+            if _lock(self._lock, fcntl.LOCK_SH):
+                return
+            # A client that looks whether it is free has it for a moment. While somebody keeps it, clients see a session all the same.
+            time.sleep(0.01)
+
     def _hang_up(self):
         """Leave no doorbell behind that nobody hears, but don't take another session's."""
-        if self._lock is None:
-            return
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._forget(self._queue.doorbell)
-        except BlockingIOError:
+            if self._lock is not None and _is_still(self._queue.agent_lock, self._lock) and _lock(self._lock, fcntl.LOCK_EX):
+                self._forget(self._queue.doorbell)
+        except OSError:
+            # Nobody is there to be told. The next session makes another one.
             pass
         for fd in (self._lock, self._bell):
             if fd is not None:
                 os.close(fd)
+        self._lock = self._bell = None
 
     def _tidy(self):
         """Remove results whose client is long gone, and what a broken session left half written."""
@@ -513,6 +523,24 @@ class Agent:
 def _is_single(info, is_kind):
     """Whether a file is of a kind, and has this one name: by another one it may be anything of this user's, the key for example."""
     return is_kind(info.st_mode) and info.st_nlink == 1
+
+
+def _is_still(path, fd):
+    """Whether a name still is that of an open file of ours, and the only one."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return False
+    return os.path.samestat(info, os.fstat(fd)) and info.st_nlink == 1
+
+
+def _lock(fd, how):
+    """Lock a file if nobody else's lock is in the way; say whether it is locked."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make_ours(folder):

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -20,6 +21,7 @@ from pullrpc.session import Delivery
 from qvm_remote_client import agent as module
 from qvm_remote_client import journal
 from qvm_remote_client.agent import Agent
+from qvm_remote_client.request import connected
 
 
 class _Counted:
@@ -369,3 +371,79 @@ def test_a_piece_that_was_stored_before_stays_where_it_can_not_be_stored_again(a
         agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
     with open(agent._queue.part(cid, "out"), "rb") as file:
         assert file.read() == b"abc"
+
+
+_LOOK = {"wait": 0, "max": 24, "inline": 0}
+
+
+@pytest.fixture
+def looking(agent):
+    """An agent that has looked at its queue, and will hang up."""
+    agent._poll(_LOOK, b"")
+    assert connected(agent._queue)
+    yield agent
+    agent._hang_up()
+
+
+def _remove(path, tmp_path):
+    os.unlink(path)
+
+
+def _exchange(path, tmp_path):
+    os.unlink(path)
+    _touch(path)
+
+
+def _link_elsewhere(path, tmp_path):
+    os.link(path, tmp_path / "second")
+
+
+def _put_folder_there(path, tmp_path):
+    os.unlink(path)
+    os.mkdir(path)
+
+
+_HARM = pytest.mark.parametrize("harm", [_remove, _exchange, _link_elsewhere, _put_folder_there])
+
+
+@_HARM
+def test_a_session_whose_lock_was_taken_away_has_one_again(looking, tmp_path, harm):
+    harm(looking._queue.agent_lock, tmp_path)
+    looking._poll(_LOOK, b"")
+    assert connected(looking._queue)
+    assert os.lstat(looking._queue.agent_lock).st_nlink == 1
+
+
+@_HARM
+def test_a_session_whose_doorbell_was_taken_away_has_one_again(looking, tmp_path, harm):
+    harm(looking._queue.doorbell, tmp_path)
+    looking._poll(_LOOK, b"")
+    assert knock(looking._queue.doorbell) is True
+    assert os.read(looking._bell, 10) == b"!"
+
+
+def test_a_session_that_lost_its_lock_leaves_the_doorbell_to_the_one_that_has_it(looking):
+    os.unlink(looking._queue.agent_lock)
+    other = Agent(looking._queue)
+    try:
+        other._poll(_LOOK, b"")
+        looking._hang_up()
+        assert connected(looking._queue)
+        assert knock(looking._queue.doorbell) is True
+        assert os.read(other._bell, 10) == b"!"
+    finally:
+        other._hang_up()
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for(agent):
+    held = os.open(agent._queue.agent_lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        agent._poll(_LOOK, b"")
+        assert connected(agent._queue)
+        fcntl.flock(held, fcntl.LOCK_UN)
+        agent._poll(_LOOK, b"")
+        assert connected(agent._queue)
+    finally:
+        agent._hang_up()
+        os.close(held)
