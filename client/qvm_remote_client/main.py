@@ -322,8 +322,8 @@ def _run(queue, options, known, progress, form, command, use_stdin):
         for number in _ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        # Whether or not somebody read all of it.
-        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused"))
+        # Whether or not somebody read all of it. What is not proven to be dom0's word is anybody's.
+        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused") if result.authentic else "refused")
         request.keep(unread)
     return exit_code
 

@@ -23,10 +23,11 @@ from pullrpc.digests import sha256
 from pullrpc.errors import PullError, Refused
 from pullrpc.frames import encode_frame
 from pullrpc.ids import new_cid
+from pullrpc.layout import Queue
 from pullrpc.tokens import fingerprint, make_meta
 from pullrpc.validate import check_command
+from qvm_remote_client import journal, table, usage
 from qvm_remote_client import main as client_main
-from qvm_remote_client import table, usage
 from qvm_remote_client.history import drop_old_days
 from qvm_remote_client.request import vm_name
 
@@ -623,6 +624,29 @@ def test_what_is_old_goes_but_nothing_that_1x_kept(qube):
     drop_old_days(str(qube.base / "history"))
     assert [row["id"] for row in json.loads(qube.ok("history", "--json"))] == [recent, OLD_CID]
     assert sorted(os.listdir(qube.base / "history")) == ["2025-01-02", f"{recent[:4]}-{recent[4:6]}-{recent[6:8]}", "notes.txt"]
+
+
+# What others answer
+
+
+@pytest.mark.parametrize("status", [b"\xff", b"\x1b[2J", "é".encode(), b""])
+def test_a_status_without_proof_is_no_word_of_the_log(qube, status):
+    qube.has_key()
+    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    for part, data in (("out", b""), ("err", b""), ("meta", b"mac -\nexit 0\nstatus " + status + b"\n"), ("exit", b"0\n")):
+        qube.put(f"queue/results/{cid}.{part}", data)
+    out, err = client.communicate(timeout=20)
+    assert (client.returncode, out) == (125, b"")
+    assert b"Traceback" not in err
+    assert (qube.base / "audit.log").read_bytes().endswith(f"DONE id={cid} exit=125 status=refused\n".encode())
+
+
+def test_the_clients_log_takes_any_text_on_one_line(qube):
+    qube.ok("queue", "make")
+    journal.ended(Queue(str(qube.base)), CID, 0, "\ufffd\udcff\x1b[2J\nDONE")
+    assert qube.ok("log").endswith(b" exit=0 status=\\ufffd\\udcff\\x1b[2J\\nDONE\n")
 
 
 # Status and queue
