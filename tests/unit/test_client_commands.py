@@ -580,6 +580,46 @@ def test_what_a_command_wrote_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qu
     assert ESCAPED.encode() in qube.type(b"", "history", "show")[1]
 
 
+@pytest.mark.parametrize("part", ["command", "out", "err", "meta", "exit"])
+@pytest.mark.parametrize("kind", ["fifo", "link to a device", "folder"])
+def test_what_is_no_plain_file_in_the_history_is_neither_waited_for_nor_read(qube, part, kind):
+    qube.has_key()
+    qube.did(CID, b"x")
+    path = qube.base / "history" / "2026-03-01" / CID / part
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    assert CID.encode() in qube.ok("history")
+    assert CID.encode() in qube.run("status")[1]
+    for words in ([], ["--json"], *([f"--{name}"] for name in ("command", "out", "err"))):
+        if part in ("meta", "exit") or (words and words[0] not in ("--json", f"--{part}")):
+            qube.ok("history", "show", *words)
+        else:
+            code, _, err = qube.run("history", "show", *words)
+            assert code == 125
+            assert err.startswith(ERROR.encode())
+            assert b"Traceback" not in err
+
+
+def test_history_show_holds_no_more_than_a_block_of_what_a_command_wrote(qube, tmp_path):
+    qube.has_key()
+    # A character of three bytes lies across each end of a block.
+    out = b"\xff" + "€".encode() * (1 << 20)
+    qube.did(CID, b"x", out=out)
+    assert qube.ok("history", "show", "--out") == out
+    assert qube.type(b"", "history", "show", "--out") == (0, b"\\xff" + out[1:])
+    with open(qube.base / "history" / "2026-03-01" / CID / "out", "r+b") as file:
+        file.truncate(600 << 20)
+    # A hole takes no room on the disk, and would in memory.
+    shell = ["sh", "-c", 'ulimit -v 300000; exec "$@" | wc -c', "sh", *QVM_REMOTE, "history", "show", "--out"]
+    assert subprocess.run(shell, env=qube.env, capture_output=True, check=True).stdout.split() == [b"%d" % (600 << 20)]
+    assert qube.error("history", "show", "--json").startswith(f"what {CID} wrote to stdout is too long for --json; ")
+
+
 def test_the_log_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qube):
     qube.put("audit.log", HOSTILE)
     assert qube.ok("log") == HOSTILE
