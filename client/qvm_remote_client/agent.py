@@ -16,7 +16,7 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError, SessionBroken
-from pullrpc.files import forget, knock, read_bounded, write_fully, write_whole
+from pullrpc.files import forget, knock, make_ours, read_bounded, write_fully, write_whole
 from pullrpc.frames import HEADER_MAX, PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
 from pullrpc.ids import is_cid
 from pullrpc.layout import REQUEST_PARTS
@@ -256,7 +256,7 @@ class Agent:
             pass
         except PermissionError:
             # Who moves a folder writes into it: its parent's name.
-            _make_ours(path)
+            make_ours(path)
             os.rename(path, target)
 
     def _rejected_folder(self):
@@ -264,7 +264,7 @@ class Agent:
         folder = self._queue.rejected()
         path = folder.rstrip("/")
         try:
-            _make_ours(path)
+            make_ours(path)
             return folder
         except FileNotFoundError:
             pass
@@ -541,21 +541,6 @@ def _lock(fd, how):
     except BlockingIOError:
         return False
     return True
-
-
-def _make_ours(folder):
-    """Give us all rights to a folder; a link is not followed.
-
-    Raises:
-        NotADirectoryError: it is none.
-        OSError: it is not there, or another user's.
-    """
-    # So it is opened whatever its rights, and the one that was opened is the one that is changed.
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.chmod(f"/proc/self/fd/{fd}", 0o700)
-    finally:
-        os.close(fd)
 
 
 def _check_whole(path, size):

@@ -788,6 +788,31 @@ def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
     assert os.listdir(qube.base / "queue" / "pending") == [f".{reading}.in"]
 
 
+@pytest.mark.parametrize("name", ["{}.auth", ".{}.in"])
+def test_queue_clean_takes_a_date_that_there_is_not_for_nobodys(qube, name):
+    # A process has that number.
+    path = qube.put(f"queue/pending/{name.format('99999999-999999-1-aaaaaaaa')}")
+    assert qube.ok("queue", "clean").endswith(b", 1 other files removed\n")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o500], ids=oct)
+@pytest.mark.parametrize("name", ["pending/{}", "pending/{}.auth", "running/{}", "results/{}.exit", "results/{}.out", "rejected/1", "results/no id"])
+def test_queue_clean_goes_on_where_there_is_a_folder(qube, name, mode):
+    last = GONE_CID.replace("0badbeef", "ffffffff")
+    place = qube.put(f"queue/{name.format(GONE_CID)}/inside").parent
+    if name.endswith("out"):
+        qube.put(f"queue/results/{GONE_CID}.exit", b"0\n")
+    place.chmod(mode)
+    qube.put(f"queue/running/{last}")
+    qube.ok("queue", "clean")
+    assert os.listdir(qube.base / "queue" / "running") == []
+    assert (qube.base / "queue" / "pending" / f"{last}.cancel").exists()
+    assert json.loads(qube.ok("queue", "status", "--json")) == []
+    if name.endswith(("}", ".exit", ".out")):
+        assert len(os.listdir(qube.base / "queue" / "rejected")) == 1
+
+
 def test_queue_debug_shows_everything_but_secrets(qube):
     qube.has_key()
     qube.put(f"queue/pending/{CID}", b"a command \x1b[31m")
