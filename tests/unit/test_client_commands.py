@@ -26,7 +26,7 @@ from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
 from pullrpc.tokens import fingerprint, make_meta
 from pullrpc.validate import check_command
-from qvm_remote_client import journal, table, usage
+from qvm_remote_client import journal, request, table, usage
 from qvm_remote_client import main as client_main
 from qvm_remote_client.history import drop_old_days
 from qvm_remote_client.request import vm_name
@@ -687,6 +687,45 @@ def test_the_clients_log_takes_any_text_on_one_line(qube):
     qube.ok("queue", "make")
     journal.ended(Queue(str(qube.base)), CID, 0, "\ufffd\udcff\x1b[2J\nDONE")
     assert qube.ok("log").endswith(b" exit=0 status=\\ufffd\\udcff\\x1b[2J\\nDONE\n")
+
+
+WRONG_NAMES = ["\x1b[2J", "two words", "a\n", "dom0", "1st", "x" * 32, "\ufffd"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_NAMES)
+def test_a_name_that_no_qube_can_have_is_not_this_ones(monkeypatch, wrong):
+    kept = {}
+    monkeypatch.setattr(request, "write_whole", lambda path, data: kept.update({path: data}))
+    monkeypatch.setattr(request, "_ask_qubesdb", lambda: "work")
+    monkeypatch.setattr(request, "read_bounded", lambda path, limit: wrong.encode())
+    # It is asked for anew, and that is kept.
+    assert request.vm_name() == "work"
+    assert list(kept.values()) == [b"work"]
+    kept.clear()
+    monkeypatch.setattr(request, "_ask_qubesdb", lambda: wrong)
+    assert request.vm_name() == os.uname().nodename.split(".")[0]
+    assert kept == {}
+    monkeypatch.setattr(request, "read_bounded", lambda path, limit: b"personal")
+    assert request.vm_name() == "personal"
+
+
+def test_limits_are_those_that_there_are_and_numbers(qube):
+    queue = Queue(str(qube.base))
+    qube.put("dom0-limits", b"timeout_max 60\n\x1b[2J 5\nstdin_max -1\nmax_age 1_0\ncommand_max \x1b[2J\nmore 7\n")
+    assert request.limits(queue) == {**request._DEFAULT_LIMITS, "timeout_max": 60}
+    assert b"\x1b" not in qube.ok("queue", "debug")
+
+
+def test_no_name_in_the_history_or_in_an_error_drives_a_terminal(qube):
+    qube.has_key()
+    qube.put("history/2026-03-01/z\x1b[2J\n/command", b"x")
+    for out in (qube.run("status")[1], qube.type(b"", "status")[1], qube.ok("history"), qube.ok("history", "show")):
+        assert b"z\\x1b[2J" in out
+        assert b"\x1b" not in out
+    other = Qube(qube.home / "a\x1b[2J\nhome")
+    other.base.mkdir(parents=True)
+    (other.base / "audit.log").symlink_to("elsewhere")
+    assert "a\\x1b[2J\\nhome" in other.error("log")
 
 
 # Status and queue
