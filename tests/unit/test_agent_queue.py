@@ -447,3 +447,18 @@ def test_a_lock_that_somebody_keeps_is_not_waited_for(agent):
     finally:
         agent._hang_up()
         os.close(held)
+
+
+@pytest.mark.parametrize("suffix", ["", ".auth", ".in"])
+def test_without_the_agent_too_what_vanishes_as_it_is_looked_at_is_not_there(turns, monkeypatch, suffix):
+    cid, queue = "20260301-101112-4711-0badcafe", turns.queue
+    for part in ("", ".auth", ".in"):
+        _touch(queue.pending(cid + part))
+    # Its client takes it away just before it is counted. The command is counted first, then what comes with it.
+    nth = ["", ".auth", ".in"].index(suffix) + 1
+    taken = f'if [ "$(command wc -l < "$HOME/asked")" -eq {nth} ]; then rm -f {cid}{suffix}; return 1; fi'
+    wc = f'wc() {{ echo >> "$HOME/asked"; {taken}; command wc "$@"; }}\n'
+    monkeypatch.setattr(agentless, "_LIST", wc + agentless._LIST)
+    items, cancels = asyncio.run(turns.poll(0, 24))
+    assert cancels == []
+    assert [(item.command_size, item.token_size, item.stdin_size) for item in items] == {"": [], ".auth": [(0, -1, 0)], ".in": [(0, 0, -1)]}[suffix]
