@@ -239,7 +239,8 @@ class Agent:
         if self._rejected >= _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
             forget(source)
             return
-        self._put_aside(source)
+        if not self._put_aside(source):
+            return
         self._rejected += 1
         # Room for the dot, the suffix and the temporary name within the 255 bytes of a file name.
         if len(raw) <= 200:
@@ -248,16 +249,18 @@ class Agent:
             self._write(target + ".exit", b"125\n")
 
     def _put_aside(self, path):
-        """Move away what is none of ours, whatever its rights; what has vanished meanwhile is away."""
+        """Move away what is none of ours, whatever its rights; say whether it was still there."""
         target = self._rejected_folder() + os.urandom(8).hex()
         try:
-            os.rename(path, target)
+            try:
+                os.rename(path, target)
+            except PermissionError:
+                # Who moves a folder writes into it: its parent's name.
+                make_ours(path)
+                os.rename(path, target)
         except FileNotFoundError:
-            pass
-        except PermissionError:
-            # Who moves a folder writes into it: its parent's name.
-            make_ours(path)
-            os.rename(path, target)
+            return False
+        return True
 
     def _rejected_folder(self):
         """The folder for what is none of ours, there and ours to write into."""

@@ -462,3 +462,26 @@ def test_without_the_agent_too_what_vanishes_as_it_is_looked_at_is_not_there(tur
     items, cancels = asyncio.run(turns.poll(0, 24))
     assert cancels == []
     assert [(item.command_size, item.token_size, item.stdin_size) for item in items] == {"": [], ".auth": [(0, -1, 0)], ".in": [(0, 0, -1)]}[suffix]
+
+
+@pytest.mark.parametrize("name", ["no id", "20260301-101112-4711-0badcafe"])
+def test_what_vanishes_as_it_is_put_aside_costs_nothing_and_gets_no_answer(agent, monkeypatch, name):
+    os.mkdir(agent.pending(name))
+    # It must not be taken for one that can't be moved.
+    real, failed = os.rename, []
+
+    def rename(source, target):
+        if source == agent.pending(name):
+            os.rmdir(source)
+        try:
+            real(source, target)
+        except OSError as err:
+            failed.append(type(err))
+            raise
+
+    with monkeypatch.context() as vanishing:
+        vanishing.setattr(module.os, "rename", rename)
+        assert agent._scan(24, 0) == ([], [])
+    assert failed == [FileNotFoundError]
+    assert os.listdir(agent._queue.results()) == []
+    assert agent._rejected == 0
