@@ -105,6 +105,7 @@ new ../../dom0-seen
 true > "$half" && keep ../../dom0-seen
 """
 
+# What vanishes between a look at it and the next one, as its client takes it back, is as good as never there.
 # A name that is no command id is answered here, some of them in a turn: the agent does the same (client/qvm_remote_client/agent.py, _reject).
 _LIST = f"""\
 reject() {{
@@ -125,7 +126,9 @@ is_cid() {{
     case $pid in *[!0-9]*|???????????*) return 1 ;; esac
 }}
 size() {{
-    if [ -f "$1" ] && [ ! -L "$1" ] && [ -r "$1" ]; then wc -c < "$1" | tr -d ' '; else echo -1; fi
+    bytes=
+    if [ -f "$1" ] && [ ! -L "$1" ] && [ -r "$1" ]; then bytes=$({{ wc -c < "$1"; }} 2>/dev/null | tr -d ' '); fi
+    echo "${{bytes:--1}}"
 }}
 count=0 room=$1 inline=$2 cancels={CANCELS_MAX}
 for name in *; do

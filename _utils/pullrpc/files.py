@@ -114,6 +114,24 @@ def make_private(path):
         make_private(path)
 
 
+def make_ours(folder):
+    """Give us, and nobody else, all rights to a folder; a link is not followed.
+
+    Args:
+        folder: str.
+
+    Raises:
+        NotADirectoryError: it is none.
+        OSError: it is not there, or another user's.
+    """
+    # So it is opened whatever its rights, and the one that was opened is the one that is changed.
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)
+
+
 def forget(*paths):
     """Remove files; one that isn't there is as good as removed.
 

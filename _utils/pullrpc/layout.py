@@ -110,16 +110,19 @@ def _home():
 
 
 def _folder_problem(path):
-    return _problem(path, "folder", stat.S_ISDIR, 0o077)
+    return _problem(path, "folder", stat.S_ISDIR, 0o077, 0o700)
 
 
-def _problem(path, kind, is_kind, forbidden):
+def _problem(path, kind, is_kind, forbidden, needed=0):
     try:
         info = os.lstat(path)
     except FileNotFoundError:
         return f"{kind}-missing"
+    except PermissionError:
+        # Nobody may look into the folder that it is in.
+        return "folder-mode"
     if not is_kind(info.st_mode):
         return f"{kind}-symlink"
     if info.st_uid != os.geteuid():
         return f"{kind}-owner"
-    return f"{kind}-mode" if info.st_mode & forbidden else None
+    return f"{kind}-mode" if info.st_mode & forbidden or info.st_mode & needed != needed else None

@@ -16,7 +16,7 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError, SessionBroken
-from pullrpc.files import forget, knock, read_bounded, write_fully, write_whole
+from pullrpc.files import forget, knock, make_ours, read_bounded, write_fully, write_whole
 from pullrpc.frames import HEADER_MAX, PAYLOAD_MAX, FrameReader, encode_frame, wait_readable, write_all
 from pullrpc.ids import is_cid
 from pullrpc.layout import REQUEST_PARTS
@@ -28,6 +28,8 @@ _SCAN_EVERY = 2.0
 _LIST_EVERY = 20.0
 #: A folder changed this lately may change again without showing it: file systems count time in ticks. Nanoseconds.
 _SETTLES_AFTER = 1_000_000_000
+#: How often the agent's lock is asked for at each look at the queue: whoever keeps it must not hold the session up.
+_LOCK_TRIES = 10
 #: Most commands named in one answer: each takes up to 80 bytes of a header of 4096.
 _ITEMS_MAX = 24
 _CANCELS_MAX = 16
@@ -208,7 +210,9 @@ class Agent:
             elif is_cid(raw) and self._is_plain(raw):
                 items.append(raw.decode("ascii"))
             else:
-                self._reject(raw)
+                # What is another user's, or a mount, can't be moved: it stays there, and holds nobody up.
+                with contextlib.suppress(OSError):
+                    self._reject(raw)
                 rejects += 1
                 if rejects == _REJECTS_MAX:
                     break
@@ -221,7 +225,7 @@ class Agent:
     def _is_plain(self, raw):
         try:
             return stat.S_ISREG(os.lstat(os.path.join(os.fsencode(self._queue.pending()), raw)).st_mode)
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def _reject(self, raw):
@@ -229,14 +233,15 @@ class Agent:
         source = os.path.join(self._queue.pending(), os.fsdecode(raw))
         if not os.path.lexists(source):
             return
-        self._rejected += 1
         if is_cid(raw):
             # What came with it belongs to no request now.
             self._forget(source + ".auth", source + ".in")
-        if self._rejected > _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
+        if self._rejected >= _REJECTED_KEPT and not stat.S_ISDIR(os.lstat(source).st_mode):
             forget(source)
             return
-        self._put_aside(source)
+        if not self._put_aside(source):
+            return
+        self._rejected += 1
         # Room for the dot, the suffix and the temporary name within the 255 bytes of a file name.
         if len(raw) <= 200:
             target = self._queue.results(os.fsdecode(raw))
@@ -244,20 +249,43 @@ class Agent:
             self._write(target + ".exit", b"125\n")
 
     def _put_aside(self, path):
-        """Move away what is none of ours."""
-        rejected = self._queue.rejected().rstrip("/")
-        if os.path.islink(rejected) or not os.path.isdir(rejected):
-            forget(rejected)
-            os.mkdir(rejected, 0o700)
-        os.rename(path, self._queue.rejected(os.urandom(8).hex()))
+        """Move away what is none of ours, whatever its rights; say whether it was still there."""
+        target = self._rejected_folder() + os.urandom(8).hex()
+        try:
+            try:
+                os.rename(path, target)
+            except PermissionError:
+                # Who moves a folder writes into it: its parent's name.
+                make_ours(path)
+                os.rename(path, target)
+        except FileNotFoundError:
+            return False
+        return True
 
-    def _clear(self, path):
-        """Have nothing lie where a plain file of ours is to be opened, but that file."""
+    def _rejected_folder(self):
+        """The folder for what is none of ours, there and ours to write into."""
+        folder = self._queue.rejected()
+        path = folder.rstrip("/")
+        try:
+            make_ours(path)
+            return folder
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            forget(path)
+        except PermissionError:
+            # It is another user's. Where it stays, it may be moved all the same.
+            os.rename(path, f"{path}.{os.urandom(8).hex()}")
+        os.mkdir(path, 0o700)
+        return folder
+
+    def _clear(self, path, is_kind=stat.S_ISREG):
+        """Have nothing lie where a plain file of ours (or one of another kind) is to be opened, but that file."""
         try:
             info = os.lstat(path)
         except FileNotFoundError:
             return
-        if not _is_single(info, stat.S_ISREG):
+        if not _is_single(info, is_kind):
             self._put_aside(path)
 
     def _write(self, path, data):
@@ -305,6 +333,8 @@ class Agent:
 
     def _take(self, request, payload):
         cid = _checked(request["id"])
+        # A folder that has come there since would be moved as well, or, without rights, not be moved.
+        self._clear(self._queue.pending(cid))
         try:
             self._rename(self._queue.pending(cid), self._queue.running(cid))
         except FileNotFoundError:
@@ -318,7 +348,8 @@ class Agent:
         dom0 sends a piece again if it did not see the answer: it must do no harm to store it twice.
         """
         cid, part, offset = _checked(request["id"]), request["part"], int(request["offset"])
-        fd = self._open(self._part(cid, part), os.O_WRONLY)
+        path = self._part(cid, part)
+        fd = self._open(path, os.O_WRONLY)
         try:
             size = os.fstat(fd).st_size
             if size < offset:
@@ -328,6 +359,12 @@ class Agent:
             write_fully(fd, payload)
             if size > offset + len(payload):
                 os.ftruncate(fd, offset + len(payload))
+        except OSError:
+            # The disk is full, most likely: half a piece is good for nothing, and would keep it so. One that was stored before stays.
+            os.ftruncate(fd, max(offset, size))
+            if max(offset, size) == 0:
+                forget(path)
+            raise
         finally:
             os.close(fd)
         if "mac" not in request:
@@ -338,7 +375,13 @@ class Agent:
     def _open(self, path, how):
         """Open a plain file of ours, and no other."""
         self._clear(path)
-        fd = os.open(path, how | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        how |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(path, how, 0o600)
+        except PermissionError:
+            # Somebody took the rights from it, or it is another user's.
+            self._put_aside(path)
+            fd = os.open(path, how, 0o600)
         # Whoever puts something there may have done so since.
         if not _is_single(os.fstat(fd), stat.S_ISREG):
             os.close(fd)
@@ -400,41 +443,51 @@ class Agent:
         self._forget(self._queue.stream(cid), *(self._queue.part(cid, part) for part in ("out", "err", "meta")))
 
     def _open_bell(self):
-        if self._lock is None:
-            self._lock = self._open(self._queue.agent_lock, os.O_RDWR)
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._hold_lock()
         if self._bell is not None:
-            try:
-                if os.path.samestat(os.lstat(self._queue.doorbell), os.fstat(self._bell)):
-                    return
-            except FileNotFoundError:
-                pass
+            if _is_still(self._queue.doorbell, self._bell):
+                return
             os.close(self._bell)
             self._bell = None
+        self._clear(self._queue.doorbell, stat.S_ISFIFO)
         try:
-            if not _is_single(os.lstat(self._queue.doorbell), stat.S_ISFIFO):
-                self._put_aside(self._queue.doorbell)
-        except FileNotFoundError:
-            pass
-        try:
-            os.mkfifo(self._queue.doorbell, 0o600)
-        except FileExistsError:
-            pass
+            self._bell = self._open_fifo(self._queue.doorbell)
+        except PermissionError:
+            self._put_aside(self._queue.doorbell)
+            self._bell = self._open_fifo(self._queue.doorbell)
+
+    def _open_fifo(self, path):
+        # Another session's does as well.
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
         # Opened for writing too: with no writer left a FIFO would read as closed for ever.
-        self._bell = os.open(self._queue.doorbell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def _hold_lock(self):
+        """Hold the lock by which clients see that there is a session; whoever took it away since has it for nobody."""
+        if self._lock is not None and not _is_still(self._queue.agent_lock, self._lock):
+            os.close(self._lock)
+            self._lock = None
+        if self._lock is None:
+            self._lock = self._open(self._queue.agent_lock, os.O_RDWR)
+        for _ in range(_LOCK_TRIES):
+            if _lock(self._lock, fcntl.LOCK_SH):
+                return
+            # A client that looks whether it is free has it for a moment. While somebody keeps it, clients see a session all the same.
+            time.sleep(0.01)
 
     def _hang_up(self):
         """Leave no doorbell behind that nobody hears, but don't take another session's."""
-        if self._lock is None:
-            return
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._forget(self._queue.doorbell)
-        except BlockingIOError:
+            if self._lock is not None and _is_still(self._queue.agent_lock, self._lock) and _lock(self._lock, fcntl.LOCK_EX):
+                self._forget(self._queue.doorbell)
+        except OSError:
+            # Nobody is there to be told. The next session makes another one.
             pass
         for fd in (self._lock, self._bell):
             if fd is not None:
                 os.close(fd)
+        self._lock = self._bell = None
 
     def _tidy(self):
         """Remove results whose client is long gone, and what a broken session left half written."""
@@ -442,7 +495,8 @@ class Agent:
         for folder in (self._queue.results(), self._queue.pending(), self._queue.running(), self._queue.rejected().rstrip("/")):
             if os.path.islink(folder) or not os.path.isdir(folder):
                 continue
-            with os.scandir(folder) as entries:
+            # One that can't be read, or written into, is made ours again when there is something to be put there.
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in itertools.islice(entries, _TIDIED_MAX):
                     self._tidy_one(folder, entry, now)
 
@@ -472,6 +526,24 @@ class Agent:
 def _is_single(info, is_kind):
     """Whether a file is of a kind, and has this one name: by another one it may be anything of this user's, the key for example."""
     return is_kind(info.st_mode) and info.st_nlink == 1
+
+
+def _is_still(path, fd):
+    """Whether a name still is that of an open file of ours, and the only one."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return False
+    return os.path.samestat(info, os.fstat(fd)) and info.st_nlink == 1
+
+
+def _lock(fd, how):
+    """Lock a file if nobody else's lock is in the way; say whether it is locked."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _check_whole(path, size):

@@ -5,6 +5,7 @@ qvm-remote 1.x kept the same files, with another ``meta``; what it kept is read 
 """
 
 import os
+import stat
 import time
 
 from pullrpc.errors import PullError
@@ -13,13 +14,16 @@ from pullrpc.ids import is_cid
 from pullrpc.layout import RESULT_PARTS
 from pullrpc.tokens import META_MAX, read_meta
 
-from .terminal import one_line, put, put_json, put_raw
+from .part import Part
+from .terminal import one_line, put, put_blocks, put_json
 
 _KEEP_DAYS = 30
 #: How our own ``meta`` begins; that of qvm-remote 1.x does not.
 _OURS = b"mac "
 _UNSIGNED = b"mac -\n"
 _EXCERPT = 400
+#: Longest output that is shown as JSON, for which it has to be held in memory, bytes.
+_JSON_MAX = 64 << 20
 #: Room for a command in a table that goes to no terminal, characters.
 _COMMAND_WIDTH = 200
 _COLUMNS = 50
@@ -70,23 +74,41 @@ def print_one(queue, values):
     cid, files = find(queue, values.get("ID"))
     for part in ("command", "out", "err"):
         if part in values:
-            put_raw(_read(files[part]))
+            put_blocks(Part(files[part]).unproven())
             return
     shown = describe(cid, files)
     shown["proof"] = _proof(queue, cid, files)
     texts = {"command": "command", "stdout": "out", "stderr": "err"}
     if "json" in values:
-        put_json({**shown, **{name: _read(files[part]).decode("utf-8", "replace") for name, part in texts.items()}})
+        put_json({**shown, **{name: _held(cid, name, files[part]) for name, part in texts.items()}})
         return
     took = "" if shown["seconds"] is None else f", {shown['seconds']:.3f} s"
     put(f"id:       {one_line(os.fsencode(cid), 80)}\ntime:     {shown['time']}\n")
     put(f"ended:    exit code {shown['exit']}, {shown['status']}{took}\nproof:    {_PROOFS[shown['proof']]}\n")
     for name, part in texts.items():
-        raw = _read(files[part])
-        put(f"{name + ':':<9} {len(raw)} bytes\n")
-        put_raw(raw)
-        if raw and not raw.endswith(b"\n"):
-            put("\n")
+        _put_part(name, Part(files[part]))
+
+
+def _put_part(name, part):
+    last = b""
+
+    def blocks():
+        nonlocal last
+        for block in part.unproven():
+            last = block
+            yield block
+
+    put(f"{name + ':':<9} {part.size} bytes\n")
+    put_blocks(blocks())
+    if last and not last.endswith(b"\n"):
+        put("\n")
+
+
+def _held(cid, name, path):
+    part = Part(path)
+    if part.size > _JSON_MAX:
+        raise PullError(f"what {one_line(os.fsencode(cid), 80)} wrote to {name} is too long for --json; see: qvm-remote history show --help")
+    return b"".join(part.unproven()).decode("utf-8", "replace")
 
 
 def last(queue, count):
@@ -210,7 +232,6 @@ def _unfetched(queue, cid):
 
 
 def _proof(queue, cid, files):
-    from .part import Part
     from .request import load_key
 
     meta = _read_small(files["meta"], META_MAX)
@@ -251,17 +272,13 @@ def _read_small(path, limit, cut=False):
     try:
         if not cut:
             return read_bounded(path, limit)
-        with open(path, "rb") as file:
-            return file.read(limit)
+        # Other programs of this user may have put a FIFO there, or a device.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.read(fd, limit) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        finally:
+            os.close(fd)
     except (OSError, PullError):
-        return b""
-
-
-def _read(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
         return b""
 
 

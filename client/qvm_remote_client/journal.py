@@ -25,7 +25,7 @@ def submitted(queue, cid, form, command):
         cid, form: str.
         command: bytes.
     """
-    shown = command[:_COMMAND_SHOWN].decode("utf-8", "replace").encode("unicode_escape").decode("ascii")
+    shown = _escaped(command[:_COMMAND_SHOWN].decode("utf-8", "replace"))
     _append(queue, f"SUBMIT id={cid} size={len(command)}B form={form} cmd={shown}")
 
 
@@ -38,7 +38,12 @@ def ended(queue, cid, exit_code, status):
         exit_code: int.
         status: str, dom0's word for it, or why there is none.
     """
-    _append(queue, f"DONE id={cid} exit={exit_code} status={status}")
+    _append(queue, f"DONE id={cid} exit={exit_code} status={_escaped(status)}")
+
+
+def _escaped(text):
+    """A text as ASCII without control characters, whatever it is: one line stays one."""
+    return text.encode("unicode_escape").decode("ascii")
 
 
 def _append(queue, text):
@@ -50,7 +55,7 @@ def _append(queue, text):
             if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
                 # Another program of this user has put something else there, another name of the key for example. It is not written into.
                 return
-            os.write(fd, line.encode("ascii"))
+            os.write(fd, line.encode("ascii", "backslashreplace"))
             # Another client may have turned it over since it was opened.
             if info.st_size > _LOG_MAX and os.path.samestat(info, os.lstat(queue.audit)):
                 os.rename(queue.audit, queue.audit + ".1")

@@ -9,8 +9,8 @@ import stat
 import time
 
 from pullrpc import __version__
-from pullrpc.errors import PullError
-from pullrpc.files import forget, move
+from pullrpc.errors import PullError, Refused
+from pullrpc.files import forget, make_ours, move
 from pullrpc.ids import cid_time, is_cid
 from pullrpc.layout import RESULT_PARTS
 
@@ -126,7 +126,9 @@ def _clean(queue):
         else:
             taken_back += 1
             take_back(queue, one["id"])
-            forget(queue.running(one["id"]))
+            for path in (queue.pending(one["id"]), queue.running(one["id"])):
+                if not _remove(path):
+                    _put_aside(queue, path)
             journal.ended(queue, one["id"], 125, "cleaned")
     removed = [path for path in _strays(queue) if _remove(path)]
     if not (taken_back or moved or removed):
@@ -142,11 +144,26 @@ def _move_to_history(queue, cid):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         # The exit code last: while it lies here, this can be done again.
         for part in RESULT_PARTS:
-            if os.path.exists(queue.results(cid + part)):
-                move(queue.results(cid + part), os.path.join(folder, part[1:]))
+            path = queue.results(cid + part)
+            if os.path.isdir(path) and not os.path.islink(path):
+                _put_aside(queue, path)
+            elif os.path.exists(path):
+                move(path, os.path.join(folder, part[1:]))
     except OSError as err:
         raise PullError(f"can't move the result of {cid} to {folder}: {err.strerror}") from err
     return 1
+
+
+def _put_aside(queue, folder):
+    """Move a folder, which no client and no agent makes there, to where the agent puts what is none of ours; leave it where it can't be moved."""
+    rejected = queue.rejected()
+    try:
+        if not os.path.islink(rejected.rstrip("/")):
+            os.makedirs(rejected, mode=0o700, exist_ok=True)
+            make_ours(folder)
+            os.rename(folder, queue.rejected(os.urandom(8).hex()))
+    except OSError:
+        return
 
 
 def _strays(queue):
@@ -181,7 +198,11 @@ def _is_alive(cid):
     except (FileNotFoundError, ProcessLookupError):
         return False
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age < cid_time(cid) + _TICK
+    try:
+        return time.time() - age < cid_time(cid) + _TICK
+    except Refused:
+        # No client makes an id of a time that there is not.
+        return False
 
 
 def _remove(path):

@@ -26,6 +26,8 @@ _TIMEOUT_DEFAULT = 300
 _STREAMS = {"out": 1, "err": 2}
 #: Most of a refusal without proof that is shown, characters.
 _REASON_MAX = 300
+#: Most of a path that is shown with an error, characters.
+_PATH_MAX = 400
 #: What dom0 takes in no command, as UTF-8: ASCII's control characters but tab, newline and carriage return, and the second set of them.
 _CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r") + b"\x7f"
 _C1 = tuple(b"\xc2" + bytes((byte,)) for byte in range(0x80, 0xA0))
@@ -66,7 +68,7 @@ def main(argv):
         discard_stream(1)
         return 128 + signal.SIGPIPE
     except OSError as err:
-        return _fail(f"{err.strerror}{f': {err.filename}' if err.filename else ''}{_advice(err)}")
+        return _fail(f"{err.strerror}{_where(err)}{_advice(err)}")
     except KeyboardInterrupt:
         # Nothing was sent, or there is nothing to take back: of a request that was, on_signals_give_up takes care.
         return _end("\n", EXIT_INTERRUPTED)
@@ -84,6 +86,15 @@ def _end(text, exit_code):
         # Nobody can be told; the exit code says it.
         discard_stream(2)
     return exit_code
+
+
+def _where(err):
+    if not isinstance(err.filename, (str, bytes)):
+        return ""
+    # Imported here: it is needed where all ends.
+    from .terminal import one_line
+
+    return f": {one_line(os.fsencode(err.filename), _PATH_MAX)}"
 
 
 def _advice(cause):
@@ -322,8 +333,8 @@ def _run(queue, options, known, progress, form, command, use_stdin):
         for number in _ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        # Whether or not somebody read all of it.
-        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused"))
+        # Whether or not somebody read all of it. What is not proven to be dom0's word is anybody's.
+        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused") if result.authentic else "refused")
         request.keep(unread)
     return exit_code
 

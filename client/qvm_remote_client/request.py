@@ -12,12 +12,14 @@ import time
 from pullrpc.digests import hasher
 from pullrpc.errors import KeyringError, PullError
 from pullrpc.files import forget, knock, move, read_bounded, write_fully, write_whole
-from pullrpc.ids import new_cid
+from pullrpc.ids import check_vm_name, new_cid
 from pullrpc.layout import REQUEST_PARTS, RESULT_PARTS
 from pullrpc.tokens import META_MAX, make_token, parse_key, read_meta
 
 #: What dom0 takes unless it said otherwise in a session (its defaults; see pullrpc.config).
 _DEFAULT_LIMITS = {"timeout_max": 300, "command_max": 1 << 20, "stdin_max": 16 << 20, "max_age": 300}
+#: Longest number among them, digits.
+_DIGITS_MAX = 15
 #: A request nobody has taken, with no session to dom0 open, is given up after this many seconds.
 _CONNECT_WAIT = 30
 #: dom0 took the request, but the session is gone: how long to wait for another one, seconds.
@@ -65,11 +67,15 @@ def limits(queue):
     """
     known = dict(_DEFAULT_LIMITS)
     try:
-        for line in read_bounded(queue.limits, 4096).decode("ascii").splitlines():
-            name, _, value = line.partition(" ")
-            known[name] = int(value)
-    except (OSError, ValueError, PullError):
-        return dict(_DEFAULT_LIMITS)
+        lines = read_bounded(queue.limits, 4096).splitlines()
+    except (OSError, PullError):
+        return known
+    for line in lines:
+        untrusted_name, _, untrusted_value = line.partition(b" ")
+        name = untrusted_name.decode("ascii", "replace")
+        # Other programs of this user may write there, too.
+        if name in known and untrusted_value.isdigit() and len(untrusted_value) <= _DIGITS_MAX:
+            known[name] = int(untrusted_value)
     return known
 
 
@@ -82,13 +88,13 @@ def vm_name():
     # A VM is renamed or cloned while it is shut down, and with that this folder is gone: a name that stands here is true.
     kept = f"/run/user/{os.geteuid()}/qvm-remote-name"
     try:
-        name = read_bounded(kept, 64).decode("ascii")
+        # Other programs of this user may write there, too. What no qube can be called is asked for anew.
+        return check_vm_name(read_bounded(kept, 64).decode("ascii"))
     except (OSError, ValueError, PullError):
-        name = ""
-    if name:
-        return name
-    name = _ask_qubesdb()
-    if not name:
+        pass
+    try:
+        name = check_vm_name(_ask_qubesdb())
+    except PullError:
         return os.uname().nodename.split(".")[0]
     try:
         write_whole(kept, name.encode("ascii"))

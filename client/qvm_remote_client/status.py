@@ -78,7 +78,9 @@ def _as_text(found):
         f"limits:   {found['limits']['timeout_max']} s a command, {found['limits']['command_max']} bytes of it, {found['limits']['stdin_max']} bytes of stdin",
     ]
     if found["last"]:
-        lines.append(f"last:     {found['last']['id']}, exit code {found['last']['exit']}: {one_line(found['last']['command'].encode('utf-8'), 60)}")
+        # Whoever made a folder in the history gave it its name.
+        cid = one_line(os.fsencode(found["last"]["id"]), 64)
+        lines.append(f"last:     {cid}, exit code {found['last']['exit']}: {one_line(found['last']['command'].encode('utf-8'), 60)}")
     if found["left_by_clients"]:
         lines.append(f"left:     {found['left_by_clients']} by clients that are gone; put away by: qvm-remote queue clean")
     if found["problem"]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What others wrote, fit for a terminal: control characters can move its cursor, and more. Into a pipe or file every byte goes as it is."""
 
+import codecs
 import os
 
 from pullrpc.files import write_fully
@@ -17,7 +18,10 @@ def printable(raw):
     Returns:
         str; newlines and tabs are kept.
     """
-    text = raw.decode("utf-8", "backslashreplace")
+    return _escaped(raw.decode("utf-8", "backslashreplace"))
+
+
+def _escaped(text):
     if text.isprintable():
         return text
     return "".join(char if char in _KEPT or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
@@ -53,7 +57,24 @@ def put_raw(raw):
     Args:
         raw: bytes.
     """
-    write_fully(1, printable(raw).encode("utf-8") if os.isatty(1) else raw)
+    put_blocks([raw])
+
+
+def put_blocks(blocks):
+    """The same, of what is too long to be held.
+
+    Args:
+        blocks: iterable of bytes.
+    """
+    if not os.isatty(1):
+        for block in blocks:
+            write_fully(1, block)
+        return
+    # A character may lie in two blocks.
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for block in blocks:
+        write_fully(1, _escaped(decoder.decode(block)).encode("utf-8"))
+    write_fully(1, _escaped(decoder.decode(b"", True)).encode("utf-8"))
 
 
 def put_json(data):

@@ -2,6 +2,8 @@
 """How the agent goes through its queue: a bounded number of names at a time, however many there are, and it reaches each of them."""
 
 import asyncio
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -19,6 +21,7 @@ from pullrpc.session import Delivery
 from qvm_remote_client import agent as module
 from qvm_remote_client import journal
 from qvm_remote_client.agent import Agent
+from qvm_remote_client.request import connected
 
 
 class _Counted:
@@ -327,3 +330,158 @@ def test_without_the_agent_too_a_result_that_there_is_no_room_for_is_no_end_of_t
         asyncio.run(_deliver(turns, [result]))
     turns.under, turns.said = [], []
     assert asyncio.run(_deliver(turns, [result])) == [cid]
+
+
+@pytest.mark.parametrize("begun", [b"", b"begun"])
+def test_a_piece_that_there_is_no_room_for_leaves_none_of_it_behind(agent, monkeypatch, begun):
+    cid = new_cid()
+    _touch(agent._queue.running(cid))
+    if begun:
+        agent._put({"id": cid, "part": "out", "offset": 0}, begun)
+
+    def write_some(fd, data):
+        os.write(fd, data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(module, "write_fully", write_some)
+        with pytest.raises(OSError, match="No space left"):
+            agent._put({"id": cid, "part": "out", "offset": len(begun)}, b"abcdef")
+    part = agent._queue.part(cid, "out")
+    if not begun:
+        assert not os.path.lexists(part)
+    else:
+        with open(part, "rb") as file:
+            assert file.read() == begun
+    agent._put({"id": cid, "part": "out", "offset": len(begun)}, b"abcdef")
+    with open(part, "rb") as file:
+        assert file.read() == begun + b"abcdef"
+
+
+def test_a_piece_that_was_stored_before_stays_where_it_can_not_be_stored_again(agent, monkeypatch):
+    cid = new_cid()
+    _touch(agent._queue.running(cid))
+    agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
+
+    def write_nothing(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_fully", write_nothing)
+    with pytest.raises(OSError, match="No space left"):
+        agent._put({"id": cid, "part": "out", "offset": 0}, b"abc")
+    with open(agent._queue.part(cid, "out"), "rb") as file:
+        assert file.read() == b"abc"
+
+
+_LOOK = {"wait": 0, "max": 24, "inline": 0}
+
+
+@pytest.fixture
+def looking(agent):
+    """An agent that has looked at its queue, and will hang up."""
+    agent._poll(_LOOK, b"")
+    assert connected(agent._queue)
+    yield agent
+    agent._hang_up()
+
+
+def _remove(path, tmp_path):
+    os.unlink(path)
+
+
+def _exchange(path, tmp_path):
+    os.unlink(path)
+    _touch(path)
+
+
+def _link_elsewhere(path, tmp_path):
+    os.link(path, tmp_path / "second")
+
+
+def _put_folder_there(path, tmp_path):
+    os.unlink(path)
+    os.mkdir(path)
+
+
+_HARM = pytest.mark.parametrize("harm", [_remove, _exchange, _link_elsewhere, _put_folder_there])
+
+
+@_HARM
+def test_a_session_whose_lock_was_taken_away_has_one_again(looking, tmp_path, harm):
+    harm(looking._queue.agent_lock, tmp_path)
+    looking._poll(_LOOK, b"")
+    assert connected(looking._queue)
+    assert os.lstat(looking._queue.agent_lock).st_nlink == 1
+
+
+@_HARM
+def test_a_session_whose_doorbell_was_taken_away_has_one_again(looking, tmp_path, harm):
+    harm(looking._queue.doorbell, tmp_path)
+    looking._poll(_LOOK, b"")
+    assert knock(looking._queue.doorbell) is True
+    assert os.read(looking._bell, 10) == b"!"
+
+
+def test_a_session_that_lost_its_lock_leaves_the_doorbell_to_the_one_that_has_it(looking):
+    os.unlink(looking._queue.agent_lock)
+    other = Agent(looking._queue)
+    try:
+        other._poll(_LOOK, b"")
+        looking._hang_up()
+        assert connected(looking._queue)
+        assert knock(looking._queue.doorbell) is True
+        assert os.read(other._bell, 10) == b"!"
+    finally:
+        other._hang_up()
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for(agent):
+    held = os.open(agent._queue.agent_lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        agent._poll(_LOOK, b"")
+        assert connected(agent._queue)
+        fcntl.flock(held, fcntl.LOCK_UN)
+        agent._poll(_LOOK, b"")
+        assert connected(agent._queue)
+    finally:
+        agent._hang_up()
+        os.close(held)
+
+
+@pytest.mark.parametrize("suffix", ["", ".auth", ".in"])
+def test_without_the_agent_too_what_vanishes_as_it_is_looked_at_is_not_there(turns, monkeypatch, suffix):
+    cid, queue = "20260301-101112-4711-0badcafe", turns.queue
+    for part in ("", ".auth", ".in"):
+        _touch(queue.pending(cid + part))
+    # Its client takes it away just before it is counted. The command is counted first, then what comes with it.
+    nth = ["", ".auth", ".in"].index(suffix) + 1
+    taken = f'if [ "$(command wc -l < "$HOME/asked")" -eq {nth} ]; then rm -f {cid}{suffix}; return 1; fi'
+    wc = f'wc() {{ echo >> "$HOME/asked"; {taken}; command wc "$@"; }}\n'
+    monkeypatch.setattr(agentless, "_LIST", wc + agentless._LIST)
+    items, cancels = asyncio.run(turns.poll(0, 24))
+    assert cancels == []
+    assert [(item.command_size, item.token_size, item.stdin_size) for item in items] == {"": [], ".auth": [(0, -1, 0)], ".in": [(0, 0, -1)]}[suffix]
+
+
+@pytest.mark.parametrize("name", ["no id", "20260301-101112-4711-0badcafe"])
+def test_what_vanishes_as_it_is_put_aside_costs_nothing_and_gets_no_answer(agent, monkeypatch, name):
+    os.mkdir(agent.pending(name))
+    # It must not be taken for one that can't be moved.
+    real, failed = os.rename, []
+
+    def rename(source, target):
+        if source == agent.pending(name):
+            os.rmdir(source)
+        try:
+            real(source, target)
+        except OSError as err:
+            failed.append(type(err))
+            raise
+
+    with monkeypatch.context() as vanishing:
+        vanishing.setattr(module.os, "rename", rename)
+        assert agent._scan(24, 0) == ([], [])
+    assert failed == [FileNotFoundError]
+    assert os.listdir(agent._queue.results()) == []
+    assert agent._rejected == 0

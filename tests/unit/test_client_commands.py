@@ -23,10 +23,11 @@ from pullrpc.digests import sha256
 from pullrpc.errors import PullError, Refused
 from pullrpc.frames import encode_frame
 from pullrpc.ids import new_cid
+from pullrpc.layout import Queue
 from pullrpc.tokens import fingerprint, make_meta
 from pullrpc.validate import check_command
+from qvm_remote_client import journal, request, table, usage
 from qvm_remote_client import main as client_main
-from qvm_remote_client import table, usage
 from qvm_remote_client.history import drop_old_days
 from qvm_remote_client.request import vm_name
 
@@ -579,6 +580,46 @@ def test_what_a_command_wrote_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qu
     assert ESCAPED.encode() in qube.type(b"", "history", "show")[1]
 
 
+@pytest.mark.parametrize("part", ["command", "out", "err", "meta", "exit"])
+@pytest.mark.parametrize("kind", ["fifo", "link to a device", "folder"])
+def test_what_is_no_plain_file_in_the_history_is_neither_waited_for_nor_read(qube, part, kind):
+    qube.has_key()
+    qube.did(CID, b"x")
+    path = qube.base / "history" / "2026-03-01" / CID / part
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    assert CID.encode() in qube.ok("history")
+    assert CID.encode() in qube.run("status")[1]
+    for words in ([], ["--json"], *([f"--{name}"] for name in ("command", "out", "err"))):
+        if part in ("meta", "exit") or (words and words[0] not in ("--json", f"--{part}")):
+            qube.ok("history", "show", *words)
+        else:
+            code, _, err = qube.run("history", "show", *words)
+            assert code == 125
+            assert err.startswith(ERROR.encode())
+            assert b"Traceback" not in err
+
+
+def test_history_show_holds_no_more_than_a_block_of_what_a_command_wrote(qube, tmp_path):
+    qube.has_key()
+    # A character of three bytes lies across each end of a block.
+    out = b"\xff" + "€".encode() * (1 << 20)
+    qube.did(CID, b"x", out=out)
+    assert qube.ok("history", "show", "--out") == out
+    assert qube.type(b"", "history", "show", "--out") == (0, b"\\xff" + out[1:])
+    with open(qube.base / "history" / "2026-03-01" / CID / "out", "r+b") as file:
+        file.truncate(600 << 20)
+    # A hole takes no room on the disk, and would in memory.
+    shell = ["sh", "-c", 'ulimit -v 300000; exec "$@" | wc -c', "sh", *QVM_REMOTE, "history", "show", "--out"]
+    assert subprocess.run(shell, env=qube.env, capture_output=True, check=True).stdout.split() == [b"%d" % (600 << 20)]
+    assert qube.error("history", "show", "--json").startswith(f"what {CID} wrote to stdout is too long for --json; ")
+
+
 def test_the_log_can_not_drive_a_terminal_and_is_whole_in_a_pipe(qube):
     qube.put("audit.log", HOSTILE)
     assert qube.ok("log") == HOSTILE
@@ -623,6 +664,68 @@ def test_what_is_old_goes_but_nothing_that_1x_kept(qube):
     drop_old_days(str(qube.base / "history"))
     assert [row["id"] for row in json.loads(qube.ok("history", "--json"))] == [recent, OLD_CID]
     assert sorted(os.listdir(qube.base / "history")) == ["2025-01-02", f"{recent[:4]}-{recent[4:6]}-{recent[6:8]}", "notes.txt"]
+
+
+# What others answer
+
+
+@pytest.mark.parametrize("status", [b"\xff", b"\x1b[2J", "é".encode(), b""])
+def test_a_status_without_proof_is_no_word_of_the_log(qube, status):
+    qube.has_key()
+    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    for part, data in (("out", b""), ("err", b""), ("meta", b"mac -\nexit 0\nstatus " + status + b"\n"), ("exit", b"0\n")):
+        qube.put(f"queue/results/{cid}.{part}", data)
+    out, err = client.communicate(timeout=20)
+    assert (client.returncode, out) == (125, b"")
+    assert b"Traceback" not in err
+    assert (qube.base / "audit.log").read_bytes().endswith(f"DONE id={cid} exit=125 status=refused\n".encode())
+
+
+def test_the_clients_log_takes_any_text_on_one_line(qube):
+    qube.ok("queue", "make")
+    journal.ended(Queue(str(qube.base)), CID, 0, "\ufffd\udcff\x1b[2J\nDONE")
+    assert qube.ok("log").endswith(b" exit=0 status=\\ufffd\\udcff\\x1b[2J\\nDONE\n")
+
+
+WRONG_NAMES = ["\x1b[2J", "two words", "a\n", "dom0", "1st", "x" * 32, "\ufffd"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_NAMES)
+def test_a_name_that_no_qube_can_have_is_not_this_ones(monkeypatch, wrong):
+    kept = {}
+    monkeypatch.setattr(request, "write_whole", lambda path, data: kept.update({path: data}))
+    monkeypatch.setattr(request, "_ask_qubesdb", lambda: "work")
+    monkeypatch.setattr(request, "read_bounded", lambda path, limit: wrong.encode())
+    # It is asked for anew, and that is kept.
+    assert request.vm_name() == "work"
+    assert list(kept.values()) == [b"work"]
+    kept.clear()
+    monkeypatch.setattr(request, "_ask_qubesdb", lambda: wrong)
+    assert request.vm_name() == os.uname().nodename.split(".")[0]
+    assert kept == {}
+    monkeypatch.setattr(request, "read_bounded", lambda path, limit: b"personal")
+    assert request.vm_name() == "personal"
+
+
+def test_limits_are_those_that_there_are_and_numbers(qube):
+    queue = Queue(str(qube.base))
+    qube.put("dom0-limits", b"timeout_max 60\n\x1b[2J 5\nstdin_max -1\nmax_age 1_0\ncommand_max \x1b[2J\nmore 7\n")
+    assert request.limits(queue) == {**request._DEFAULT_LIMITS, "timeout_max": 60}
+    assert b"\x1b" not in qube.ok("queue", "debug")
+
+
+def test_no_name_in_the_history_or_in_an_error_drives_a_terminal(qube):
+    qube.has_key()
+    qube.put("history/2026-03-01/z\x1b[2J\n/command", b"x")
+    for out in (qube.run("status")[1], qube.type(b"", "status")[1], qube.ok("history"), qube.ok("history", "show")):
+        assert b"z\\x1b[2J" in out
+        assert b"\x1b" not in out
+    other = Qube(qube.home / "a\x1b[2J\nhome")
+    other.base.mkdir(parents=True)
+    (other.base / "audit.log").symlink_to("elsewhere")
+    assert "a\\x1b[2J\\nhome" in other.error("log")
 
 
 # Status and queue
@@ -722,6 +825,31 @@ def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
         qube.put(f"queue/pending/.{cid}.in", b"so far")
     qube.ok("queue", "clean")
     assert os.listdir(qube.base / "queue" / "pending") == [f".{reading}.in"]
+
+
+@pytest.mark.parametrize("name", ["{}.auth", ".{}.in"])
+def test_queue_clean_takes_a_date_that_there_is_not_for_nobodys(qube, name):
+    # A process has that number.
+    path = qube.put(f"queue/pending/{name.format('99999999-999999-1-aaaaaaaa')}")
+    assert qube.ok("queue", "clean").endswith(b", 1 other files removed\n")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o500], ids=oct)
+@pytest.mark.parametrize("name", ["pending/{}", "pending/{}.auth", "running/{}", "results/{}.exit", "results/{}.out", "rejected/1", "results/no id"])
+def test_queue_clean_goes_on_where_there_is_a_folder(qube, name, mode):
+    last = GONE_CID.replace("0badbeef", "ffffffff")
+    place = qube.put(f"queue/{name.format(GONE_CID)}/inside").parent
+    if name.endswith("out"):
+        qube.put(f"queue/results/{GONE_CID}.exit", b"0\n")
+    place.chmod(mode)
+    qube.put(f"queue/running/{last}")
+    qube.ok("queue", "clean")
+    assert os.listdir(qube.base / "queue" / "running") == []
+    assert (qube.base / "queue" / "pending" / f"{last}.cancel").exists()
+    assert json.loads(qube.ok("queue", "status", "--json")) == []
+    if name.endswith(("}", ".exit", ".out")):
+        assert len(os.listdir(qube.base / "queue" / "rejected")) == 1
 
 
 def test_queue_debug_shows_everything_but_secrets(qube):
