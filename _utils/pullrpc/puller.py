@@ -49,8 +49,10 @@ _KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
 _LINGER = 0.015
 #: Most of a VM's results that are at hand, in all, bytes.
 _AT_HAND_MAX = 1 << 20
-#: A VM that could not take its results is offered them again after this long, seconds.
+#: A VM that could not take a result is offered it again after this long, seconds.
 _DELIVER_AGAIN = 5.0
+#: How often it is looked in a session for results that wait for too long, seconds: a session may last for weeks.
+_EXPIRE_EVERY = 3600.0
 #: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
 #: taken for the answer to another request under the same id.
 _BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity", "gone")
@@ -75,6 +77,9 @@ class Finished:
     result: tuple | None = None
     lost: str | None = None
     closed: bool = False
+
+
+_EXPIRED = Finished(lost="the command ended, but its result waited too long for this qube and is gone", closed=True)
 
 
 class Puller:
@@ -105,10 +110,12 @@ class Puller:
         #: Whether dom0 asked for something else since the poll that is on its way.
         self._asked = False
         self._outbox = {}
-        #: Not before then is the outbox tried again, by the monotonic clock; 0 while the VM takes what it is given.
-        self._deliver_after = 0.0
+        #: What the VM could not take, and when it is offered that again, by the monotonic clock.
+        self._not_before = {}
         #: When the ledger is asked again what waits, by the monotonic clock; 0 while that is known.
         self._find_after = 0.0
+        #: When it is looked again for what waits for too long, by the monotonic clock.
+        self._expire_after = 0.0
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
@@ -255,7 +262,7 @@ class Puller:
         uuid = await self._hub.uuid_of(self.vm)
         if self._uuid not in ("", uuid):
             # What is at hand is another qube's, which had this name before; what is this one's is found in the ledger.
-            for at_hand in (self._outbox, self._outflows, self._untold):
+            for at_hand in (self._outbox, self._outflows, self._untold, self._not_before):
                 at_hand.clear()
         self._uuid = uuid
         await self._look_who_it_is()
@@ -276,9 +283,20 @@ class Puller:
             self._find_after = time.monotonic() + _DELIVER_AGAIN
             return
         self._find_after = 0.0
-        text = "the command ended, but its result waited too long for this qube and is gone"
+        self._expire_after = time.monotonic() + _EXPIRE_EVERY
         # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **{cid: Finished(lost=text, closed=True) for cid in expired}}
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, _EXPIRED)}
+
+    async def _expire(self):
+        """Give up what this VM did not take for too long."""
+        self._expire_after = time.monotonic() + _EXPIRE_EVERY
+        try:
+            _, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm, self._uuid)
+        except (LedgerError, AuditError) as err:
+            self._hub.log(f"{self.vm}: results that wait for it can't be given up: {err}")
+            return
+        # What is not there was delivered, which is not recorded yet.
+        self._outbox.update({cid: _EXPIRED for cid in expired if cid in self._outbox})
 
     async def _close(self):
         session, self._session = self._session, None
@@ -296,6 +314,8 @@ class Puller:
         while not self.ending:
             if self._find_after and time.monotonic() >= self._find_after:
                 await self._find_results()
+            if time.monotonic() >= self._expire_after:
+                await self._expire()
             await self._deliver()
             self._stream()
             if self._config != config:
@@ -318,11 +338,12 @@ class Puller:
             self._polling.add_done_callback(lambda _: self.wake())
             self._poll_began = time.monotonic()
         wait = self._until_key_look()
+        due = [self._expire_after]
         if self._outbox and not self._stranger:
-            wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
+            due.append(min(self._not_before.get(cid, 0.0) for cid in self._outbox))
         if self._find_after:
-            wait = min(wait, max(0.0, self._find_after - time.monotonic()))
-        await self._bell.wait(wait)
+            due.append(self._find_after)
+        await self._bell.wait(min(wait, max(0.0, min(due) - time.monotonic())))
         if not self._polling.done():
             if self._until_key_look() <= 0:
                 await self._look_at_key()
@@ -592,42 +613,48 @@ class Puller:
         self._hub.emit(self.vm, cid, "cancelled", {})
 
     async def _deliver(self):
-        """Deliver what waits."""
-        if self._stranger or not self._outbox or time.monotonic() < self._deliver_after:
+        """Deliver what waits, but for what the VM could not take a moment ago."""
+        now = time.monotonic()
+        waiting = {} if self._stranger else {cid: end for cid, end in self._outbox.items() if self._not_before.get(cid, 0.0) <= now}
+        if not waiting:
             return
-        waiting = dict(self._outbox)
         if all(end.result for end in waiting.values()):
             results = self._results(waiting)
         else:
             results = await self._hub.call(self._results, waiting)
         self._asked = True
-        reached = []
+        reached, failed = [], ()
         try:
             async for cid in self._session.deliver(results):
                 reached.append(cid)
         except AgentUnable as err:
-            # Its disk may be full. Whatever else it asks for is heard, and what it has of these is no beginning to go on from.
-            if not self._deliver_after:
-                # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
-                self._hub.log(f"{self.vm}: its results wait: {err}")
-            self._deliver_after = time.monotonic() + _DELIVER_AGAIN
-            for cid in waiting:
-                if cid in self._outflows:
-                    self._outflows[cid].stopped = True
-            return
+            failed = err.failed
+            self._keep_back(failed, err)
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
-                self._outbox.pop(cid, None)
-                self._outflows.pop(cid, None)
-                self._untold.discard(cid)
+                self._done_with(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})
-        self._deliver_after = 0.0
         for cid in waiting:
-            # Without a result there was nothing (any more) to deliver.
-            self._outbox.pop(cid, None)
-            self._outflows.pop(cid, None)
-            self._untold.discard(cid)
+            if cid not in failed:
+                # Without a result there was nothing (any more) to deliver.
+                self._done_with(cid)
+
+    def _keep_back(self, failed, err):
+        """Have results wait that the VM could not take: its disk may be full. Whatever else it asks for is heard."""
+        if not self._not_before:
+            # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
+            self._hub.log(f"{self.vm}: its results wait: {err}")
+        for cid in failed:
+            self._not_before[cid] = time.monotonic() + _DELIVER_AGAIN
+            if cid in self._outflows:
+                # What the VM has of it is no beginning to go on from.
+                self._outflows[cid].stopped = True
+
+    def _done_with(self, cid):
+        self._untold.discard(cid)
+        for at_hand in (self._outbox, self._outflows, self._not_before):
+            at_hand.pop(cid, None)
 
     def _results(self, waiting):
         found = []

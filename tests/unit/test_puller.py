@@ -11,6 +11,7 @@ import types
 
 import pytest
 from pullrpc import execution, sandbox, tags
+from pullrpc import puller as puller_module
 from pullrpc import service as service_module
 from pullrpc.aio import run
 from pullrpc.audit_read import history, query
@@ -84,7 +85,7 @@ class _Vm:
 
     def __init__(self):
         self.delivered, self.parts, self.dropped, self.taken = [], {}, [], []
-        self.is_full = False
+        self.is_full, self.too_large = False, set()
 
     async def hello(self):
         """Nothing to say."""
@@ -105,18 +106,21 @@ class _Vm:
         return True
 
     async def deliver(self, results):
+        failed = []
         for result in results:
+            if self.is_full or result.cid in self.too_large:
+                failed.append(result.cid)
+                continue
             for request, payload, done in _frames_of(result):
-                if self.is_full:
-                    raise AgentUnable("no space")
                 if request["op"] == "put":
                     has = self.parts.setdefault(result.cid, {})
-                    if request["offset"] > has.get(request["part"], 0):
-                        raise AgentUnable("a part of a result is missing")
+                    assert request["offset"] <= has.get(request["part"], 0)
                     has[request["part"]] = request["offset"] + len(payload)
                 if done:
                     self.delivered.append((result.cid, result.exit_code))
                     yield done
+        if failed:
+            raise AgentUnable("no space", failed)
 
     async def bye(self):
         """Nothing to say."""
@@ -305,18 +309,83 @@ def test_a_vm_whose_disk_is_full_is_still_heard_and_gets_its_results_later(dom0,
         vm.is_full = True
         await puller._deliver()
         assert vm.delivered == []
-        puller._deliver_after -= 60
+        _let_time_pass(puller)
         await puller._deliver()
         # It is said once, however often the VM does not take them.
         assert [text for text in hub.logged if "its results wait" in text] == hub.logged
         assert len(hub.logged) == 1
         vm.is_full = False
-        puller._deliver_after -= 60
+        _let_time_pass(puller)
         await puller._deliver()
         assert vm.delivered == [(cid, 0)]
-        assert puller._deliver_after == 0
+        assert not puller._not_before
 
     _play(dom0, scene, monkeypatch)
+
+
+def _let_time_pass(puller):
+    for cid in puller._not_before:
+        puller._not_before[cid] -= 60
+
+
+def test_a_result_that_its_vm_can_not_take_holds_up_none_of_the_others(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        large, *small = cids = [_done(dom0) for _ in range(3)]
+        vm.too_large = {large}
+        for cid in cids:
+            puller.finished(cid, Finished(status="done"))
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in small]
+        # What comes meanwhile does not wait for it, and it is not tried again with each of them.
+        vm.too_large.clear()
+        later = _done(dom0)
+        puller.finished(later, Finished(status="done"))
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in (*small, later)]
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in (*small, later, large)]
+        assert not puller._outbox and not puller._not_before
+        assert len(hub.logged) == 1
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_a_vm_does_not_take_is_given_up_while_its_session_lasts(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        monkeypatch.setattr(puller_module, "_EXPIRE_EVERY", 0.2)
+        monkeypatch.setattr(puller_module, "_DELIVER_AGAIN", 0.1)
+        monkeypatch.setattr(_Vm, "poll", _answer_when_the_session_ends, raising=False)
+        old, recorded = _done(dom0), _done(dom0)
+        vm.is_full = True
+        serving = asyncio.ensure_future(puller.run())
+        while not puller._not_before:
+            await asyncio.sleep(0.01)
+        # This one was delivered; that can't be recorded now.
+        puller._done_with(recorded)
+        dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+        while dom0.ledger.state("work", old)[0] != "delivered":
+            await asyncio.sleep(0.01)
+        vm.is_full = False
+        while not vm.delivered:
+            await asyncio.sleep(0.01)
+        puller.ending = True
+        puller.wake()
+        await serving
+        assert vm.delivered == [(old, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+async def _answer_when_the_session_ends(vm, wait, room):
+    await asyncio.sleep(60)
+
+
+def _done(dom0):
+    cid, request = _started(dom0)
+    dom0.execution._finish_ping(request, time.monotonic())
+    return cid
 
 
 def test_a_vm_that_takes_no_results_does_not_fill_dom0s_memory_with_them(dom0, monkeypatch):
