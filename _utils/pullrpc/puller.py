@@ -71,12 +71,14 @@ class Finished:
         result: pullrpc.results.Result, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
         closed: bool, whether all that is to be recorded of it is.
+        uuid: str, the qube that ``lost`` is for; empty when that is not known, None when the ledger could not tell.
     """
 
     status: str = ""
     result: tuple | None = None
     lost: str | None = None
     closed: bool = False
+    uuid: str | None = ""
 
 
 _EXPIRED = Finished(lost="the command ended, but its result waited too long for this qube and is gone", closed=True)
@@ -619,33 +621,35 @@ class Puller:
         if not waiting:
             return
         if all(end.result for end in waiting.values()):
-            results = self._results(waiting)
+            results, kept = self._results(waiting)
         else:
-            results = await self._hub.call(self._results, waiting)
+            results, kept = await self._hub.call(self._results, waiting)
         self._asked = True
-        reached, failed = [], ()
+        reached = []
         try:
             async for cid in self._session.deliver(results):
                 reached.append(cid)
         except AgentUnable as err:
-            failed = err.failed
-            self._keep_back(failed, err)
+            kept = {**kept, **dict.fromkeys(err.failed, str(err))}
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
                 self._done_with(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})
+        self._keep_back(kept)
         for cid in waiting:
-            if cid not in failed:
+            if cid not in kept:
                 # Without a result there was nothing (any more) to deliver.
                 self._done_with(cid)
 
-    def _keep_back(self, failed, err):
-        """Have results wait that the VM could not take: its disk may be full. Whatever else it asks for is heard."""
-        if not self._not_before:
+    def _keep_back(self, kept):
+        """Have results wait that the VM could not take, its disk may be full, or of which it can't be told whose they are; ``kept`` says why.
+        Whatever else it asks for is heard.
+        """
+        if kept and not self._not_before:
             # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
-            self._hub.log(f"{self.vm}: its results wait: {err}")
-        for cid in failed:
+            self._hub.log(f"{self.vm}: its results wait: {next(iter(kept.values()))}")
+        for cid in kept:
             self._not_before[cid] = time.monotonic() + _DELIVER_AGAIN
             if cid in self._outflows:
                 # What the VM has of it is no beginning to go on from.
@@ -657,16 +661,31 @@ class Puller:
             at_hand.pop(cid, None)
 
     def _results(self, waiting):
-        found = []
+        """What there is to deliver of what waits.
+
+        Returns:
+            (list of Delivery, dict of cid to str): that, and what has to wait on and why; the rest is not to be delivered.
+        """
+        found, kept = [], {}
         for cid, end in waiting.items():
             if end.lost:
-                found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost))))
+                try:
+                    found += self._reason(cid, end)
+                except LedgerError as err:
+                    kept[cid] = str(err)
                 continue
             result = end.result or self._hub.dom0.results.result(self.vm, cid)
             # A command of the qube that had this name before may have ended only now.
             if result is not None and is_of(result.uuid, self._uuid):
                 found.append(Delivery(cid, result.exit_code, result.parts, sent=self._sent(cid, end, result.parts)))
-        return found
+        return found, kept
+
+    def _reason(self, cid, end):
+        """The answer that says why there is no result, as a list; empty if that is none of this qube."""
+        uuid = self._hub.dom0.ledger.uuid(self.vm, cid) if end.uuid is None else end.uuid
+        if not is_of(uuid, self._uuid):
+            return []
+        return [Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost)))]
 
     def _sent(self, cid, end, parts):
         """How much of a result its VM has already."""

@@ -429,9 +429,16 @@ class Service:
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
             reason = f"the command was taken, but its end could not be recorded: {err}"
             self._lost[vm, cid] = reason
-            end = Finished(lost=reason)
+            end = Finished(lost=reason, uuid=self._uuid_in_ledger(vm, cid))
             self.log(f"{vm}: {cid}: {err}")
         self._post("finished", vm, cid, end)
+
+    def _uuid_in_ledger(self, vm, cid):
+        try:
+            return self.dom0.ledger.uuid(vm, cid)
+        except PullError:
+            # Whoever is to hear of it asks again.
+            return None
 
     def _end_unstarted(self, vm, cid, reason):
         """Finish a command that dom0's user was asked about, and that can't be started any more; in the thread that asks."""

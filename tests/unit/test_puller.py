@@ -17,7 +17,7 @@ from pullrpc.aio import run
 from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
-from pullrpc.errors import AgentUnable, FrameError, Refused
+from pullrpc.errors import AgentUnable, FrameError, LedgerError, Refused
 from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
@@ -813,3 +813,63 @@ def test_a_delivery_that_could_not_be_recorded_is_recorded_as_soon_as_it_can_be(
     finally:
         service.stop()
         thread.join(20)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_why_a_command_has_no_result_is_for_its_own_qube_alone(dom0, monkeypatch, is_known):
+    async def scene(puller, hub, vm):
+        told, closed = [], []
+        monkeypatch.setattr(hub, "emit", lambda vm, cid, what, data: told.append((cid, what)))
+        monkeypatch.setattr(hub, "close_deliveries", closed.extend)
+        cid = _claimed(dom0, b"echo secret", "one")
+        dom0.keyring.bind("work", "two")
+        hub.uuid = "two"
+        await puller._open()
+        puller.finished(cid, Finished(lost="the command was taken, but ...", uuid="one" if is_known else None))
+        await puller._deliver()
+        assert (vm.delivered, closed, puller._outbox) == ([], [], {})
+        assert (cid, "delivered") not in told
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_why_a_command_has_no_result_waits_until_it_can_be_told_whose_it_is(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, other = _claimed(dom0, b"echo secret", "one"), _done(dom0)
+        await puller._open()
+        puller.finished(cid, Finished(lost="the command was taken, but ...", uuid=None))
+        with monkeypatch.context() as unreadable:
+            unreadable.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
+            await puller._deliver()
+        # It holds up no other one.
+        assert vm.delivered == [(other, 0)]
+        assert list(puller._outbox) == [cid]
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert vm.delivered == [(other, 0), (cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def _can_not_tell(uuid, unreadable):
+    def look_up(vm, cid):
+        if cid == unreadable:
+            raise LedgerError("it can't be read")
+        return uuid(vm, cid)
+
+    return look_up
+
+
+@pytest.mark.parametrize(("is_readable", "uuid"), [(True, "one"), (False, None)])
+def test_what_has_no_recorded_end_is_told_with_the_qube_that_it_is_of(dom0, monkeypatch, is_readable, uuid):
+    def execute(vm, cid):
+        raise LedgerError("it can't be written")
+
+    service, told = service_module.Service(dom0, None, execute, lambda *_: None, lambda text: None), []
+    service._loop = types.SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
+    service._pullers["work"] = types.SimpleNamespace(finished=lambda cid, end: told.append((cid, end.uuid, "can't be written" in end.lost)))
+    cid = _claimed(dom0, b"echo a", "one")
+    if not is_readable:
+        monkeypatch.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
+    service._run_one("work", cid)
+    assert told == [(cid, uuid, True)]
