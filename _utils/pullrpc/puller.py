@@ -27,7 +27,7 @@ from .errors import (
 )
 from .ids import check_cid
 from .outflow import Outflow
-from .results import EXIT_FAILED, in_memory, is_of
+from .results import EXIT_FAILED, INTERRUPTED, in_memory, is_of
 from .session import Chunk, Delivery, NoAgent, Session
 from .tokens import TOKEN_MAX
 from .validate import check_size
@@ -91,7 +91,8 @@ class Puller:
         hub: what the loops share: ``dom0`` (Dom0), ``lines`` (Lines), ``verify`` (callable of vm, cid, command, token, which
             gives a dict with ``verified``, ``code`` and ``reason``), ``call`` (runs a function in a thread and gives an awaitable),
             ``served`` (callable that gives how many VMs are), ``uuid_of`` (coroutine function of a VM's name: which qube has it now),
-            ``close_deliveries`` (has results recorded as delivered, soon), ``spawn`` (runs a coroutine beside the loops), ``emit``
+            ``close_deliveries`` (has results recorded as delivered, soon), ``lose`` (callable of vm, cid and reason: has an end recorded that
+            could not be now), ``spawn`` (runs a coroutine beside the loops), ``emit``
             (callable of vm, cid, what, data), ``log`` (callable of str).
         vm: str, a checked name.
     """
@@ -448,12 +449,21 @@ class Puller:
         if end == "known":
             await self._spend()
         elif end == "late":
-            await self._hub.call(self._hub.dom0.execution.interrupt_queued, self.vm, cid)
-            self.finished(cid, Finished())
+            await self._end_unstarted(cid, INTERRUPTED, self._hub.dom0.execution.interrupt_queued)
         elif end is not None:
             self._hub.log(f"{self.vm}: {cid}: {end}")
-            await self._hub.call(self._hub.dom0.execution.finish_lost, self.vm, cid, str(end))
-            self.finished(cid, Finished())
+            await self._end_unstarted(cid, str(end), self._hub.dom0.execution.finish_lost, str(end))
+
+    async def _end_unstarted(self, cid, reason, finish, *args):
+        """Finish a command that was claimed and can't be started. Its VM hears of it, whether or not that can be recorded now."""
+        try:
+            await self._hub.call(finish, self.vm, cid, *args)
+        except PullError as err:
+            self._hub.log(f"{self.vm}: {cid}: {err}")
+            self._hub.lose(self.vm, cid, reason)
+            self.finished(cid, Finished(lost=reason, uuid=self._uuid))
+            return
+        self.finished(cid, Finished())
 
     def _accept_all(self, listed):
         """Verify, keep, claim and queue commands that came whole; in a thread.
@@ -605,7 +615,7 @@ class Puller:
         if not await self._hub.call(self._hub.dom0.execution.is_of, self.vm, cid, self._uuid):
             return
         if self._hub.lines.withdraw(self.vm, cid):
-            await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
+            await self._drop_queued(cid)
         else:
             await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid)
         self._untold.discard(cid)
@@ -613,6 +623,14 @@ class Puller:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
             self._outflows[cid].stopped = True
         self._hub.emit(self.vm, cid, "cancelled", {})
+
+    async def _drop_queued(self, cid):
+        try:
+            await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
+        except PullError as err:
+            # It stands in no line any more: nobody else would finish it.
+            self._hub.log(f"{self.vm}: {cid}: {err}")
+            self._hub.lose(self.vm, cid, "its client gave it up before it began")
 
     async def _deliver(self):
         """Deliver what waits, but for what the VM could not take a moment ago."""

@@ -18,7 +18,7 @@ from .errors import PullError, TransportError
 from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
-from .results import of_bytes
+from .results import INTERRUPTED, of_bytes
 from .transport import running_vms, uuids
 from .watch import Watcher
 
@@ -212,6 +212,15 @@ class Service:
         self._to_close += results
         if results and len(self._to_close) == len(results):
             self.spawn(self._close_deliveries())
+
+    def lose(self, vm, cid, reason):
+        """Have a command's end recorded as soon as it can be: it could not be now. From whatever thread.
+
+        Args:
+            vm, cid: str.
+            reason: str, one sentence for its client, if there is no result.
+        """
+        self._lost[vm, cid] = reason
 
     async def _close_deliveries(self):
         while self._to_close:
@@ -428,28 +437,30 @@ class Service:
         except Exception as err:  # noqa: BLE001 - whatever it is, a thread that dies would take the answer with it
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
             reason = f"the command was taken, but its end could not be recorded: {err}"
-            self._lost[vm, cid] = reason
-            end = Finished(lost=reason, uuid=self._uuid_in_ledger(vm, cid))
-            self.log(f"{vm}: {cid}: {err}")
+            end = self._lost_end(vm, cid, reason, err)
         self._post("finished", vm, cid, end)
 
-    def _uuid_in_ledger(self, vm, cid):
+    def _lost_end(self, vm, cid, reason, err):
+        """Note an end that could not be recorded, and make what its VM is told meanwhile."""
+        self.log(f"{vm}: {cid}: {err}")
+        self.lose(vm, cid, reason)
         try:
-            return self.dom0.ledger.uuid(vm, cid)
+            return Finished(lost=reason, uuid=self.dom0.ledger.uuid(vm, cid))
         except PullError:
             # Whoever is to hear of it asks again.
-            return None
+            return Finished(lost=reason, uuid=None)
 
     def _end_unstarted(self, vm, cid, reason):
         """Finish a command that dom0's user was asked about, and that can't be started any more; in the thread that asks."""
+        end = Finished()
         try:
             if reason is None:
                 self.dom0.execution.interrupt_queued(vm, cid)
             else:
                 self.dom0.execution.finish_lost(vm, cid, reason)
         except PullError as err:
-            self.log(f"{vm}: {cid}: {err}")
-        self._post("finished", vm, cid, Finished())
+            end = self._lost_end(vm, cid, reason or INTERRUPTED, err)
+        self._post("finished", vm, cid, end)
 
     def _asks_another(self):
         """Have the note for whoever asks for the status written anew; in the thread that asks."""

@@ -17,7 +17,7 @@ from pullrpc.aio import run
 from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
-from pullrpc.errors import AgentUnable, FrameError, LedgerError, Refused
+from pullrpc.errors import AgentUnable, AuditError, FrameError, LedgerError, Refused, ThreadError
 from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
@@ -873,3 +873,113 @@ def test_what_has_no_recorded_end_is_told_with_the_qube_that_it_is_of(dom0, monk
         monkeypatch.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
     service._run_one("work", cid)
     assert told == [(cid, uuid, True)]
+
+
+class _Unwritable:
+    """An audit log, or a ledger, that can't be written for a while: what is asked of it fails."""
+
+    def __init__(self, monkeypatch, target, name, error):
+        self._monkeypatch, self._args = monkeypatch.context(), (target, name, self._fail)
+        self._error = error
+
+    def __enter__(self):
+        self._monkeypatch.__enter__().setattr(*self._args)
+
+    def __exit__(self, *caught):
+        return self._monkeypatch.__exit__(*caught)
+
+    def _fail(self, *_, **__):
+        raise self._error
+
+
+def _failing(dom0):
+    """What may fail of dom0 as it records the end of a command that waited, one after the other."""
+    return {
+        "audit": (dom0.audit, "write", AuditError("full")),
+        "start": (dom0.ledger, "start", LedgerError("full")),
+        "finish": (dom0.ledger, "finish", LedgerError("full")),
+        "close": (dom0.ledger, "delivered", LedgerError("full")),
+    }
+
+
+def _service_of(dom0, hub):
+    """A service that stands in for the loops' own, for what it records later."""
+    service = service_module.Service(dom0, None, None, lambda *_: None, hub.log)
+    service.call, service.spawn = hub.call, hub.spawn
+    hub.lose = service.lose
+    return service
+
+
+@pytest.mark.parametrize("fails", ["audit", "start", "finish", "close"])
+def test_a_waiting_command_that_is_cancelled_while_nothing_can_be_recorded_ends_when_it_can(dom0, monkeypatch, fails):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        service._pullers["work"] = puller
+        await puller._open()
+        (_, one), (cid, item) = _item(), _item()
+        dom0.config = make_config({**_folders(dom0), "parallel": 1})
+        await puller._take_in([one, item], [])
+        while not hub.lines._pool.busy():
+            await asyncio.sleep(0.01)
+        with _Unwritable(monkeypatch, *_failing(dom0)[fails]):
+            await puller._cancel(cid)
+            await service._record_lost()
+        assert vm.dropped == [cid]
+        # That it begins need not be recorded any more where it ends.
+        assert (dom0.ledger.state("work", cid)[0] == "delivered") is (fails == "start")
+        await service._record_lost()
+        assert dom0.ledger.state("work", cid)[0] == "delivered"
+        assert not os.path.exists(dom0.spool.path("work", cid))
+        assert not dom0.execution._cancelled_early
+        # Nobody waits for it.
+        await puller._deliver()
+        assert vm.delivered == []
+        assert service._lost == {}
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize("end", ["late", ThreadError("no thread")])
+@pytest.mark.parametrize("fails", ["audit", "finish"])
+def test_a_command_that_can_not_be_started_while_nothing_can_be_recorded_is_told_at_once_and_recorded_when_it_can_be(dom0, monkeypatch, end, fails):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        await puller._open()
+        cid, item = _item()
+        request = dom0.intake.admit("work", cid, item.command, item.token, -1, "one")
+        assert dom0.intake.claim([(request, 0)]) == {}
+        monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
+        with _Unwritable(monkeypatch, *_failing(dom0)[fails]):
+            await puller._took(cid, end, item)
+            await puller._deliver()
+            await service._record_lost()
+        assert vm.delivered == [(cid, 125)]
+        assert dom0.ledger.state("work", cid)[0] in ("claimed", "running")
+        await service._record_lost()
+        while dom0.ledger.state("work", cid)[0] != "delivered":
+            await asyncio.sleep(0.01)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize("reason", [None, "no thread"])
+def test_a_command_that_was_answered_and_can_not_be_started_is_recorded_when_it_can_be(dom0, monkeypatch, reason):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        service._loop = asyncio.get_running_loop()
+        service._pullers["work"] = puller
+        monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
+        await puller._open()
+        cid = _claimed(dom0, b"echo a", "one")
+        with _Unwritable(monkeypatch, *_failing(dom0)["audit"]):
+            await hub.call(service._end_unstarted, "work", cid, reason)
+            await asyncio.sleep(0)
+            await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+        await service._record_lost()
+        while dom0.ledger.state("work", cid)[0] != "delivered":
+            await asyncio.sleep(0.01)
+
+    _play(dom0, scene, monkeypatch)
