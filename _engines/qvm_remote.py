@@ -40,6 +40,7 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm``, 
 """
 
 import collections
+import contextlib
 import logging
 import os
 import signal
@@ -111,8 +112,9 @@ def _serve_until_stopped(config, signals, events, notifier):
             continue
         try:
             service = _make_service(config, signals, events, notifier)
-            if not signals.is_idle:
-                service.run()
+            with contextlib.closing(service):
+                if not signals.is_idle:
+                    service.run()
         except pullrpc.errors.EngineBusy as err:
             if not waiting_logged:
                 log.warning("%s; waiting for it to end", err)

@@ -7,8 +7,10 @@ It never starts a VM. Only one runs at a time (see lock); what a dead one left b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import threading
 import time
 
 from . import __version__, note, sandbox
@@ -61,6 +63,8 @@ class Service:
         self._execute = execute
         # A pipe, not an Event: stop() must be safe in a signal handler that interrupted whatever.
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Re-entrant: the one that is interrupted may be the one that holds it.
+        self._wake_lock = threading.RLock()
         self._loop = None
         self._bell = None
         self._threads = None
@@ -82,12 +86,12 @@ class Service:
         self.lines = Lines(dom0, self._run_one, self._end_unstarted, emit, log, self._asks_another)
 
     def run(self):
-        """Serve until :meth:`stop` is called.
+        """Serve until :meth:`stop` is called, once.
 
         Raises:
             EngineBusy: another service holds the lock; PullError: the ledger or a folder can't be used.
         """
-        with EngineLock(self.dom0.config.run_dir, takes_signals=True):
+        with contextlib.closing(self), EngineLock(self.dom0.config.run_dir, takes_signals=True):
             self._note("started", version=__version__, settings=digest(self.dom0.config))
             self._begin()
             try:
@@ -104,16 +108,25 @@ class Service:
         Raises:
             EngineBusy, PullError: as for :meth:`run`.
         """
-        with EngineLock(self.dom0.config.run_dir):
+        with contextlib.closing(self), EngineLock(self.dom0.config.run_dir):
             self._begin()
             return run(self._in_loop(self._serve_once()))
 
+    def close(self):
+        """Hold nothing open any more; :meth:`run` and :meth:`run_once` do that in the end, whoever makes a service and runs neither has to."""
+        with self._wake_lock:
+            ends = self._wake_read, self._wake_write
+            self._wake_read = self._wake_write = None
+            for fd in ends:
+                if fd is not None:
+                    os.close(fd)
+
     def stop(self):
-        """Ask :meth:`run` to end; may be called from a signal handler."""
+        """Ask :meth:`run` to end; may be called from a signal handler, at any time."""
         self._wake(b"!")
 
     def reload(self):
-        """Ask :meth:`run` to take new settings over; may be called from a signal handler."""
+        """Ask :meth:`run` to take new settings over; may be called from a signal handler, at any time."""
         self._wake(b"r")
 
     def call(self, function, *args):
@@ -255,11 +268,15 @@ class Service:
             self.log(f"a step failed: {task.exception()}")
 
     def _wake(self, word):
-        try:
-            os.write(self._wake_write, word)
-        except BlockingIOError:
-            # Full of earlier calls: it knows.
-            return
+        with self._wake_lock:
+            if self._wake_write is None:
+                # It has ended. Its descriptor may be somebody else's by now.
+                return
+            try:
+                os.write(self._wake_write, word)
+            except BlockingIOError:
+                # Full of earlier calls: it knows.
+                return
 
     def _begin(self):
         # What a dead service left says nothing of this one.

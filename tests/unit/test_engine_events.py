@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 import time
+import types
 
 import pytest
 
@@ -117,3 +118,15 @@ def test_commands_whose_end_nobody_hears_of_are_not_kept_in_mind(engine, events,
     for number in range(100):
         events.note("work", str(number), "accepted")
     assert len(events._on_way) <= 1
+
+
+def test_a_service_that_is_not_to_run_any_more_holds_nothing_open(engine, monkeypatch):
+    signals, done = types.SimpleNamespace(is_set=False, is_idle=False), []
+
+    def make(*_):
+        signals.is_idle = signals.is_set = True
+        return types.SimpleNamespace(run=lambda: done.append("run"), close=lambda: done.append("close"))
+
+    monkeypatch.setattr(engine, "_make_service", make)
+    engine._serve_until_stopped({}, signals, None, None)
+    assert done == ["close"]
