@@ -107,21 +107,26 @@ class Execution:
         Args:
             vm, cid: str.
 
+        Returns:
+            bool, False when there is nothing to have done with: it was never claimed, or its result has arrived.
+
         Raises:
-            LedgerError: the ledger can't be read or written.
+            LedgerError, AuditError: the ledger can't be read, or this not be recorded.
         """
         with self._lock:
             # Under the lock, so that a command about to run either is seen running here or sees this mark.
             running = self._running.get((vm, cid))
             if running is not None:
                 running.stop("cancelled")
-                return
+                return True
             seen = self._stores.ledger.state(vm, cid)
             if seen and seen[0] in (CLAIMED, RUNNING):
                 self._cancelled_early.add((vm, cid))
-                return
-        if seen and seen[0] == DONE:
-            self._results.close_delivery(vm, cid, "given-up")
+                return True
+        if not seen or seen[0] != DONE:
+            return False
+        self._results.close_delivery(vm, cid, "given-up")
+        return True
 
     def answer(self, request, word, reason, run_as):
         """Note what dom0's user said of a command that waits.

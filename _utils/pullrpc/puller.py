@@ -616,8 +616,9 @@ class Puller:
             return
         if self._hub.lines.withdraw(self.vm, cid):
             await self._drop_queued(cid)
-        else:
-            await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid)
+        elif not await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid):
+            # No event for whatever name the VM makes up.
+            return
         self._untold.discard(cid)
         if cid in self._outflows:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.

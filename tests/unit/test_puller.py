@@ -983,3 +983,24 @@ def test_a_command_that_was_answered_and_can_not_be_started_is_recorded_when_it_
             await asyncio.sleep(0.01)
 
     _play(dom0, scene, monkeypatch)
+
+
+def test_nobody_is_told_of_a_cancel_of_what_is_not_on_its_way(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        told = []
+        monkeypatch.setattr(hub, "emit", lambda vm, cid, what, data: told.append(cid) if what == "cancelled" else None)
+        await puller._open()
+        delivered, done, never, (cid, item) = _done(dom0), _done(dom0), new_cid(), _item()
+        dom0.results.close_delivery("work", delivered)
+        running, _ = _started(dom0)
+        await puller._take_in([item], [])
+        ids = [never, delivered, cid, running, done, never, cid]
+        for one in ids:
+            await puller._cancel(one)
+        assert told[:3] == [cid, running, done]
+        # Whatever it is, the VM hears that it is done with.
+        assert vm.dropped == ids
+        assert never not in told and delivered not in told
+        assert dom0.ledger.state("work", done)[0] == "delivered"
+
+    _play(dom0, scene, monkeypatch)
