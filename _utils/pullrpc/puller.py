@@ -53,8 +53,8 @@ _AT_HAND_MAX = 1 << 20
 _DELIVER_AGAIN = 5.0
 #: How often it is looked in a session for results that wait for too long, seconds: a session may last for weeks.
 _EXPIRE_EVERY = 3600.0
-#: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
-#: taken for the answer to another request under the same id.
+#: Codes of what is refused before its token is known to fit; what may be refused later has others. dom0 signs nothing for whoever may not
+#: have the key: it would be taken for the answer to another request under the same id.
 _BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity", "gone")
 #: How such a VM shows up in the status.
 _STRANGER = "stranger"

@@ -1004,3 +1004,30 @@ def test_nobody_is_told_of_a_cancel_of_what_is_not_on_its_way(dom0, monkeypatch)
         assert dom0.ledger.state("work", done)[0] == "delivered"
 
     _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize(("what", "code"), [("question", "question"), ("stdin", "stdin"), ("command", "size")])
+def test_what_is_refused_after_its_token_was_found_to_fit_is_refused_with_a_proof(dom0, monkeypatch, what, code):
+    dom0.config = make_config({**_folders(dom0), "stdin_max": 10, "command_max": 50_000, "vms": {"work": {"policy": {"ask": [["echo", "**"]]}}}})
+    sent = {}
+
+    async def deliver(vm, results):
+        for result in results:
+            sent[result.cid] = b"".join(result.parts["meta"][1](0))
+            yield result.cid
+
+    async def scene(puller, hub, vm):
+        await puller._open()
+        command = b"echo " + b"a" * {"question": 40_000, "command": 50_000}.get(what, 1)
+        cid = new_cid()
+        token = make_token(KEY, "work", cid, 10, "shell", command, b"x" * 32 if what == "stdin" else b"")
+        item = Item(cid, len(command), len(token), 11 if what == "stdin" else -1, command, token)
+        await puller._take_in([item], [])
+        assert list(sent) == [cid]
+        # For what was not looked at yet dom0 vouches for nothing.
+        assert sent[cid].startswith(b"mac -\n") is (what == "command")
+        (row,) = history(dom0.config.audit_log, outcome="refused")
+        assert (row["code"], "command" in row) == (code, what != "command")
+
+    monkeypatch.setattr(_Vm, "deliver", deliver)
+    _play(dom0, scene, monkeypatch)
