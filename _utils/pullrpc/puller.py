@@ -278,6 +278,7 @@ class Puller:
         """Have in the outbox whatever waits for this VM. A ledger that can't tell now is asked again; what is asked for meanwhile is
         refused, with the reason.
         """
+        self._expire_after = time.monotonic() + _EXPIRE_EVERY
         try:
             waiting, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm, self._uuid)
         except (LedgerError, AuditError) as err:
@@ -286,7 +287,6 @@ class Puller:
             self._find_after = time.monotonic() + _DELIVER_AGAIN
             return
         self._find_after = 0.0
-        self._expire_after = time.monotonic() + _EXPIRE_EVERY
         # What ended in this moment is in the outbox already, and may be in no list.
         self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, _EXPIRED)}
 
@@ -432,7 +432,9 @@ class Puller:
             listed.pop(untrusted_cid, None)
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
-            for cid, end in (await self._hub.call(self._accept_all, whole)).items():
+            ends = await self._hub.call(self._accept_all, whole)
+            # Refusals last: what was claimed is seen to also where the session breaks over one of them.
+            for cid, end in sorted(ends.items(), key=lambda one: isinstance(one[1], Refused)):
                 await self._took(cid, end, listed[cid])
         for cid, item in listed.items():
             if cid not in whole:

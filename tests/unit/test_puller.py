@@ -2,6 +2,7 @@
 """One VM's pull loop on the real ledger, spool and keyring: no ending of a command at an awkward moment loses or garbles its result."""
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -1030,4 +1031,17 @@ def test_what_is_refused_after_its_token_was_found_to_fit_is_refused_with_a_proo
         assert (row["code"], "command" in row) == (code, what != "command")
 
     monkeypatch.setattr(_Vm, "deliver", deliver)
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_was_claimed_and_can_not_be_started_is_ended_though_the_session_breaks_over_a_refusal(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        refused, (cid, item) = _item()[1], _item()
+        hub.lines.close()
+        vm.is_full = True
+        with pytest.raises(AgentUnable):
+            await puller._take_in([dataclasses.replace(refused, token=b"none", token_size=4), item], [])
+        assert dom0.ledger.state("work", cid)[0] == "done"
+
     _play(dom0, scene, monkeypatch)
