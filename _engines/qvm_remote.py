@@ -40,6 +40,7 @@ Events on the minion's bus, and on its master's if it has one, all with ``vm``, 
 """
 
 import collections
+import contextlib
 import logging
 import os
 import signal
@@ -111,8 +112,9 @@ def _serve_until_stopped(config, signals, events, notifier):
             continue
         try:
             service = _make_service(config, signals, events, notifier)
-            if not signals.is_idle:
-                service.run()
+            with contextlib.closing(service):
+                if not signals.is_idle:
+                    service.run()
         except pullrpc.errors.EngineBusy as err:
             if not waiting_logged:
                 log.warning("%s; waiting for it to end", err)
@@ -247,6 +249,8 @@ class _Events:
         #: Commands that are on their way, and when they were accepted; the oldest first.
         self._on_way = {}
         self._closing = False
+        #: Opened for the first event, and anew after one that could not be fired.
+        self._bus, self._is_failing = None, False
         lock = threading.Lock()
         # Two of them: an event that comes is no reason to wake the thread while it gives way to commands.
         self._arrived, self._calmed = threading.Condition(lock), threading.Condition(lock)
@@ -317,7 +321,7 @@ class _Events:
             del self._on_way[oldest]
 
     def _work(self):
-        with salt.utils.event.get_event("minion", opts=self._opts, listen=False) as bus:
+        with contextlib.ExitStack() as buses:
             while True:
                 event = self._next()
                 if event is None:
@@ -325,8 +329,21 @@ class _Events:
                 taken, tag, data = event
                 self._wait_for_calm(taken)
                 began = time.monotonic()
-                bus.fire_event(data, tag)
-                if self._has_master:
-                    # The minion passes what it finds under this tag on to its master.
-                    bus.fire_master(data, tag)
+                self._fire(buses, tag, data)
                 time.sleep(min(_EVENTS_REST_MAX, _EVENTS_REST * (time.monotonic() - began)))
+
+    def _fire(self, buses, tag, data):
+        try:
+            self._bus = self._bus or buses.enter_context(salt.utils.event.get_event("minion", opts=self._opts, listen=False))
+            self._bus.fire_event(data, tag)
+            if self._has_master:
+                # The minion passes what it finds under this tag on to its master.
+                self._bus.fire_master(data, tag)
+            self._is_failing = False
+        except Exception as err:  # noqa: BLE001 - whatever it is, the next event is to be fired
+            if not self._is_failing:
+                # The first in a row: those that follow fail for the same reason.
+                log.warning("qvm-remote: events can't be fired; commands run all the same: %s", err)
+            self._is_failing, self._bus = True, None
+            with contextlib.suppress(Exception):
+                buses.close()

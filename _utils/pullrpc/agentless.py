@@ -35,8 +35,6 @@ _KEY_MAX = 66
 _REJECTS_MAX = 50
 #: Ended without a queue.
 _NO_QUEUE = 3
-#: Ended because a result could not be written down.
-_NO_ROOM = 4
 
 _D8 = "[0-9]" * 8
 _D6 = "[0-9]" * 6
@@ -155,6 +153,16 @@ done
 echo END
 """
 
+# What was written of a result that does not fit is not to take the others' room. Where the last of its files is there it has arrived before.
+_GIVE_UP = """\
+give_up() {
+    rm -rf "$half"
+    [ -e "../results/$1.exit" ] || rm -rf "../results/$1.out" "../results/$1.err" "../results/$1.meta"
+}
+"""
+#: What ends an answer that is whole.
+_END = b"END\n"
+
 
 class Agentless:
     """Turns with a VM that has no agent; used as a :class:`pullrpc.session.Session` is.
@@ -245,16 +253,19 @@ class Agentless:
     async def deliver(self, results):
         """See :meth:`pullrpc.session.Session.deliver`; all results go in one run."""
         results = list(results)
+        cids = [result.cid for result in results]
         total = sum(size for result in results for size, _ in result.parts.values())
         self._wanted.ring()
-        code, untrusted_output = await self._run(self._delivery(results), 64, self._config.answer_wait + total // _RATE_MIN)
+        longest = sum(len(cid) + 1 for cid in cids) + len(_END)
+        code, untrusted_output = await self._run(self._delivery(results), longest, self._config.answer_wait + total // _RATE_MIN)
         self._wanted.clear()
-        if code == _NO_ROOM:
-            raise AgentUnable("the qube could not take its results (is its disk full?)")
-        if code or untrusted_output != b"END\n":
+        if code or not (b"\n" + untrusted_output).endswith(b"\n" + _END):
             raise SessionBroken("the qube could not be given its results (is it running?)")
-        for result in results:
-            yield result.cid
+        reached = _read_reached(untrusted_output, cids)
+        for cid in reached:
+            yield cid
+        if len(reached) < len(cids):
+            raise AgentUnable("the qube could not take its results (is its disk full?)", [cid for cid in cids if cid not in reached])
 
     async def bye(self):
         """Tell the VM what is left to tell."""
@@ -275,20 +286,22 @@ class Agentless:
         return "".join(told)
 
     def _delivery(self, results):
-        yield f"{_BEGIN}{self._news()}set -e\ntrap 'exit {_NO_ROOM}' EXIT\n".encode("ascii")
+        yield (_BEGIN + self._news() + _GIVE_UP).encode("ascii")
         for result in results:
             cid, exit_code, parts = result.cid, result.exit_code, result.parts
+            yield b"ok=1\n"
             for part in ("out", "err", "meta"):
-                # Opened once: nobody puts another file in its place between two pieces.
-                yield f'new ../results/{cid}.{part}; exec 3> "$half"\n'.encode("ascii")
+                # Opened once: nobody puts another file in its place between two pieces. As an argument of "command" it does not end the shell
+                # where it fails.
+                yield f'[ -z "$ok" ] || {{ new ../results/{cid}.{part}; command exec 3> "$half"; }} || ok=\n'.encode("ascii")
                 for chunk in parts[part][1](0):
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
-                        yield b"base64 -d >&3 <<'END'\n" + piece + b"END\n"
-                yield f"exec 3>&-; keep ../results/{cid}.{part}\n".encode("ascii")
-            yield f'new ../results/{cid}.exit; echo {exit_code} > "$half"; keep ../results/{cid}.exit\n'.encode("ascii")
-            yield _forget(cid).encode("ascii")
-        yield b"trap - EXIT\necho END\n"
+                        yield b"[ -z \"$ok\" ] || base64 -d >&3 <<'END' || ok=\n" + piece + b"END\n"
+                yield f'exec 3>&-; [ -z "$ok" ] || keep ../results/{cid}.{part} || ok=\n'.encode("ascii")
+            yield f'[ -z "$ok" ] || {{ new ../results/{cid}.exit; echo {exit_code} > "$half" && keep ../results/{cid}.exit; }} || ok=\n'.encode("ascii")
+            yield f'if [ -z "$ok" ]; then give_up {cid}; else echo {cid}; {_forget(cid).rstrip()}; fi\n'.encode("ascii")
+        yield b"echo END\n"
 
 
 def _take(cid):
@@ -327,6 +340,14 @@ def _read_listing(untrusted_output, room):
     if len(items) > min(room, ITEMS_MAX) or len(cancels) > CANCELS_MAX:
         raise FrameError("the qube's list is too long")
     return items, cancels, has_agent
+
+
+def _read_reached(untrusted_output, cids):
+    lines = untrusted_output.split(b"\n")[:-2]
+    reached = [cid for cid in cids if cid.encode("ascii") in lines]
+    if lines != [cid.encode("ascii") for cid in reached]:
+        raise FrameError("the qube named a result that it was not sent, or named one twice")
+    return reached
 
 
 def _read_found(untrusted_output):

@@ -76,7 +76,16 @@ class SessionBroken(PullError):
 
 
 class AgentUnable(SessionBroken):
-    """The VM's agent says that it can't do what it was asked; the session is sound, and may go on."""
+    """The VM's agent says that it can't do what it was asked; the session is sound, and may go on.
+
+    Args:
+        message: what it could not do.
+        failed: ids of the results that it did not take, if it was about results; all others reached it.
+    """
+
+    def __init__(self, message, failed=()):
+        super().__init__(message)
+        self.failed = tuple(failed)
 
 
 class FrameError(SessionBroken):

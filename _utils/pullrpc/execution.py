@@ -17,7 +17,7 @@ from .errors import AuditError, KeyringError, LedgerError, Refused, SandboxError
 from .gate import authenticate, check_policy
 from .ledger import CLAIMED, DONE, RUNNING
 from .question import YES
-from .results import EXIT_FAILED, is_of, meta_of, meta_of_digests, reason_line
+from .results import EXIT_FAILED, INTERRUPTED, is_of, meta_of, meta_of_digests, reason_line
 from .sandbox_slots import interpreter
 from .spool import ERR, META, OUT
 from .tokens import TOKEN_MAX, chunk_mac
@@ -28,7 +28,6 @@ _SHELL = "/bin/bash"
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_steps.py"), encoding="utf-8") as _file:
     _RUN_STEPS = _file.read()
 _NOT_WAITING = "this command is not waiting to run; nothing is ever run twice"
-_INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
 
 class Execution:
@@ -43,6 +42,7 @@ class Execution:
         self._stores = stores
         self._results = results
         self._running = {}
+        #: (vm, cid) whose clients gave up, and whose ends are not recorded yet as far as that goes.
         self._cancelled_early = set()
         #: What dom0's user said of commands that wait: (vm, cid) to (token MAC, word, reason).
         self._answers = {}
@@ -107,21 +107,26 @@ class Execution:
         Args:
             vm, cid: str.
 
+        Returns:
+            bool, False when there is nothing to have done with: it was never claimed, or its result has arrived.
+
         Raises:
-            LedgerError: the ledger can't be read or written.
+            LedgerError, AuditError: the ledger can't be read, or this not be recorded.
         """
         with self._lock:
             # Under the lock, so that a command about to run either is seen running here or sees this mark.
             running = self._running.get((vm, cid))
             if running is not None:
                 running.stop("cancelled")
-                return
+                return True
             seen = self._stores.ledger.state(vm, cid)
             if seen and seen[0] in (CLAIMED, RUNNING):
                 self._cancelled_early.add((vm, cid))
-                return
-        if seen and seen[0] == DONE:
-            self._results.close_delivery(vm, cid, "given-up")
+                return True
+        if not seen or seen[0] != DONE:
+            return False
+        self._results.close_delivery(vm, cid, "given-up")
+        return True
 
     def answer(self, request, word, reason, run_as):
         """Note what dom0's user said of a command that waits.
@@ -158,17 +163,31 @@ class Execution:
 
         Args:
             vm, cid: str.
+
+        Raises:
+            LedgerError, AuditError: it can't be recorded now; :meth:`finish_lost` does that later.
         """
+        with self._lock:
+            # First of all: whoever finishes it in the end keeps no result.
+            self._cancelled_early.add((vm, cid))
         if self._stores.ledger.start(vm, cid):
             self._finish_cancelled(vm, cid, 0.0)
+            return
+        with self._lock:
+            self._cancelled_early.discard((vm, cid))
 
     def interrupt_queued(self, vm, cid):
-        """Finish a command that was claimed and will not be started: the service stops."""
+        """Finish a command that was claimed and will not be started: the service stops.
+
+        Raises:
+            LedgerError, AuditError: it can't be recorded now; :meth:`finish_lost` does that later.
+        """
         if self._stores.ledger.start(vm, cid):
-            self._finish_without_run(vm, cid, _INTERRUPTED, "interrupted", self._results.key_of(vm, cid))
+            self._finish_without_run(vm, cid, INTERRUPTED, "interrupted", self._results.key_of(vm, cid))
 
     def finish_lost(self, vm, cid, reason):
         """Finish a command that could not be started, or has ended and its end could not be recorded then. Nothing is done if it is by now.
+        Nothing is kept of one whose client gave up.
 
         Args:
             vm, cid: str.
@@ -180,6 +199,8 @@ class Execution:
         seen = self._stores.ledger.state(vm, cid)
         if seen and seen[0] in (CLAIMED, RUNNING):
             self._finish_left(vm, cid, reason, "failed")
+        elif (vm, cid) in self._cancelled_early:
+            self._close_given_up(vm, cid)
 
     def warm(self):
         """Have a supervisor wait for the first command.
@@ -202,7 +223,7 @@ class Execution:
         ledger_file.sweep(self._stores.ledger_path)
         left = self._stores.ledger.unfinished()
         for vm, cid in left:
-            self._finish_left(vm, cid, _INTERRUPTED, "interrupted")
+            self._finish_left(vm, cid, INTERRUPTED, "interrupted")
         self._stores.spool.sweep(self._stores.ledger.open_commands())
         for vm in self._stores.ledger.open_counts():
             # One that comes back in less than that is told. Others may be gone for good.
@@ -298,7 +319,7 @@ class Execution:
         }
         try:
             if outcome.cancelled:
-                self._stores.spool.append(vm, cid, ERR, reason_line(_INTERRUPTED))
+                self._stores.spool.append(vm, cid, ERR, reason_line(INTERRUPTED))
             digests = self._stores.spool.digest(vm, cid, OUT), self._stores.spool.digest(vm, cid, ERR)
             self._stores.spool.store_text(vm, cid, META, meta_of_digests(request.key, cid, digests, exit_code, status, extra))
         except SpoolError as err:
@@ -347,9 +368,9 @@ class Execution:
         return self._record(vm, cid, EXIT_FAILED, status, 0.0)
 
     def _finish_cancelled(self, vm, cid, seconds, **sizes):
-        result = self._record(vm, cid, EXIT_FAILED, "cancelled", seconds, **sizes)
-        self._results.close_delivery(vm, cid)
-        return result
+        with self._lock:
+            self._cancelled_early.add((vm, cid))
+        return self._record(vm, cid, EXIT_FAILED, "cancelled", seconds, **sizes)
 
     def _record(self, vm, cid, exit_code, status, seconds, **more):
         # First of all: an end that can't be recorded here stays open in the ledger, and the next start of the service closes it.
@@ -359,10 +380,15 @@ class Execution:
         with self._lock:
             self._answers.pop((vm, cid), None)
             given_up = (vm, cid) in self._cancelled_early
-            self._cancelled_early.discard((vm, cid))
-        if given_up and status != "cancelled":
-            self._results.close_delivery(vm, cid, "given-up")
+        if given_up:
+            self._close_given_up(vm, cid, "delivered" if status == "cancelled" else "given-up")
         return {"exit": exit_code, "status": status, "seconds": round(seconds, 3)}
+
+    def _close_given_up(self, vm, cid, what="given-up"):
+        self._results.close_delivery(vm, cid, what)
+        with self._lock:
+            # Only now: if that failed, it is known what is left to do.
+            self._cancelled_early.discard((vm, cid))
 
 
 class _Running:

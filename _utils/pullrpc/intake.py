@@ -88,7 +88,7 @@ class Intake:
                 raise Refused("replay", "another qube had this name when it used this id; send it again")
             return None
         config = self._stores.config.for_vm(vm)
-        check_size(untrusted_stdin_size, config.stdin_max, "stdin")
+        check_size(untrusted_stdin_size, config.stdin_max, "stdin", "stdin")
         if (untrusted_stdin_size >= 0) != bool(request.stdin_digest):
             raise Refused("stdin", "stdin is not what was signed")
         self._rates.check(vm, config.rate, config.rate_day)

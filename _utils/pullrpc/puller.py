@@ -27,7 +27,7 @@ from .errors import (
 )
 from .ids import check_cid
 from .outflow import Outflow
-from .results import EXIT_FAILED, in_memory, is_of
+from .results import EXIT_FAILED, INTERRUPTED, in_memory, is_of
 from .session import Chunk, Delivery, NoAgent, Session
 from .tokens import TOKEN_MAX
 from .validate import check_size
@@ -49,10 +49,12 @@ _KEY_LOOK_EVERY, _KEY_LOOK_MIN, _KEY_LOOK_EACH = 60.0, 5.0, 3.0
 _LINGER = 0.015
 #: Most of a VM's results that are at hand, in all, bytes.
 _AT_HAND_MAX = 1 << 20
-#: A VM that could not take its results is offered them again after this long, seconds.
+#: A VM that could not take a result is offered it again after this long, seconds.
 _DELIVER_AGAIN = 5.0
-#: Codes of what is refused before its token is known to fit. dom0 signs nothing for whoever may not have the key: it would be
-#: taken for the answer to another request under the same id.
+#: How often it is looked in a session for results that wait for too long, seconds: a session may last for weeks.
+_EXPIRE_EVERY = 3600.0
+#: Codes of what is refused before its token is known to fit; what may be refused later has others. dom0 signs nothing for whoever may not
+#: have the key: it would be taken for the answer to another request under the same id.
 _BEFORE_THE_TOKEN = ("id", "size", "empty", "bytes", "key", "token", "doubt", "identity", "gone")
 #: How such a VM shows up in the status.
 _STRANGER = "stranger"
@@ -69,12 +71,17 @@ class Finished:
         result: pullrpc.results.Result, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
         closed: bool, whether all that is to be recorded of it is.
+        uuid: str, the qube that ``lost`` is for; empty when that is not known, None when the ledger could not tell.
     """
 
     status: str = ""
     result: tuple | None = None
     lost: str | None = None
     closed: bool = False
+    uuid: str | None = ""
+
+
+_EXPIRED = Finished(lost="the command ended, but its result waited too long for this qube and is gone", closed=True)
 
 
 class Puller:
@@ -84,7 +91,8 @@ class Puller:
         hub: what the loops share: ``dom0`` (Dom0), ``lines`` (Lines), ``verify`` (callable of vm, cid, command, token, which
             gives a dict with ``verified``, ``code`` and ``reason``), ``call`` (runs a function in a thread and gives an awaitable),
             ``served`` (callable that gives how many VMs are), ``uuid_of`` (coroutine function of a VM's name: which qube has it now),
-            ``close_deliveries`` (has results recorded as delivered, soon), ``spawn`` (runs a coroutine beside the loops), ``emit``
+            ``close_deliveries`` (has results recorded as delivered, soon), ``lose`` (callable of vm, cid and reason: has an end recorded that
+            could not be now), ``spawn`` (runs a coroutine beside the loops), ``emit``
             (callable of vm, cid, what, data), ``log`` (callable of str).
         vm: str, a checked name.
     """
@@ -105,10 +113,12 @@ class Puller:
         #: Whether dom0 asked for something else since the poll that is on its way.
         self._asked = False
         self._outbox = {}
-        #: Not before then is the outbox tried again, by the monotonic clock; 0 while the VM takes what it is given.
-        self._deliver_after = 0.0
+        #: What the VM could not take, and when it is offered that again, by the monotonic clock.
+        self._not_before = {}
         #: When the ledger is asked again what waits, by the monotonic clock; 0 while that is known.
         self._find_after = 0.0
+        #: When it is looked again for what waits for too long, by the monotonic clock.
+        self._expire_after = 0.0
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
@@ -255,7 +265,7 @@ class Puller:
         uuid = await self._hub.uuid_of(self.vm)
         if self._uuid not in ("", uuid):
             # What is at hand is another qube's, which had this name before; what is this one's is found in the ledger.
-            for at_hand in (self._outbox, self._outflows, self._untold):
+            for at_hand in (self._outbox, self._outflows, self._untold, self._not_before):
                 at_hand.clear()
         self._uuid = uuid
         await self._look_who_it_is()
@@ -268,6 +278,7 @@ class Puller:
         """Have in the outbox whatever waits for this VM. A ledger that can't tell now is asked again; what is asked for meanwhile is
         refused, with the reason.
         """
+        self._expire_after = time.monotonic() + _EXPIRE_EVERY
         try:
             waiting, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm, self._uuid)
         except (LedgerError, AuditError) as err:
@@ -276,9 +287,19 @@ class Puller:
             self._find_after = time.monotonic() + _DELIVER_AGAIN
             return
         self._find_after = 0.0
-        text = "the command ended, but its result waited too long for this qube and is gone"
         # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **{cid: Finished(lost=text, closed=True) for cid in expired}}
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, _EXPIRED)}
+
+    async def _expire(self):
+        """Give up what this VM did not take for too long."""
+        self._expire_after = time.monotonic() + _EXPIRE_EVERY
+        try:
+            _, expired = await self._hub.call(self._hub.dom0.results.expire, self.vm, self._uuid)
+        except (LedgerError, AuditError) as err:
+            self._hub.log(f"{self.vm}: results that wait for it can't be given up: {err}")
+            return
+        # What is not there was delivered, which is not recorded yet.
+        self._outbox.update({cid: _EXPIRED for cid in expired if cid in self._outbox})
 
     async def _close(self):
         session, self._session = self._session, None
@@ -296,6 +317,8 @@ class Puller:
         while not self.ending:
             if self._find_after and time.monotonic() >= self._find_after:
                 await self._find_results()
+            if time.monotonic() >= self._expire_after:
+                await self._expire()
             await self._deliver()
             self._stream()
             if self._config != config:
@@ -318,11 +341,12 @@ class Puller:
             self._polling.add_done_callback(lambda _: self.wake())
             self._poll_began = time.monotonic()
         wait = self._until_key_look()
+        due = [self._expire_after]
         if self._outbox and not self._stranger:
-            wait = min(wait, max(0.0, self._deliver_after - time.monotonic()))
+            due.append(min(self._not_before.get(cid, 0.0) for cid in self._outbox))
         if self._find_after:
-            wait = min(wait, max(0.0, self._find_after - time.monotonic()))
-        await self._bell.wait(wait)
+            due.append(self._find_after)
+        await self._bell.wait(min(wait, max(0.0, min(due) - time.monotonic())))
         if not self._polling.done():
             if self._until_key_look() <= 0:
                 await self._look_at_key()
@@ -408,7 +432,9 @@ class Puller:
             listed.pop(untrusted_cid, None)
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
-            for cid, end in (await self._hub.call(self._accept_all, whole)).items():
+            ends = await self._hub.call(self._accept_all, whole)
+            # Refusals last: what was claimed is seen to also where the session breaks over one of them.
+            for cid, end in sorted(ends.items(), key=lambda one: isinstance(one[1], Refused)):
                 await self._took(cid, end, listed[cid])
         for cid, item in listed.items():
             if cid not in whole:
@@ -425,12 +451,21 @@ class Puller:
         if end == "known":
             await self._spend()
         elif end == "late":
-            await self._hub.call(self._hub.dom0.execution.interrupt_queued, self.vm, cid)
-            self.finished(cid, Finished())
+            await self._end_unstarted(cid, INTERRUPTED, self._hub.dom0.execution.interrupt_queued)
         elif end is not None:
             self._hub.log(f"{self.vm}: {cid}: {end}")
-            await self._hub.call(self._hub.dom0.execution.finish_lost, self.vm, cid, str(end))
-            self.finished(cid, Finished())
+            await self._end_unstarted(cid, str(end), self._hub.dom0.execution.finish_lost, str(end))
+
+    async def _end_unstarted(self, cid, reason, finish, *args):
+        """Finish a command that was claimed and can't be started. Its VM hears of it, whether or not that can be recorded now."""
+        try:
+            await self._hub.call(finish, self.vm, cid, *args)
+        except PullError as err:
+            self._hub.log(f"{self.vm}: {cid}: {err}")
+            self._hub.lose(self.vm, cid, reason)
+            self.finished(cid, Finished(lost=reason, uuid=self._uuid))
+            return
+        self.finished(cid, Finished())
 
     def _accept_all(self, listed):
         """Verify, keep, claim and queue commands that came whole; in a thread.
@@ -582,64 +617,96 @@ class Puller:
         if not await self._hub.call(self._hub.dom0.execution.is_of, self.vm, cid, self._uuid):
             return
         if self._hub.lines.withdraw(self.vm, cid):
-            await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
-        else:
-            await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid)
+            await self._drop_queued(cid)
+        elif not await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid):
+            # No event for whatever name the VM makes up.
+            return
         self._untold.discard(cid)
         if cid in self._outflows:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
             self._outflows[cid].stopped = True
         self._hub.emit(self.vm, cid, "cancelled", {})
 
+    async def _drop_queued(self, cid):
+        try:
+            await self._hub.call(self._hub.dom0.execution.drop_queued, self.vm, cid)
+        except PullError as err:
+            # It stands in no line any more: nobody else would finish it.
+            self._hub.log(f"{self.vm}: {cid}: {err}")
+            self._hub.lose(self.vm, cid, "its client gave it up before it began")
+
     async def _deliver(self):
-        """Deliver what waits."""
-        if self._stranger or not self._outbox or time.monotonic() < self._deliver_after:
+        """Deliver what waits, but for what the VM could not take a moment ago."""
+        now = time.monotonic()
+        waiting = {} if self._stranger else {cid: end for cid, end in self._outbox.items() if self._not_before.get(cid, 0.0) <= now}
+        if not waiting:
             return
-        waiting = dict(self._outbox)
         if all(end.result for end in waiting.values()):
-            results = self._results(waiting)
+            results, kept = self._results(waiting)
         else:
-            results = await self._hub.call(self._results, waiting)
+            results, kept = await self._hub.call(self._results, waiting)
         self._asked = True
         reached = []
         try:
             async for cid in self._session.deliver(results):
                 reached.append(cid)
         except AgentUnable as err:
-            # Its disk may be full. Whatever else it asks for is heard, and what it has of these is no beginning to go on from.
-            if not self._deliver_after:
-                # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
-                self._hub.log(f"{self.vm}: its results wait: {err}")
-            self._deliver_after = time.monotonic() + _DELIVER_AGAIN
-            for cid in waiting:
-                if cid in self._outflows:
-                    self._outflows[cid].stopped = True
-            return
+            kept = {**kept, **dict.fromkeys(err.failed, str(err))}
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
-                self._outbox.pop(cid, None)
-                self._outflows.pop(cid, None)
-                self._untold.discard(cid)
+                self._done_with(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})
-        self._deliver_after = 0.0
+        self._keep_back(kept)
         for cid in waiting:
-            # Without a result there was nothing (any more) to deliver.
-            self._outbox.pop(cid, None)
-            self._outflows.pop(cid, None)
-            self._untold.discard(cid)
+            if cid not in kept:
+                # Without a result there was nothing (any more) to deliver.
+                self._done_with(cid)
+
+    def _keep_back(self, kept):
+        """Have results wait that the VM could not take, its disk may be full, or of which it can't be told whose they are; ``kept`` says why.
+        Whatever else it asks for is heard.
+        """
+        if kept and not self._not_before:
+            # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
+            self._hub.log(f"{self.vm}: its results wait: {next(iter(kept.values()))}")
+        for cid in kept:
+            self._not_before[cid] = time.monotonic() + _DELIVER_AGAIN
+            if cid in self._outflows:
+                # What the VM has of it is no beginning to go on from.
+                self._outflows[cid].stopped = True
+
+    def _done_with(self, cid):
+        self._untold.discard(cid)
+        for at_hand in (self._outbox, self._outflows, self._not_before):
+            at_hand.pop(cid, None)
 
     def _results(self, waiting):
-        found = []
+        """What there is to deliver of what waits.
+
+        Returns:
+            (list of Delivery, dict of cid to str): that, and what has to wait on and why; the rest is not to be delivered.
+        """
+        found, kept = [], {}
         for cid, end in waiting.items():
             if end.lost:
-                found.append(Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost))))
+                try:
+                    found += self._reason(cid, end)
+                except LedgerError as err:
+                    kept[cid] = str(err)
                 continue
             result = end.result or self._hub.dom0.results.result(self.vm, cid)
             # A command of the qube that had this name before may have ended only now.
             if result is not None and is_of(result.uuid, self._uuid):
                 found.append(Delivery(cid, result.exit_code, result.parts, sent=self._sent(cid, end, result.parts)))
-        return found
+        return found, kept
+
+    def _reason(self, cid, end):
+        """The answer that says why there is no result, as a list; empty if that is none of this qube."""
+        uuid = self._hub.dom0.ledger.uuid(self.vm, cid) if end.uuid is None else end.uuid
+        if not is_of(uuid, self._uuid):
+            return []
+        return [Delivery(cid, EXIT_FAILED, in_memory(*self._hub.dom0.results.refusal(self.vm, cid, end.lost)))]
 
     def _sent(self, cid, end, parts):
         """How much of a result its VM has already."""

@@ -35,7 +35,7 @@ def text_of(request, as_whom, timeout):
         str
 
     Raises:
-        Refused: it is too long to be read by a person (code ``size``).
+        Refused: it is too long to be read by a person (code ``question``).
     """
     steps = request.steps or ((1, request.argv),)
     stdin = f"yes, with the SHA-256 {request.stdin_digest.hex()}" if request.stdin_digest else "none"
@@ -51,7 +51,7 @@ def text_of(request, as_whom, timeout):
     ]
     text = "\n".join(lines) + "\n"
     if len(text) > TEXT_MAX:
-        raise Refused("size", f"dom0's user would be asked about this, and it is too long to be read ({len(text)} characters, at most {TEXT_MAX}); send less at once")
+        raise Refused("question", f"dom0's user would be asked about this, and it is too long to be read ({len(text)} characters, at most {TEXT_MAX}); send less at once")
     return text
 
 

@@ -108,7 +108,7 @@ async def _judge(dom0, config, vm, session, cid, item):
         check_size(item.token_size, TOKEN_MAX, "token")
         untrusted_command = await _whole(session, cid, "command", item.command_size, item.command)
         untrusted_token = await _whole(session, cid, "auth", item.token_size, item.token)
-        check_size(item.stdin_size, config.stdin_max, "stdin")
+        check_size(item.stdin_size, config.stdin_max, "stdin", "stdin")
         request, _ = dom0.intake.verify(vm, cid.encode("ascii"), untrusted_command, untrusted_token)
     except Refused as refused:
         return {"command": _shown(untrusted_command), "runs": False, "reason": str(refused)}

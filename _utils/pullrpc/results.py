@@ -14,6 +14,8 @@ from .tokens import TOKEN_MAX, make_meta, parse_token, read_meta, token_matches
 
 #: Exit code of everything that qvm-remote itself refuses or fails at.
 EXIT_FAILED = 125
+#: Why a command has no result that was claimed, or ran, when the service ended.
+INTERRUPTED = "interrupted: dom0's service ended before the command did; it is not run again"
 
 
 class Result(typing.NamedTuple):

@@ -320,7 +320,8 @@ class Handle:
     def _answer(self, report):
         """What a report means: an Outcome, or the error to raise."""
         for problem in report.get("cleaned", ()):
-            log.warning("%s: could not be removed: %s", self._spec["name"], problem)
+            # Names that the command made: as plain text, and in one line.
+            log.warning("%s: could not be removed: %a", self._spec["name"], problem)
         if report["left"]:
             log.warning("%s: %d processes could not be killed", self._spec["name"], report["left"])
         if "error" in report:

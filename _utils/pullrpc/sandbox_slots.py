@@ -391,7 +391,8 @@ def remove_folder(folder, backend):
         backend: module, see :func:`choose_backend`.
     """
     for problem in supervisor.remove_place(folder, unmount=not backend.IN_UNIT):
-        log.warning("%s could not be removed: %s", folder, problem)
+        # Names that a command made: as plain text, and in one line.
+        log.warning("%s could not be removed: %a", folder, problem)
 
 
 def folders():

@@ -7,8 +7,10 @@ It never starts a VM. Only one runs at a time (see lock); what a dead one left b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import threading
 import time
 
 from . import __version__, note, sandbox
@@ -18,7 +20,7 @@ from .errors import PullError, TransportError
 from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
-from .results import of_bytes
+from .results import INTERRUPTED, of_bytes
 from .transport import running_vms, uuids
 from .watch import Watcher
 
@@ -61,6 +63,8 @@ class Service:
         self._execute = execute
         # A pipe, not an Event: stop() must be safe in a signal handler that interrupted whatever.
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Re-entrant: the one that is interrupted may be the one that holds it.
+        self._wake_lock = threading.RLock()
         self._loop = None
         self._bell = None
         self._threads = None
@@ -82,12 +86,12 @@ class Service:
         self.lines = Lines(dom0, self._run_one, self._end_unstarted, emit, log, self._asks_another)
 
     def run(self):
-        """Serve until :meth:`stop` is called.
+        """Serve until :meth:`stop` is called, once.
 
         Raises:
             EngineBusy: another service holds the lock; PullError: the ledger or a folder can't be used.
         """
-        with EngineLock(self.dom0.config.run_dir, takes_signals=True):
+        with contextlib.closing(self), EngineLock(self.dom0.config.run_dir, takes_signals=True):
             self._note("started", version=__version__, settings=digest(self.dom0.config))
             self._begin()
             try:
@@ -104,16 +108,25 @@ class Service:
         Raises:
             EngineBusy, PullError: as for :meth:`run`.
         """
-        with EngineLock(self.dom0.config.run_dir):
+        with contextlib.closing(self), EngineLock(self.dom0.config.run_dir):
             self._begin()
             return run(self._in_loop(self._serve_once()))
 
+    def close(self):
+        """Hold nothing open any more; :meth:`run` and :meth:`run_once` do that in the end, whoever makes a service and runs neither has to."""
+        with self._wake_lock:
+            ends = self._wake_read, self._wake_write
+            self._wake_read = self._wake_write = None
+            for fd in ends:
+                if fd is not None:
+                    os.close(fd)
+
     def stop(self):
-        """Ask :meth:`run` to end; may be called from a signal handler."""
+        """Ask :meth:`run` to end; may be called from a signal handler, at any time."""
         self._wake(b"!")
 
     def reload(self):
-        """Ask :meth:`run` to take new settings over; may be called from a signal handler."""
+        """Ask :meth:`run` to take new settings over; may be called from a signal handler, at any time."""
         self._wake(b"r")
 
     def call(self, function, *args):
@@ -213,6 +226,15 @@ class Service:
         if results and len(self._to_close) == len(results):
             self.spawn(self._close_deliveries())
 
+    def lose(self, vm, cid, reason):
+        """Have a command's end recorded as soon as it can be: it could not be now. From whatever thread.
+
+        Args:
+            vm, cid: str.
+            reason: str, one sentence for its client, if there is no result.
+        """
+        self._lost[vm, cid] = reason
+
     async def _close_deliveries(self):
         while self._to_close:
             # Not taken out before they are recorded: what comes meanwhile finds this task at work.
@@ -246,11 +268,15 @@ class Service:
             self.log(f"a step failed: {task.exception()}")
 
     def _wake(self, word):
-        try:
-            os.write(self._wake_write, word)
-        except BlockingIOError:
-            # Full of earlier calls: it knows.
-            return
+        with self._wake_lock:
+            if self._wake_write is None:
+                # It has ended. Its descriptor may be somebody else's by now.
+                return
+            try:
+                os.write(self._wake_write, word)
+            except BlockingIOError:
+                # Full of earlier calls: it knows.
+                return
 
     def _begin(self):
         # What a dead service left says nothing of this one.
@@ -428,21 +454,30 @@ class Service:
         except Exception as err:  # noqa: BLE001 - whatever it is, a thread that dies would take the answer with it
             # Its row stays as it is in the ledger: a doubt is never resolved by running again.
             reason = f"the command was taken, but its end could not be recorded: {err}"
-            self._lost[vm, cid] = reason
-            end = Finished(lost=reason)
-            self.log(f"{vm}: {cid}: {err}")
+            end = self._lost_end(vm, cid, reason, err)
         self._post("finished", vm, cid, end)
+
+    def _lost_end(self, vm, cid, reason, err):
+        """Note an end that could not be recorded, and make what its VM is told meanwhile."""
+        self.log(f"{vm}: {cid}: {err}")
+        self.lose(vm, cid, reason)
+        try:
+            return Finished(lost=reason, uuid=self.dom0.ledger.uuid(vm, cid))
+        except PullError:
+            # Whoever is to hear of it asks again.
+            return Finished(lost=reason, uuid=None)
 
     def _end_unstarted(self, vm, cid, reason):
         """Finish a command that dom0's user was asked about, and that can't be started any more; in the thread that asks."""
+        end = Finished()
         try:
             if reason is None:
                 self.dom0.execution.interrupt_queued(vm, cid)
             else:
                 self.dom0.execution.finish_lost(vm, cid, reason)
         except PullError as err:
-            self.log(f"{vm}: {cid}: {err}")
-        self._post("finished", vm, cid, Finished())
+            end = self._lost_end(vm, cid, reason or INTERRUPTED, err)
+        self._post("finished", vm, cid, end)
 
     def _asks_another(self):
         """Have the note for whoever asks for the status written anew; in the thread that asks."""

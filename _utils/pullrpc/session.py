@@ -30,6 +30,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){3}\Z")
 CANCELS_MAX = 16
 #: Most of results that is on its way without an answer.
 _WINDOW_FRAMES, _WINDOW_BYTES = 32, 1 << 20
+_UNABLE = "the agent could not do what it was asked (is the disk of the VM full?)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,29 +273,50 @@ class Session:
         return (await self._ask(request, chunk.data)).get("gone") != 1
 
     async def deliver(self, results):
-        """Hand results over.
+        """Hand results over. One that the VM can't take is no matter of the others.
 
         Args:
             results: iterable of Delivery.
 
         Yields:
             str, an id whose result the VM now has in whole.
+
+        Raises:
+            AgentUnable: in the end, if there are some that it could not take: ``failed``.
+        """
+        failed = []
+        async for untrusted_answer, cid, is_last in self._answers(_frames_of_all(results, failed)):
+            try:
+                _checked(untrusted_answer)
+            except AgentUnable:
+                # Whatever it says of the rest of it: that has to be sent again from its beginning.
+                failed += [] if cid in failed else [cid]
+            if is_last and cid not in failed:
+                yield cid
+        if failed:
+            raise AgentUnable(_UNABLE, failed)
+
+    async def _answers(self, frames):
+        """Send requests, some of them without waiting for the answers to those before.
+
+        Args:
+            frames: iterable of (request, payload, id, whether it is its last one); None where all answers are to be waited for.
+
+        Yields:
+            (dict, str, bool): an answer, not checked, the id, and whether it was its last one.
         """
         unanswered, size = collections.deque(), 0
-        for result in results:
-            for request, payload, delivered in _frames_of(result):
-                unanswered.append((self._duplex.ask(request, payload), len(payload), delivered))
+        for frame in frames:
+            if frame is not None:
+                request, payload, *which = frame
+                unanswered.append((self._duplex.ask(request, payload), len(payload), which))
                 size += len(payload)
-                while size > _WINDOW_BYTES or len(unanswered) > _WINDOW_FRAMES:
-                    answer, answered, cid = unanswered.popleft()
-                    size -= answered
-                    _checked((await answer)[0])
-                    if cid:
-                        yield cid
-        for answer, _, cid in unanswered:
-            _checked((await answer)[0])
-            if cid:
-                yield cid
+            while unanswered and (frame is None or size > _WINDOW_BYTES or len(unanswered) > _WINDOW_FRAMES):
+                answer, answered, which = unanswered.popleft()
+                size -= answered
+                yield ((await answer)[0], *which)
+        for answer, _, which in unanswered:
+            yield ((await answer)[0], *which)
 
     async def _ask(self, request, payload=b""):
         return _checked((await self._duplex.ask(request, payload))[0])
@@ -302,6 +324,26 @@ class Session:
     async def _ask_all(self, requests):
         for answer in [self._duplex.ask(request) for request in requests]:
             _checked((await answer)[0])
+
+
+def _frames_of_all(results, failed):
+    """Results as requests, see :meth:`Session._answers`; nothing more is sent of those that have failed meanwhile."""
+    for result in results:
+        begun = []
+        for request, payload, delivered in _frames_of(result):
+            if result.cid in failed:
+                break
+            if request["op"] == "put" and request["part"] not in begun:
+                begun.append(request["part"])
+            yield request, payload, result.cid, delivered is not None
+        if not begun:
+            continue
+        # Before the next one is sent it must be known whether this one had room: there is none for whatever comes behind one that had not.
+        yield None
+        if result.cid in failed:
+            for part in begun:
+                # Makes the part empty, so that the others have its room.
+                yield {"op": "put", "id": result.cid, "part": part, "offset": 0}, b"", result.cid, False
 
 
 def _frames_of(result):
@@ -323,7 +365,7 @@ def _frames_of(result):
 def _checked(untrusted_answer):
     if "error" in untrusted_answer:
         # Its words stay there: nothing a VM wrote belongs into dom0's log.
-        raise AgentUnable("the agent could not do what it was asked (is the disk of the VM full?)")
+        raise AgentUnable(_UNABLE)
     return untrusted_answer
 
 

@@ -273,11 +273,7 @@ class Channel:
         return self._process.returncode
 
     def _signal(self, signum):
-        # To all of its session: qvm-run leaves the qrexec-client that it started behind when it is told to end.
-        try:
-            os.killpg(self._process.pid, signum)
-        except ProcessLookupError:
-            return
+        _signal_all(self._process, signum)
 
 
 async def open_channel(config, vm, command, user=None):
@@ -322,9 +318,28 @@ def _start_by_library(config, vm, command, user, streams):
         process = qubesadmin.Qubes().run_service(vm, "qubes.VMShell", user=user, autostart=False, **streams)
     except (qubesadmin.exc.QubesException, OSError) as err:
         raise TransportError(f"can't reach {vm}: {err}") from err
-    # As qvm-run does: the shell reads this line first, and the command what follows.
-    os.write(process.stdin.fileno(), f"{command}; exit\n".encode("ascii"))
+    try:
+        # As qvm-run does: the shell reads this line first, and the command what follows.
+        os.write(process.stdin.fileno(), f"{command}; exit\n".encode("ascii"))
+    except OSError as err:
+        _end_at_once(process)
+        raise TransportError(f"can't reach {vm}: what was started for it has ended ({err.strerror})") from err
     return process
+
+
+def _end_at_once(process):
+    _signal_all(process, signal.SIGKILL)
+    for stream in (process.stdin, process.stdout):
+        stream.close()
+    process.wait()
+
+
+def _signal_all(process, signum):
+    # To all of its session: qvm-run leaves the qrexec-client that it started behind when it is told to end.
+    try:
+        os.killpg(process.pid, signum)
+    except ProcessLookupError:
+        return
 
 
 async def run_bounded(config, vm, command, data, output_max, wait, user=None):

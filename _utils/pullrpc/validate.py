@@ -18,19 +18,20 @@ _FORBIDDEN_CHARS = frozenset(chr(b) for b in _FORBIDDEN) | _C1
 ARGV_MAX = 4096
 
 
-def check_size(size, limit, what):
+def check_size(size, limit, what, code="size"):
     """Refuse what is too large before it is fetched.
 
     Args:
         size: int, bytes, as the VM says.
         limit: int, bytes.
         what: str, its name for the message.
+        code: str, another one where the token is known to fit by now.
 
     Raises:
-        Refused: too large (code ``size``).
+        Refused: too large.
     """
     if size > limit:
-        raise Refused("size", f"the {what} is too large: {size} bytes, dom0 takes at most {limit}")
+        raise Refused(code, f"the {what} is too large: {size} bytes, dom0 takes at most {limit}")
 
 
 def check_command(untrusted_command, limit):

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from pullrpc import agentless
 from pullrpc.config import make_config
-from pullrpc.errors import AgentUnable
+from pullrpc.errors import AgentUnable, FrameError, SessionBroken
 from pullrpc.files import knock
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
@@ -246,7 +246,7 @@ def turns(request, tmp_path, monkeypatch):
     one = agentless.Agentless(make_config({"agentless_interval": 1}), "work")
     one.queue, one.said, one.under = queue, [], []
     yield one
-    assert set(one.said) == {b""}
+    assert not any(one.said)
 
 
 async def _deliver(turns, results):
@@ -485,3 +485,80 @@ def test_what_vanishes_as_it_is_put_aside_costs_nothing_and_gets_no_answer(agent
     assert failed == [FileNotFoundError]
     assert os.listdir(agent._queue.results()) == []
     assert agent._rejected == 0
+
+
+def _small(size=10):
+    return Delivery(new_cid(), 7, {"out": of_bytes(b"x" * size), "err": of_bytes(b""), "meta": of_bytes(b"meta")})
+
+
+async def _deliver_some(turns, results):
+    reached = []
+    with pytest.raises(AgentUnable) as caught:
+        async for cid in turns.deliver(results):
+            reached.append(cid)
+    return reached, caught.value.failed
+
+
+@pytest.mark.parametrize("trouble", ["no room", "a part can't be made", "a part can't be kept", "its last file can't be kept"])
+def test_without_the_agent_too_a_result_that_fails_holds_up_no_other_and_keeps_no_room(turns, trouble):
+    results = [_small(), _small(20_000 if trouble == "no room" else 10), _small(0), _small()]
+    bad = results[1].cid
+    for result in results:
+        _touch(turns.queue.pending(result.cid))
+    turns.under = ["prlimit", "--fsize=8192"]
+    if trouble != "no room":
+        name = {"a part can't be made": f".{bad}.out.part", "a part can't be kept": f"{bad}.meta", "its last file can't be kept": f"{bad}.exit"}[trouble]
+        place = os.path.join(turns.queue.base, "queue/results", name)
+        os.makedirs(os.path.join(place, "inside"))
+        # Not even root removes that, or moves something into its place.
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False).returncode:
+            pytest.skip("nothing can be mounted here")
+    try:
+        assert asyncio.run(_deliver_some(turns, results)) == ([result.cid for result in results if result.cid != bad], (bad,))
+    finally:
+        if trouble != "no room":
+            subprocess.run(["umount", "-l", place], check=True)
+    # What the shell says of it stays in the VM.
+    turns.said = []
+    for result in results:
+        names = {name for name in os.listdir(os.path.join(turns.queue.base, "queue/results")) if result.cid in name and "part" not in name}
+        if result.cid != bad:
+            assert names == {f"{result.cid}.{part}" for part in ("out", "err", "meta", "exit")}
+            assert not os.path.exists(turns.queue.pending(result.cid))
+        elif trouble == "no room":
+            assert names == set()
+    assert os.path.exists(turns.queue.pending(bad))
+    turns.under = []
+    assert asyncio.run(_deliver(turns, results[1:2])) == [bad]
+    with open(os.path.join(turns.queue.base, "queue/results", f"{bad}.exit"), "rb") as file:
+        assert file.read() == b"7\n"
+
+
+def test_without_the_agent_too_only_what_was_sent_can_be_delivered(turns, monkeypatch):
+    results, other = [_small(), _small()], new_cid()
+    first = results[0].cid.encode()
+    said = {
+        first + b"\nEND\n": None,
+        b"END\n": None,
+        first + b"\n" + first + b"\nEND\n": FrameError,
+        other.encode() + b"\nEND\n": FrameError,
+        b"\xff\nEND\n": FrameError,
+        b"\n\nEND\n": FrameError,
+        first + b"\n": SessionBroken,
+        b"": SessionBroken,
+        first + b"\nEND\n\n": SessionBroken,
+    }
+    for untrusted_output, error in said.items():
+
+        async def say(config, vm, words, data, output_max, wait, untrusted_output=untrusted_output):
+            assert output_max < 200
+            return 0, untrusted_output
+
+        monkeypatch.setattr(agentless, "run_bounded", say)
+        if error:
+            with pytest.raises(error) as caught:
+                asyncio.run(_deliver(turns, results))
+            assert caught.type is error
+            continue
+        reached = [results[0].cid] if first in untrusted_output else []
+        assert asyncio.run(_deliver_some(turns, results)) == (reached, tuple(result.cid for result in results if result.cid not in reached))

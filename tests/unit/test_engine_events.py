@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 import time
+import types
 
 import pytest
 
@@ -117,3 +118,50 @@ def test_commands_whose_end_nobody_hears_of_are_not_kept_in_mind(engine, events,
     for number in range(100):
         events.note("work", str(number), "accepted")
     assert len(events._on_way) <= 1
+
+
+def test_a_service_that_is_not_to_run_any_more_holds_nothing_open(engine, monkeypatch):
+    signals, done = types.SimpleNamespace(is_set=False, is_idle=False), []
+
+    def make(*_):
+        signals.is_idle = signals.is_set = True
+        return types.SimpleNamespace(run=lambda: done.append("run"), close=lambda: done.append("close"))
+
+    monkeypatch.setattr(engine, "_make_service", make)
+    engine._serve_until_stopped({}, signals, None, None)
+    assert done == ["close"]
+
+
+def test_an_event_that_can_not_be_fired_is_not_the_last_one_and_is_told_of_once(engine, monkeypatch, caplog):
+    one, opened, fail = _Bus(), [], {"fire 0", "open", "close"}
+    fire_event = one.fire_event
+
+    @contextlib.contextmanager
+    def get_event(*_, **__):
+        opened.append(one)
+        if len(opened) == 2 and "open" in fail:
+            raise OSError("no such bus")
+        yield one
+        if "close" in fail:
+            raise OSError("no such bus")
+
+    def fire(data, tag):
+        if f"fire {data['id']}" in fail:
+            raise ValueError("it is broken")
+        fire_event(data, tag)
+
+    monkeypatch.setattr(engine.salt.utils.event, "get_event", get_event)
+    one.fire_event = fire
+    events = engine._Events({"master_type": "disable"})
+    try:
+        for number in range(5):
+            events.put("work", str(number), "done", {})
+        one.wait_fired("qvm-remote/work/4/done")
+        # Each error costs one event, and the next one is tried on another bus.
+        assert one.tags == [f"qvm-remote/work/{number}/done" for number in (2, 3, 4)]
+        assert len(opened) == 3
+    finally:
+        fail.clear()
+        events.close()
+    told = [record.getMessage() for record in caplog.records if "events" in record.getMessage() and record.levelname == "WARNING"]
+    assert len(told) == 1 and "it is broken" in told[0]

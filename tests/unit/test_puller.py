@@ -2,6 +2,7 @@
 """One VM's pull loop on the real ledger, spool and keyring: no ending of a command at an awkward moment loses or garbles its result."""
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -11,12 +12,13 @@ import types
 
 import pytest
 from pullrpc import execution, sandbox, tags
+from pullrpc import puller as puller_module
 from pullrpc import service as service_module
 from pullrpc.aio import run
 from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
-from pullrpc.errors import AgentUnable, FrameError, Refused
+from pullrpc.errors import AgentUnable, AuditError, FrameError, LedgerError, Refused, ThreadError
 from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
@@ -84,7 +86,7 @@ class _Vm:
 
     def __init__(self):
         self.delivered, self.parts, self.dropped, self.taken = [], {}, [], []
-        self.is_full = False
+        self.is_full, self.too_large = False, set()
 
     async def hello(self):
         """Nothing to say."""
@@ -105,18 +107,21 @@ class _Vm:
         return True
 
     async def deliver(self, results):
+        failed = []
         for result in results:
+            if self.is_full or result.cid in self.too_large:
+                failed.append(result.cid)
+                continue
             for request, payload, done in _frames_of(result):
-                if self.is_full:
-                    raise AgentUnable("no space")
                 if request["op"] == "put":
                     has = self.parts.setdefault(result.cid, {})
-                    if request["offset"] > has.get(request["part"], 0):
-                        raise AgentUnable("a part of a result is missing")
+                    assert request["offset"] <= has.get(request["part"], 0)
                     has[request["part"]] = request["offset"] + len(payload)
                 if done:
                     self.delivered.append((result.cid, result.exit_code))
                     yield done
+        if failed:
+            raise AgentUnable("no space", failed)
 
     async def bye(self):
         """Nothing to say."""
@@ -305,18 +310,83 @@ def test_a_vm_whose_disk_is_full_is_still_heard_and_gets_its_results_later(dom0,
         vm.is_full = True
         await puller._deliver()
         assert vm.delivered == []
-        puller._deliver_after -= 60
+        _let_time_pass(puller)
         await puller._deliver()
         # It is said once, however often the VM does not take them.
         assert [text for text in hub.logged if "its results wait" in text] == hub.logged
         assert len(hub.logged) == 1
         vm.is_full = False
-        puller._deliver_after -= 60
+        _let_time_pass(puller)
         await puller._deliver()
         assert vm.delivered == [(cid, 0)]
-        assert puller._deliver_after == 0
+        assert not puller._not_before
 
     _play(dom0, scene, monkeypatch)
+
+
+def _let_time_pass(puller):
+    for cid in puller._not_before:
+        puller._not_before[cid] -= 60
+
+
+def test_a_result_that_its_vm_can_not_take_holds_up_none_of_the_others(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        large, *small = cids = [_done(dom0) for _ in range(3)]
+        vm.too_large = {large}
+        for cid in cids:
+            puller.finished(cid, Finished(status="done"))
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in small]
+        # What comes meanwhile does not wait for it, and it is not tried again with each of them.
+        vm.too_large.clear()
+        later = _done(dom0)
+        puller.finished(later, Finished(status="done"))
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in (*small, later)]
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in (*small, later, large)]
+        assert not puller._outbox and not puller._not_before
+        assert len(hub.logged) == 1
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_a_vm_does_not_take_is_given_up_while_its_session_lasts(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        monkeypatch.setattr(puller_module, "_EXPIRE_EVERY", 0.2)
+        monkeypatch.setattr(puller_module, "_DELIVER_AGAIN", 0.1)
+        monkeypatch.setattr(_Vm, "poll", _answer_when_the_session_ends, raising=False)
+        old, recorded = _done(dom0), _done(dom0)
+        vm.is_full = True
+        serving = asyncio.ensure_future(puller.run())
+        while not puller._not_before:
+            await asyncio.sleep(0.01)
+        # This one was delivered; that can't be recorded now.
+        puller._done_with(recorded)
+        dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+        while dom0.ledger.state("work", old)[0] != "delivered":
+            await asyncio.sleep(0.01)
+        vm.is_full = False
+        while not vm.delivered:
+            await asyncio.sleep(0.01)
+        puller.ending = True
+        puller.wake()
+        await serving
+        assert vm.delivered == [(old, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+async def _answer_when_the_session_ends(vm, wait, room):
+    await asyncio.sleep(60)
+
+
+def _done(dom0):
+    cid, request = _started(dom0)
+    dom0.execution._finish_ping(request, time.monotonic())
+    return cid
 
 
 def test_a_vm_that_takes_no_results_does_not_fill_dom0s_memory_with_them(dom0, monkeypatch):
@@ -744,3 +814,234 @@ def test_a_delivery_that_could_not_be_recorded_is_recorded_as_soon_as_it_can_be(
     finally:
         service.stop()
         thread.join(20)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_why_a_command_has_no_result_is_for_its_own_qube_alone(dom0, monkeypatch, is_known):
+    async def scene(puller, hub, vm):
+        told, closed = [], []
+        monkeypatch.setattr(hub, "emit", lambda vm, cid, what, data: told.append((cid, what)))
+        monkeypatch.setattr(hub, "close_deliveries", closed.extend)
+        cid = _claimed(dom0, b"echo secret", "one")
+        dom0.keyring.bind("work", "two")
+        hub.uuid = "two"
+        await puller._open()
+        puller.finished(cid, Finished(lost="the command was taken, but ...", uuid="one" if is_known else None))
+        await puller._deliver()
+        assert (vm.delivered, closed, puller._outbox) == ([], [], {})
+        assert (cid, "delivered") not in told
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_why_a_command_has_no_result_waits_until_it_can_be_told_whose_it_is(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, other = _claimed(dom0, b"echo secret", "one"), _done(dom0)
+        await puller._open()
+        puller.finished(cid, Finished(lost="the command was taken, but ...", uuid=None))
+        with monkeypatch.context() as unreadable:
+            unreadable.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
+            await puller._deliver()
+        # It holds up no other one.
+        assert vm.delivered == [(other, 0)]
+        assert list(puller._outbox) == [cid]
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert vm.delivered == [(other, 0), (cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def _can_not_tell(uuid, unreadable):
+    def look_up(vm, cid):
+        if cid == unreadable:
+            raise LedgerError("it can't be read")
+        return uuid(vm, cid)
+
+    return look_up
+
+
+@pytest.mark.parametrize(("is_readable", "uuid"), [(True, "one"), (False, None)])
+def test_what_has_no_recorded_end_is_told_with_the_qube_that_it_is_of(dom0, monkeypatch, is_readable, uuid):
+    def execute(vm, cid):
+        raise LedgerError("it can't be written")
+
+    service, told = service_module.Service(dom0, None, execute, lambda *_: None, lambda text: None), []
+    service._loop = types.SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
+    service._pullers["work"] = types.SimpleNamespace(finished=lambda cid, end: told.append((cid, end.uuid, "can't be written" in end.lost)))
+    cid = _claimed(dom0, b"echo a", "one")
+    if not is_readable:
+        monkeypatch.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
+    service._run_one("work", cid)
+    assert told == [(cid, uuid, True)]
+
+
+class _Unwritable:
+    """An audit log, or a ledger, that can't be written for a while: what is asked of it fails."""
+
+    def __init__(self, monkeypatch, target, name, error):
+        self._monkeypatch, self._args = monkeypatch.context(), (target, name, self._fail)
+        self._error = error
+
+    def __enter__(self):
+        self._monkeypatch.__enter__().setattr(*self._args)
+
+    def __exit__(self, *caught):
+        return self._monkeypatch.__exit__(*caught)
+
+    def _fail(self, *_, **__):
+        raise self._error
+
+
+def _failing(dom0):
+    """What may fail of dom0 as it records the end of a command that waited, one after the other."""
+    return {
+        "audit": (dom0.audit, "write", AuditError("full")),
+        "start": (dom0.ledger, "start", LedgerError("full")),
+        "finish": (dom0.ledger, "finish", LedgerError("full")),
+        "close": (dom0.ledger, "delivered", LedgerError("full")),
+    }
+
+
+def _service_of(dom0, hub):
+    """A service that stands in for the loops' own, for what it records later."""
+    service = service_module.Service(dom0, None, None, lambda *_: None, hub.log)
+    service.call, service.spawn = hub.call, hub.spawn
+    hub.lose = service.lose
+    return service
+
+
+@pytest.mark.parametrize("fails", ["audit", "start", "finish", "close"])
+def test_a_waiting_command_that_is_cancelled_while_nothing_can_be_recorded_ends_when_it_can(dom0, monkeypatch, fails):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        service._pullers["work"] = puller
+        await puller._open()
+        (_, one), (cid, item) = _item(), _item()
+        dom0.config = make_config({**_folders(dom0), "parallel": 1})
+        await puller._take_in([one, item], [])
+        while not hub.lines._pool.busy():
+            await asyncio.sleep(0.01)
+        with _Unwritable(monkeypatch, *_failing(dom0)[fails]):
+            await puller._cancel(cid)
+            await service._record_lost()
+        assert vm.dropped == [cid]
+        # That it begins need not be recorded any more where it ends.
+        assert (dom0.ledger.state("work", cid)[0] == "delivered") is (fails == "start")
+        await service._record_lost()
+        assert dom0.ledger.state("work", cid)[0] == "delivered"
+        assert not os.path.exists(dom0.spool.path("work", cid))
+        assert not dom0.execution._cancelled_early
+        # Nobody waits for it.
+        await puller._deliver()
+        assert vm.delivered == []
+        assert service._lost == {}
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize("end", ["late", ThreadError("no thread")])
+@pytest.mark.parametrize("fails", ["audit", "finish"])
+def test_a_command_that_can_not_be_started_while_nothing_can_be_recorded_is_told_at_once_and_recorded_when_it_can_be(dom0, monkeypatch, end, fails):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        await puller._open()
+        cid, item = _item()
+        request = dom0.intake.admit("work", cid, item.command, item.token, -1, "one")
+        assert dom0.intake.claim([(request, 0)]) == {}
+        monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
+        with _Unwritable(monkeypatch, *_failing(dom0)[fails]):
+            await puller._took(cid, end, item)
+            await puller._deliver()
+            await service._record_lost()
+        assert vm.delivered == [(cid, 125)]
+        assert dom0.ledger.state("work", cid)[0] in ("claimed", "running")
+        await service._record_lost()
+        while dom0.ledger.state("work", cid)[0] != "delivered":
+            await asyncio.sleep(0.01)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize("reason", [None, "no thread"])
+def test_a_command_that_was_answered_and_can_not_be_started_is_recorded_when_it_can_be(dom0, monkeypatch, reason):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        service._loop = asyncio.get_running_loop()
+        service._pullers["work"] = puller
+        monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
+        await puller._open()
+        cid = _claimed(dom0, b"echo a", "one")
+        with _Unwritable(monkeypatch, *_failing(dom0)["audit"]):
+            await hub.call(service._end_unstarted, "work", cid, reason)
+            await asyncio.sleep(0)
+            await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+        await service._record_lost()
+        while dom0.ledger.state("work", cid)[0] != "delivered":
+            await asyncio.sleep(0.01)
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_nobody_is_told_of_a_cancel_of_what_is_not_on_its_way(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        told = []
+        monkeypatch.setattr(hub, "emit", lambda vm, cid, what, data: told.append(cid) if what == "cancelled" else None)
+        await puller._open()
+        delivered, done, never, (cid, item) = _done(dom0), _done(dom0), new_cid(), _item()
+        dom0.results.close_delivery("work", delivered)
+        running, _ = _started(dom0)
+        await puller._take_in([item], [])
+        ids = [never, delivered, cid, running, done, never, cid]
+        for one in ids:
+            await puller._cancel(one)
+        assert told[:3] == [cid, running, done]
+        # Whatever it is, the VM hears that it is done with.
+        assert vm.dropped == ids
+        assert never not in told and delivered not in told
+        assert dom0.ledger.state("work", done)[0] == "delivered"
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize(("what", "code"), [("question", "question"), ("stdin", "stdin"), ("command", "size")])
+def test_what_is_refused_after_its_token_was_found_to_fit_is_refused_with_a_proof(dom0, monkeypatch, what, code):
+    dom0.config = make_config({**_folders(dom0), "stdin_max": 10, "command_max": 50_000, "vms": {"work": {"policy": {"ask": [["echo", "**"]]}}}})
+    sent = {}
+
+    async def deliver(vm, results):
+        for result in results:
+            sent[result.cid] = b"".join(result.parts["meta"][1](0))
+            yield result.cid
+
+    async def scene(puller, hub, vm):
+        await puller._open()
+        command = b"echo " + b"a" * {"question": 40_000, "command": 50_000}.get(what, 1)
+        cid = new_cid()
+        token = make_token(KEY, "work", cid, 10, "shell", command, b"x" * 32 if what == "stdin" else b"")
+        item = Item(cid, len(command), len(token), 11 if what == "stdin" else -1, command, token)
+        await puller._take_in([item], [])
+        assert list(sent) == [cid]
+        # For what was not looked at yet dom0 vouches for nothing.
+        assert sent[cid].startswith(b"mac -\n") is (what == "command")
+        (row,) = history(dom0.config.audit_log, outcome="refused")
+        assert (row["code"], "command" in row) == (code, what != "command")
+
+    monkeypatch.setattr(_Vm, "deliver", deliver)
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_was_claimed_and_can_not_be_started_is_ended_though_the_session_breaks_over_a_refusal(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        refused, (cid, item) = _item()[1], _item()
+        hub.lines.close()
+        vm.is_full = True
+        with pytest.raises(AgentUnable):
+            await puller._take_in([dataclasses.replace(refused, token=b"none", token_size=4), item], [])
+        assert dom0.ledger.state("work", cid)[0] == "done"
+
+    _play(dom0, scene, monkeypatch)

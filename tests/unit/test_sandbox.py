@@ -765,3 +765,18 @@ def test_slot_keeps_no_descriptor_of_a_command(box):
     box.sh(DAEMON.format(box.folder / "daemon") + "exit 1")
     box.run("/bin/bash", script=b"cat; exit 1", stdin=__file__)
     assert box.slot() == slot and sorted(os.listdir(f"/proc/{slot}/fd")) == before
+
+
+@pytest.mark.parametrize("whose", ["a command's folder", "what a dead supervisor left"])
+def test_names_that_a_command_made_are_logged_as_plain_text(whose, caplog, monkeypatch):
+    name = os.fsdecode(b"jobs/x\n2026-01-01 all is well\x1b[2J\xff\xc3\xa4")
+    if whose == "a command's folder":
+        handle = sandbox.Handle.__new__(sandbox.Handle)
+        handle._spec = {"name": "work"}
+        handle._answer({"cleaned": [f"{name}: Device or resource busy"], "left": 0, "error": "none"})
+    else:
+        monkeypatch.setattr(supervisor, "remove_place", lambda folder, unmount: [f"{name}: Device or resource busy"])
+        sandbox_slots.remove_folder("/run/jobs/1", sandbox_slots.sandbox_subreaper)
+    (text,) = [record.getMessage() for record in caplog.records if "could not be removed" in record.getMessage()]
+    assert text.isascii() and text.isprintable()
+    assert "all is well" in text and "Device or resource busy" in text

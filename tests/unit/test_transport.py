@@ -3,8 +3,12 @@
 
 import asyncio
 import os
+import subprocess
 import time
+import types
 
+import pytest
+from pullrpc import transport
 from pullrpc.aio import run
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
@@ -94,3 +98,35 @@ def test_a_qube_that_is_gone_keeps_no_other_from_being_looked_up_with_it(tmp_pat
     assert {first, work, dev, again} == {"11111111-1111-1111-1111-111111111111"}
     assert isinstance(gone, TransportError)
     assert looks.read_text().splitlines() == ["first", "dev gone work", "dev", "gone", "work"]
+
+
+def test_a_program_that_ends_as_it_is_told_what_to_run_is_a_vm_that_can_not_be_reached(tmp_path, monkeypatch):
+    class Gone(Exception):
+        """What qubesadmin raises."""
+
+    started = []
+
+    class Qubes:
+        def run_service(self, vm, service, user, autostart, **streams):
+            # It has left its stdin, and leaves a child behind.
+            started.append(subprocess.Popen(["sh", "-c", f"exec <&-; sleep 600 & echo $! > {tmp_path}/child; wait"], **streams))
+            while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
+                time.sleep(0.01)
+            return started[-1]
+
+    library = types.SimpleNamespace(Qubes=Qubes, exc=types.SimpleNamespace(QubesException=Gone))
+    monkeypatch.setattr(transport, "_qubesadmin", lambda: library)
+
+    async def begin():
+        with pytest.raises(TransportError, match="can't reach work"):
+            await open_channel(make_config({"transport": "qubesadmin"}), "work", "true")
+
+    run(begin())
+    (process,) = started
+    assert process.returncode is not None
+    assert process.stdin.closed and process.stdout.closed
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while _is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service holds nothing open once it has ended, however it did: the engine makes a new one each few seconds while it can't serve."""
+
+import gc
+import os
+import threading
+
+import pytest
+from pullrpc import service as module
+from pullrpc.config import make_config
+from pullrpc.dom0 import Dom0
+from pullrpc.errors import EngineBusy, LedgerError
+from pullrpc.lock import EngineLock
+from pullrpc.service import Service
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    """A service in a dom0 without VMs."""
+    qvm_ls = tmp_path / "qvm-ls"
+    qvm_ls.write_text("#!/bin/sh\n")
+    qvm_ls.chmod(0o700)
+    names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "audit.log"}
+    dom0 = Dom0(make_config({"qvm_ls": str(qvm_ls), "syslog": False, **{name: str(tmp_path / folder) for name, folder in names.items()}}))
+    monkeypatch.setattr(dom0.execution, "warm", lambda: None)
+    # Made once, and kept.
+    dom0.execution.recover()
+    return lambda: Service(dom0, None, None, lambda *_: None, lambda text: None)
+
+
+def _open():
+    # What other tests have left goes first.
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _is_busy(service, monkeypatch):
+    with EngineLock(service.dom0.config.run_dir), pytest.raises(EngineBusy):
+        service.run()
+
+
+def _is_busy_once(service, monkeypatch):
+    with EngineLock(service.dom0.config.run_dir), pytest.raises(EngineBusy):
+        service.run_once()
+
+
+def _is_damaged(service, monkeypatch):
+    def fail():
+        raise LedgerError("damaged")
+
+    with monkeypatch.context() as damaged, pytest.raises(LedgerError):
+        damaged.setattr(service.dom0.execution, "recover", fail)
+        service.run()
+
+
+def _is_stopped_before(service, monkeypatch):
+    service.stop()
+    service.run()
+
+
+def _runs_once(service, monkeypatch):
+    assert service.run_once() == {}
+
+
+def _is_never_run(service, monkeypatch):
+    service.close()
+
+
+@pytest.mark.parametrize("end", [_is_busy, _is_busy_once, _is_damaged, _is_stopped_before, _runs_once, _is_never_run])
+def test_a_service_that_has_ended_holds_nothing_open(service, monkeypatch, end):
+    end(service(), monkeypatch)
+    before = _open()
+    for _ in range(10):
+        end(service(), monkeypatch)
+    assert _open() < before + 10
+
+
+def test_to_stop_a_service_that_has_ended_reaches_nobody_else(service):
+    one = service()
+    one.close()
+    # One of these has its number.
+    pipes = [os.pipe2(os.O_NONBLOCK) for _ in range(8)]
+    try:
+        one.stop()
+        one.reload()
+        for read, _ in pipes:
+            with pytest.raises(BlockingIOError):
+                os.read(read, 1)
+        one.close()
+        for read, write in pipes:
+            os.fstat(read), os.fstat(write)
+    finally:
+        for pipe in pipes:
+            for fd in pipe:
+                os.close(fd)
+
+
+def test_a_signal_that_comes_as_a_service_ends_finds_it_ended(service, monkeypatch):
+    one, close, written = service(), os.close, []
+
+    def close_and_be_interrupted(fd):
+        close(fd)
+        one.stop()
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(module.os, "close", close_and_be_interrupted)
+        interrupted.setattr(module.os, "write", lambda *args: written.append(args))
+        one.close()
+    assert written == []
+
+
+def test_one_that_stops_a_service_from_elsewhere_as_it_ends_writes_into_no_other_descriptor(service):
+    for _ in range(200):
+        one = service()
+        stopping = threading.Thread(target=lambda one=one: [one.stop() for _ in range(20)])
+        stopping.start()
+        one.close()
+        read, write = os.pipe2(os.O_NONBLOCK)
+        other, another = os.pipe2(os.O_NONBLOCK)
+        stopping.join()
+        try:
+            for fd in (read, other):
+                with pytest.raises(BlockingIOError):
+                    os.read(fd, 1)
+        finally:
+            for fd in (read, write, other, another):
+                os.close(fd)
