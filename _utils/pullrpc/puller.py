@@ -104,6 +104,8 @@ class Puller:
         self._key_looked = self._key_doubted = float("-inf")
         #: Whether the VM could not take its key, and whether it could not do what ended a session; each is told once.
         self._key_kept_back = self._unable = False
+        #: Whether the last refusal could not be written to the audit log.
+        self._log_failed = False
         #: Why nothing is taken from this VM and nothing given to it: it is not the one that has access under its name.
         self._stranger = None
         self._uuid = ""
@@ -585,10 +587,15 @@ class Puller:
             refused.command = item.command.decode("utf-8")
         try:
             shown = await self._hub.call(self._hub.dom0.audit.refusal, self.vm, cid, refused)
+            # One that is only counted says nothing of the disk.
+            self._log_failed = self._log_failed and not shown
         except AuditError as err:
             # Whoever asked hears of the refusal all the same: a full disk must not look like a hanging dom0.
-            self._hub.log(str(err))
-            shown = True
+            if not self._log_failed:
+                # Once: whoever asks again and again must not fill the other log with it.
+                self._hub.log(str(err))
+            shown = not self._log_failed
+            self._log_failed = True
         if shown:
             # Whoever reacts to events is bothered no more often than the log is.
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})

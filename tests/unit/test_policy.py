@@ -152,6 +152,14 @@ def test_what_is_denied_is_denied_in_other_words_too(argv):
     assert _allowed(*other, policy={"allow": allow, "deny": deny})
 
 
+def _check_kept_from_running(rule, argv):
+    """By deny, and by ask, whatever else is allowed."""
+    allow = [[argv[0], "**"]]
+    assert not _allowed(*argv, policy={"allow": allow, "deny": [rule]})
+    decision = decide({"allow": allow, "ask": [rule]}, argv, _tagged)
+    assert (decision.allowed, decision.asks) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("deny", "argv"),
     [
@@ -193,10 +201,7 @@ def test_what_is_denied_is_not_more_than_what_may_be_meant(deny, argv):
     ],
 )
 def test_what_is_kept_from_running_is_so_with_more_words_and_by_letters(deny, argv):
-    allow = [[argv[0], "**"]]
-    assert not _allowed(*argv, policy={"allow": allow, "deny": [deny]})
-    decision = decide({"allow": allow, "ask": [deny]}, argv, _tagged)
-    assert (decision.allowed, decision.asks) == (False, True)
+    _check_kept_from_running(deny, argv)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +240,7 @@ def test_what_is_kept_from_running_is_so_with_more_words_and_by_letters(deny, ar
     ],
 )
 def test_what_is_kept_from_running_is_so_by_other_names_and_in_fewer_words(deny, argv):
-    allow = [[argv[0], "**"]]
-    assert not _allowed(*argv, policy={"allow": allow, "deny": [deny]})
-    decision = decide({"allow": allow, "ask": [deny]}, argv, _tagged)
-    assert (decision.allowed, decision.asks) == (False, True)
+    _check_kept_from_running(deny, argv)
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,26 @@ def test_a_refusal_is_recorded_with_what_was_refused(dom0, monkeypatch):
     assert "no rule allows it" in row["reason"]
 
 
+def test_that_refusals_can_not_be_recorded_is_said_once_and_each_is_answered(dom0, monkeypatch):
+    emitted = []
+
+    def no_room(*_):
+        raise AuditError("the audit log can't be written: No space left on device")
+
+    async def scene(puller, hub, vm):
+        await puller._open()
+        with monkeypatch.context() as patched:
+            patched.setattr(dom0.audit, "refusal", no_room)
+            patched.setattr(hub, "emit", lambda _vm, _cid, what, _data: emitted.append(what))
+            for _ in range(5):
+                await puller._take_in([dataclasses.replace(_item()[1], token=b"none", token_size=4)], [])
+        assert len(vm.delivered) == 5
+        assert [line for line in hub.logged if "No space left" in line] == ["the audit log can't be written: No space left on device"]
+        assert emitted.count("refused") == 1
+
+    _play(dom0, scene, monkeypatch)
+
+
 def test_nothing_is_kept_of_commands_that_ended_while_there_was_no_session(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         await puller._open()
