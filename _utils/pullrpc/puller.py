@@ -658,7 +658,8 @@ class Puller:
             async for cid in self._session.deliver(results):
                 reached.append(cid)
         except AgentUnable as err:
-            kept = {**kept, **dict.fromkeys(err.failed, str(err))}
+            # Where it does not say which, all that have not arrived are kept.
+            kept = {**kept, **dict.fromkeys(err.failed or waiting.keys() - set(reached), str(err))}
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
