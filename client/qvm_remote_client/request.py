@@ -26,6 +26,8 @@ _CONNECT_WAIT = 30
 _RECONNECT_WAIT = 60
 #: Without a knock, look for the answer this often, seconds.
 _LOOK_EVERY = 0.25
+#: A request that was answered is gone this soon, seconds.
+_TAKEN_AWAY_WITHIN = 1.0
 _CHUNK = 1 << 18
 _STDOUT = 1
 
@@ -395,12 +397,18 @@ class Request:
             raise
 
     def is_open(self):
-        """Say whether dom0 has not answered the request yet, as far as the queue shows.
+        """Say whether dom0 has not answered the request yet, as far as the queue shows; waits a moment for it to show that.
 
         Returns:
             bool
         """
-        return any(map(os.path.lexists, (self._queue.pending(self.cid), self._queue.running(self.cid))))
+        # The agent stores an answer first, and then takes the request away.
+        end = time.monotonic() + _TAKEN_AWAY_WITHIN
+        while any(map(os.path.lexists, (self._queue.pending(self.cid), self._queue.running(self.cid)))):
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.02)
+        return False
 
     def give_up(self):
         """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""

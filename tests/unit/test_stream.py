@@ -11,6 +11,7 @@ import time
 
 import pytest
 from pullrpc.errors import SessionBroken
+from pullrpc.files import knock, write_whole
 from pullrpc.frames import PAYLOAD_MAX, FrameReader, encode_frame, write_all
 from pullrpc.tokens import chunk_mac, make_meta
 
@@ -248,6 +249,24 @@ def _assert_stopped(qube, client, cid):
     assert qube.cancelled() == [cid]
     assert qube.ask("drop", id=cid) == {}
     assert os.listdir(qube.path("")) == []
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_an_answer_without_proof_is_anybodys_only_if_the_request_stays(qube, is_answered):
+    client, cid = qube.start("-n", "x")
+    for part, data in (("out", b""), ("err", b"qvm-remote: refused: no key\n"), ("meta", b"mac -\n"), ("exit", b"125\n")):
+        write_whole(qube.path(f"{cid}.{part}"), data)
+    assert knock(qube.path(f"{cid}.bell"))
+    # As the agent does it, and somewhat later than it does.
+    time.sleep(0.2)
+    if is_answered:
+        for name in (f"running/{cid}", f"pending/{cid}.auth"):
+            os.unlink(os.path.join(qube.base, "queue", name))
+    code, _, err = rest(client)
+    assert code == 125
+    assert b"carries no proof" in err
+    assert (b"did not come from dom0" in err) is not is_answered
+    assert os.listdir(os.path.join(qube.base, "queue", "pending")) == ([] if is_answered else [f"{cid}.cancel"])
 
 
 def _foreign_mac(cid):
