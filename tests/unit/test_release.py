@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A release: anybody makes the same tarball of a tag, and what was altered does not pass as the page for users says to verify it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,14 +19,30 @@ def _run(words, cwd, env, **options):
     return subprocess.run(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options)
 
 
+def _unless_gone(_call, _path, what):
+    """The agent was told to end, and takes its sockets away when it does: before or while the folder is removed."""
+    if not issubclass(what[0], FileNotFoundError):
+        raise what[1]
+
+
+@contextlib.contextmanager
+def _gnupg_home():
+    """A folder for GnuPG that is thrown away, and the agent with it."""
+    # Not in pytest's folder: the agent's socket has to have a short name.
+    home = tempfile.mkdtemp(prefix="gnupg-")
+    try:
+        yield home
+    finally:
+        subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=False)
+        shutil.rmtree(home, onerror=_unless_gone)
+
+
 class Maker:
     """Somebody with a clone, a GnuPG key that is thrown away, and settings of their own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, keys):
         self.clone = os.path.join(folder, "clone")
-        # Not in pytest's folder: the agent's socket has to have a short name.
-        self.keys = tempfile.mkdtemp(prefix="gnupg-")
-        self.env = {"PATH": os.environ["PATH"], "HOME": folder, "GNUPGHOME": self.keys, "GIT_CONFIG_NOSYSTEM": "1"}
+        self.env = {"PATH": os.environ["PATH"], "HOME": folder, "GNUPGHOME": keys, "GIT_CONFIG_NOSYSTEM": "1"}
         self.do("git", "clone", "-q", "--shared", ROOT, self.clone, cwd=folder)
         # As it is here, committed or not.
         os.makedirs(os.path.join(self.clone, "tools"), exist_ok=True)
@@ -49,17 +66,13 @@ class Maker:
         words = ["sh", "-c", f'umask {umask:o}; exec tools/release.sh "$@"', "sh", tag or self.tag, str(folder)]
         return _run(words, self.clone, {**self.env, **env})
 
-    def close(self):
-        subprocess.run(["gpgconf", "--homedir", self.keys, "--kill", "all"], check=False)
-        shutil.rmtree(self.keys)
-
 
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory):
-    one = Maker(str(tmp_path_factory.mktemp("release")))
-    one.do("git", "tag", "-s", "-m", "a release", one.tag)
-    yield one
-    one.close()
+    with _gnupg_home() as keys:
+        one = Maker(str(tmp_path_factory.mktemp("release")), keys)
+        one.do("git", "tag", "-s", "-m", "a release", one.tag)
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +115,13 @@ def _flip(path, at):
 
 
 def _sign_with_another_key(folder, maker, tmp_path):
-    home = tempfile.mkdtemp(prefix="gnupg-")
-    env = {**maker.env, "GNUPGHOME": home}
-    try:
+    with _gnupg_home() as home:
+        env = {**maker.env, "GNUPGHOME": home}
         for words in (
             ["--passphrase", "", "--quick-generate-key", _MAINTAINER, "ed25519", "sign", "never"],
             ["--yes", "--armor", "--detach-sign", "--output", "SHA256SUMS.asc", "SHA256SUMS"],
         ):
             assert _run(["gpg", "--batch", *words], folder, env).returncode == 0
-    finally:
-        subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=False)
-        shutil.rmtree(home)
 
 
 def _replace(folder, maker, tmp_path):
