@@ -14,7 +14,7 @@ import binascii
 import time
 
 from .aio import Bell
-from .errors import AgentUnable, FrameError, KeyringError, SessionBroken
+from .errors import AgentUnable, FrameError, KeyringError, SessionBroken, SpoolError
 from .layout import PROBLEMS
 from .session import CANCELS_MAX, INLINE_MAX, ITEMS_MAX, Found, Item
 from .tokens import fingerprint, parse_key
@@ -35,6 +35,7 @@ _KEY_MAX = 66
 _REJECTS_MAX = 50
 #: Ended without a queue.
 _NO_QUEUE = 3
+_UNABLE = "the qube could not take its results (is its disk full?)"
 
 _D8 = "[0-9]" * 8
 _D6 = "[0-9]" * 6
@@ -257,15 +258,17 @@ class Agentless:
         total = sum(size for result in results for size, _ in result.parts.values())
         self._wanted.ring()
         longest = sum(len(cid) + 1 for cid in cids) + len(_END)
-        code, untrusted_output = await self._run(self._delivery(results), longest, self._config.answer_wait + total // _RATE_MIN)
+        failed = {}
+        code, untrusted_output = await self._run(self._delivery(results, failed), longest, self._config.answer_wait + total // _RATE_MIN)
         self._wanted.clear()
         if code or not (b"\n" + untrusted_output).endswith(b"\n" + _END):
             raise SessionBroken("the qube could not be given its results (is it running?)")
         reached = _read_reached(untrusted_output, cids)
         for cid in reached:
             yield cid
-        if len(reached) < len(cids):
-            raise AgentUnable("the qube could not take its results (is its disk full?)", [cid for cid in cids if cid not in reached])
+        failed = {cid: failed.get(cid, _UNABLE) for cid in cids if cid not in reached}
+        if failed:
+            raise AgentUnable("; ".join(sorted(set(failed.values()))), failed)
 
     async def bye(self):
         """Tell the VM what is left to tell."""
@@ -285,7 +288,7 @@ class Agentless:
         told, self._told = self._told, []
         return "".join(told)
 
-    def _delivery(self, results):
+    def _delivery(self, results, failed):
         yield (_BEGIN + self._news() + _GIVE_UP).encode("ascii")
         for result in results:
             cid, exit_code, parts = result.cid, result.exit_code, result.parts
@@ -294,14 +297,24 @@ class Agentless:
                 # Opened once: nobody puts another file in its place between two pieces. As an argument of "command" it does not end the shell
                 # where it fails.
                 yield f'[ -z "$ok" ] || {{ new ../results/{cid}.{part}; command exec 3> "$half"; }} || ok=\n'.encode("ascii")
-                for chunk in parts[part][1](0):
+                for chunk in _readable(parts[part][1](0), cid, failed):
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
                         yield b"[ -z \"$ok\" ] || base64 -d >&3 <<'END' || ok=\n" + piece + b"END\n"
+                if cid in failed:
+                    yield b"ok=\n"
                 yield f'exec 3>&-; [ -z "$ok" ] || keep ../results/{cid}.{part} || ok=\n'.encode("ascii")
             yield f'[ -z "$ok" ] || {{ new ../results/{cid}.exit; echo {exit_code} > "$half" && keep ../results/{cid}.exit; }} || ok=\n'.encode("ascii")
             yield f'if [ -z "$ok" ]; then give_up {cid}; else echo {cid}; {_forget(cid).rstrip()}; fi\n'.encode("ascii")
         yield b"echo END\n"
+
+
+def _readable(chunks, cid, failed):
+    """As much of a part as dom0 can read; why it can't read on is put into ``failed``."""
+    try:
+        yield from chunks
+    except SpoolError as err:
+        failed[cid] = str(err)
 
 
 def _take(cid):

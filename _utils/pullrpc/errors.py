@@ -80,12 +80,12 @@ class AgentUnable(SessionBroken):
 
     Args:
         message: what it could not do.
-        failed: ids of the results that it did not take, if it was about results; all others reached it.
+        failed: dict of the ids of the results that did not reach it, if it was about results, to why; all others did.
     """
 
-    def __init__(self, message, failed=()):
+    def __init__(self, message, failed=None):
         super().__init__(message)
-        self.failed = tuple(failed)
+        self.failed = dict(failed or {})
 
 
 class FrameError(SessionBroken):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -211,7 +212,8 @@ class Execution:
         sandbox.warm(_limits(self._stores.config))
 
     def recover(self):
-        """Finish what an engine that died left claimed or running. Nothing is run again.
+        """Finish what an engine that died left claimed or running. Nothing is run again. One whose files can't be touched stays unfinished:
+        the others' clients need not wait for it.
 
         Returns:
             list of (vm, cid), now waiting for delivery.
@@ -221,9 +223,11 @@ class Execution:
         """
         self._stores.check_ledger()
         ledger_file.sweep(self._stores.ledger_path)
-        left = self._stores.ledger.unfinished()
-        for vm, cid in left:
-            self._finish_left(vm, cid, INTERRUPTED, "interrupted")
+        left = []
+        for vm, cid in self._stores.ledger.unfinished():
+            with contextlib.suppress(SpoolError):
+                self._finish_left(vm, cid, INTERRUPTED, "interrupted")
+                left.append((vm, cid))
         self._stores.spool.sweep(self._stores.ledger.open_commands())
         for vm in self._stores.ledger.open_counts():
             # One that comes back in less than that is told. Others may be gone for good.

@@ -659,7 +659,7 @@ class Puller:
                 reached.append(cid)
         except AgentUnable as err:
             # Where it does not say which, all that have not arrived are kept.
-            kept = {**kept, **dict.fromkeys(err.failed or waiting.keys() - set(reached), str(err))}
+            kept = {**kept, **(err.failed or dict.fromkeys(waiting.keys() - set(reached), str(err)))}
         finally:
             self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
             for cid in reached:
@@ -672,8 +672,8 @@ class Puller:
                 self._done_with(cid)
 
     def _keep_back(self, kept):
-        """Have results wait that the VM could not take, its disk may be full, or of which it can't be told whose they are; ``kept`` says why.
-        Whatever else it asks for is heard.
+        """Have results wait that the VM could not take, its disk may be full, that dom0 can't read, or of which it can't be told whose they
+        are; ``kept`` says why. Whatever else it asks for is heard.
         """
         if kept and not self._not_before:
             # Once, and not at each attempt: a VM that never takes them must not fill dom0's log.
@@ -703,7 +703,11 @@ class Puller:
                 except LedgerError as err:
                     kept[cid] = str(err)
                 continue
-            result = end.result or self._hub.dom0.results.result(self.vm, cid)
+            try:
+                result = end.result or self._hub.dom0.results.result(self.vm, cid)
+            except (LedgerError, SpoolError) as err:
+                kept[cid] = str(err)
+                continue
             # A command of the qube that had this name before may have ended only now.
             if result is not None and is_of(result.uuid, self._uuid):
                 found.append(Delivery(cid, result.exit_code, result.parts, sent=self._sent(cid, end, result.parts)))

@@ -16,7 +16,7 @@ import time
 from . import __version__, note, sandbox
 from .aio import Bell, Threads, run
 from .config import digest
-from .errors import PullError, TransportError
+from .errors import PullError, SpoolError, TransportError
 from .lines import Lines
 from .lock import EngineLock
 from .puller import Finished, Puller
@@ -283,6 +283,9 @@ class Service:
         note.remove(self.dom0.config)
         swept = sandbox.sweep(self.dom0.config.run_dir)
         left = self.dom0.execution.recover()
+        for vm, cid in self.dom0.ledger.unfinished():
+            self.log(f"{vm}: {cid}: what the last service left of it can't be closed yet: its files in the spool can't be removed")
+            self.lose(vm, cid, INTERRUPTED)
         if swept or left:
             self.log(f"the last service ended early: {len(left)} commands of it were closed, {swept} sandboxes removed")
         self._warm()
@@ -491,8 +494,10 @@ class Service:
         for (vm, cid), reason in list(self._lost.items()):
             try:
                 await self.call(self.dom0.execution.finish_lost, vm, cid, reason)
+            except SpoolError:
+                # It was said when it happened. The others have files of their own.
+                continue
             except PullError:
-                # It was said when it happened.
                 return
             del self._lost[vm, cid]
             if (vm, cid) in self._lost_told:
@@ -502,11 +507,15 @@ class Service:
                 self._tell("finished", vm, cid, Finished())
 
     def _small_result(self, vm, cid):
-        """A result that is worth keeping at hand until it is delivered; None for another one."""
-        result = self.dom0.results.result(vm, cid)
-        if result is None or sum(size for size, _ in result.parts.values()) > _AT_HAND:
+        """A result that is worth keeping at hand until it is delivered; None for another one, or where it has to be read again."""
+        try:
+            result = self.dom0.results.result(vm, cid)
+            if result is None or sum(size for size, _ in result.parts.values()) > _AT_HAND:
+                return None
+            return result._replace(parts={part: of_bytes(b"".join(chunks(0))) for part, (_, chunks) in result.parts.items()})
+        except PullError:
+            # It is recorded by now: no reason to tell its client otherwise.
             return None
-        return result._replace(parts={part: of_bytes(b"".join(chunks(0))) for part, (_, chunks) in result.parts.items()})
 
     def _post(self, what, vm, cid, *news):
         """Tell a VM's loop something, from whatever thread."""

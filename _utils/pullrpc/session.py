@@ -12,7 +12,7 @@ import dataclasses
 import re
 
 from .duplex import Duplex
-from .errors import AgentUnable, FrameError, SessionBroken
+from .errors import AgentUnable, FrameError, SessionBroken, SpoolError
 from .frames import PAYLOAD_MAX
 from .layout import PROBLEMS
 from .transport import open_channel
@@ -273,7 +273,7 @@ class Session:
         return (await self._ask(request, chunk.data)).get("gone") != 1
 
     async def deliver(self, results):
-        """Hand results over. One that the VM can't take is no matter of the others.
+        """Hand results over. One that the VM can't take, or dom0 can't read, is no matter of the others.
 
         Args:
             results: iterable of Delivery.
@@ -282,19 +282,19 @@ class Session:
             str, an id whose result the VM now has in whole.
 
         Raises:
-            AgentUnable: in the end, if there are some that it could not take: ``failed``.
+            AgentUnable: in the end, if there are some that did not reach it: ``failed``.
         """
-        failed = []
+        failed = {}
         async for untrusted_answer, cid, is_last in self._answers(_frames_of_all(results, failed)):
             try:
                 _checked(untrusted_answer)
             except AgentUnable:
                 # Whatever it says of the rest of it: that has to be sent again from its beginning.
-                failed += [] if cid in failed else [cid]
+                failed.setdefault(cid, _UNABLE)
             if is_last and cid not in failed:
                 yield cid
         if failed:
-            raise AgentUnable(_UNABLE, failed)
+            raise AgentUnable("; ".join(sorted(set(failed.values()))), failed)
 
     async def _answers(self, frames):
         """Send requests, some of them without waiting for the answers to those before.
@@ -330,12 +330,15 @@ def _frames_of_all(results, failed):
     """Results as requests, see :meth:`Session._answers`; nothing more is sent of those that have failed meanwhile."""
     for result in results:
         begun = []
-        for request, payload, delivered in _frames_of(result):
-            if result.cid in failed:
-                break
-            if request["op"] == "put" and request["part"] not in begun:
-                begun.append(request["part"])
-            yield request, payload, result.cid, delivered is not None
+        try:
+            for request, payload, delivered in _frames_of(result):
+                if result.cid in failed:
+                    break
+                if request["op"] == "put" and request["part"] not in begun:
+                    begun.append(request["part"])
+                yield request, payload, result.cid, delivered is not None
+        except SpoolError as err:
+            failed[result.cid] = str(err)
         if not begun:
             continue
         # Before the next one is sent it must be known whether this one had room: there is none for whatever comes behind one that had not.

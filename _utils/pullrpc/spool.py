@@ -202,11 +202,15 @@ class Spool:
 
         Returns:
             int
+
+        Raises:
+            SpoolError: that can't be told.
         """
-        try:
-            return os.lstat(self.path(vm, cid, part)).st_size
-        except FileNotFoundError:
-            return 0
+        with _disk_errors(vm):
+            try:
+                return os.lstat(self.path(vm, cid, part)).st_size
+            except FileNotFoundError:
+                return 0
 
     def piece(self, vm, cid, part, offset, size):
         """Read a piece of a file.

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from pullrpc import agentless
 from pullrpc.config import make_config
-from pullrpc.errors import AgentUnable, FrameError, SessionBroken
+from pullrpc.errors import AgentUnable, FrameError, SessionBroken, SpoolError
 from pullrpc.files import knock
 from pullrpc.ids import new_cid
 from pullrpc.layout import Queue
@@ -499,6 +499,27 @@ async def _deliver_some(turns, results):
     return reached, caught.value.failed
 
 
+def _unreadable(message, before=0):
+    """A part of a result that dom0 can't read (on) from its disk."""
+
+    def chunks(offset):
+        for _ in range(before):
+            yield b"x" * (1 << 18)
+        raise SpoolError(message)
+
+    return 4 << 18, chunks
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_without_the_agent_too_a_result_that_dom0_can_not_read_holds_up_no_other(turns, before):
+    results = [_small(), _small(), _small()]
+    bad = results[1]
+    bad.parts["out"] = _unreadable("can't read it", before)
+    reached, failed = asyncio.run(_deliver_some(turns, results))
+    assert (reached, failed) == ([results[0].cid, results[2].cid], {bad.cid: "can't read it"})
+    assert not [name for name in os.listdir(os.path.join(turns.queue.base, "queue/results")) if bad.cid in name]
+
+
 @pytest.mark.parametrize("trouble", ["no room", "a part can't be made", "a part can't be kept", "its last file can't be kept"])
 def test_without_the_agent_too_a_result_that_fails_holds_up_no_other_and_keeps_no_room(turns, trouble):
     results = [_small(), _small(20_000 if trouble == "no room" else 10), _small(0), _small()]
@@ -514,7 +535,7 @@ def test_without_the_agent_too_a_result_that_fails_holds_up_no_other_and_keeps_n
         if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False).returncode:
             pytest.skip("nothing can be mounted here")
     try:
-        assert asyncio.run(_deliver_some(turns, results)) == ([result.cid for result in results if result.cid != bad], (bad,))
+        assert asyncio.run(_deliver_some(turns, results)) == ([result.cid for result in results if result.cid != bad], {bad: agentless._UNABLE})
     finally:
         if trouble != "no room":
             subprocess.run(["umount", "-l", place], check=True)
@@ -561,4 +582,4 @@ def test_without_the_agent_too_only_what_was_sent_can_be_delivered(turns, monkey
             assert caught.type is error
             continue
         reached = [results[0].cid] if first in untrusted_output else []
-        assert asyncio.run(_deliver_some(turns, results)) == (reached, tuple(result.cid for result in results if result.cid not in reached))
+        assert asyncio.run(_deliver_some(turns, results)) == (reached, {result.cid: agentless._UNABLE for result in results if result.cid not in reached})

@@ -8,7 +8,7 @@ import types
 import pytest
 from pullrpc.aio import run
 from pullrpc.config import make_config
-from pullrpc.errors import AgentUnable, SessionBroken
+from pullrpc.errors import AgentUnable, SessionBroken, SpoolError
 from pullrpc.frames import FrameReader, encode_frame
 from pullrpc.ids import new_cid
 from pullrpc.results import of_bytes
@@ -92,11 +92,11 @@ def _deliver(results, room, refuses=()):
             async for cid in vm.session.deliver(results):
                 reached.append(cid)
         except AgentUnable as err:
-            return reached, list(err.failed), vm
+            return reached, err.failed, vm
         finally:
             serving.cancel()
             vm.close()
-        return reached, [], vm
+        return reached, {}, vm
 
     return run(asyncio.wait_for(play(), 20))
 
@@ -105,7 +105,7 @@ def _deliver(results, room, refuses=()):
 def test_a_result_that_does_not_fit_holds_up_no_other_and_leaves_them_its_room(room):
     large, *small = results = [_result(8 * _MIB), *(_result(20_000) for _ in range(50))]
     reached, failed, vm = _deliver(results, room)
-    assert failed == [large.cid]
+    assert list(failed) == [large.cid]
     assert reached == vm.whole == [result.cid for result in small]
     assert not vm.parts.get((large.cid, "out"))
 
@@ -121,23 +121,38 @@ def test_what_is_left_of_a_result_that_failed_is_not_sent():
 
     large.parts["out"] = (64 << 18, chunks)
     _, failed, _ = _deliver([large], 1000)
-    assert failed == [large.cid]
+    assert list(failed) == [large.cid]
     # No more than may be on its way without an answer.
     assert len(taken) <= 6
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_result_that_dom0_can_not_read_holds_up_no_other_and_leaves_them_its_room(before):
+    first, bad, last = results = [_result(20_000), _result(3 * _MIB), _result(3 * _MIB)]
+
+    def chunks(offset):
+        for _ in range(before):
+            yield b"x" * (1 << 18)
+        raise SpoolError("can't read it")
+
+    bad.parts["out"] = (3 * _MIB, chunks)
+    reached, failed, vm = _deliver(results, 3 * _MIB + 300_000)
+    assert failed == {bad.cid: "can't read it"}
+    assert reached == vm.whole == [first.cid, last.cid]
 
 
 def test_several_results_may_fail_each_for_itself():
     results = [_result(size) for size in (100, 300_000, 100, 300_000, 100)]
     refused = [results[at].cid for at in (1, 2, 4)]
     reached, failed, _ = _deliver(results, 100 * _MIB, refused)
-    assert failed == refused
+    assert list(failed) == refused
     assert reached == [results[at].cid for at in (0, 3)]
 
 
 def test_a_vm_that_takes_all_of_them_is_given_all_of_them():
     results = [_result(size) for size in (100, 3 * _MIB, 0, 300_000, *[5000] * 300)]
     reached, failed, vm = _deliver(results, 100 * _MIB)
-    assert failed == []
+    assert failed == {}
     assert reached == vm.whole == [result.cid for result in results]
 
 

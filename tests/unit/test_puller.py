@@ -18,13 +18,13 @@ from pullrpc.aio import run
 from pullrpc.audit_read import history, query
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
-from pullrpc.errors import AgentUnable, AuditError, FrameError, LedgerError, Refused, ThreadError
+from pullrpc.errors import AgentUnable, AuditError, FrameError, LedgerError, Refused, SpoolError, ThreadError
 from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
 from pullrpc.puller import Finished, Puller
 from pullrpc.results import Result, of_bytes
-from pullrpc.session import Found, Item, Session, _frames_of, read_poll
+from pullrpc.session import Found, Item, Session, _frames_of, _frames_of_all, read_poll
 from pullrpc.tokens import fingerprint, make_token
 
 KEY = bytes(range(32))
@@ -107,10 +107,10 @@ class _Vm:
         return True
 
     async def deliver(self, results):
-        failed = []
+        failed = {}
         for result in results:
             if self.is_full or result.cid in self.too_large:
-                failed.append(result.cid)
+                failed[result.cid] = "no space"
                 continue
             for request, payload, done in _frames_of(result):
                 if request["op"] == "put":
@@ -349,6 +349,48 @@ def test_a_result_that_its_vm_can_not_take_holds_up_none_of_the_others(dom0, mon
         assert vm.delivered == [(cid, 0) for cid in (*small, later, large)]
         assert not puller._outbox and not puller._not_before
         assert len(hub.logged) == 1
+
+    _play(dom0, scene, monkeypatch)
+
+
+@pytest.mark.parametrize("part", ["meta", "row"])
+def test_a_result_that_dom0_can_not_read_holds_up_none_of_the_others(dom0, monkeypatch, part):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        bad, *good = cids = [_done(dom0) for _ in range(3)]
+        for cid in cids:
+            puller.finished(cid, Finished(status="done"))
+        with monkeypatch.context() as failing:
+            if part == "row":
+                read = dom0.results.result
+                failing.setattr(dom0.results, "result", lambda vm, cid: _fail() if cid == bad else read(vm, cid))
+            else:
+                os.rename(dom0.spool.path("work", bad, part), dom0.spool.path("work", bad, "aside"))
+                os.mkdir(dom0.spool.path("work", bad, part))
+                failing.setattr(_Vm, "deliver", _as_a_session_does)
+            await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in good]
+        assert list(puller._outbox) == list(puller._not_before) == [bad]
+        assert len(hub.logged) == 1
+        assert "dom0 can't keep" in hub.logged[0]
+        if part != "row":
+            os.rmdir(dom0.spool.path("work", bad, part))
+            os.rename(dom0.spool.path("work", bad, "aside"), dom0.spool.path("work", bad, part))
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0) for cid in (*good, bad)]
+
+    def _fail():
+        raise SpoolError("dom0 can't keep the commands of work: Input/output error")
+
+    async def _as_a_session_does(vm, results):
+        failed = {}
+        for _, _, cid, is_last in filter(None, _frames_of_all(results, failed)):
+            if is_last:
+                vm.delivered.append((cid, 0))
+                yield cid
+        if failed:
+            raise AgentUnable("; ".join(failed.values()), failed)
 
     _play(dom0, scene, monkeypatch)
 
@@ -894,6 +936,51 @@ def test_what_has_no_recorded_end_is_told_with_the_qube_that_it_is_of(dom0, monk
         monkeypatch.setattr(dom0.ledger, "uuid", _can_not_tell(dom0.ledger.uuid, cid))
     service._run_one("work", cid)
     assert told == [(cid, uuid, True)]
+
+
+def test_what_a_dead_service_left_is_closed_though_the_files_of_one_command_can_not_be_touched(dom0, monkeypatch):
+    monkeypatch.setattr(dom0.execution, "warm", lambda: None)
+    bad, other = cids = [_claimed(dom0, b"echo a", "one") for _ in range(2)]
+    for cid in cids:
+        dom0.ledger.start("work", cid)
+    os.mkdir(dom0.spool.path("work", bad, "out"))
+    logged = []
+    service = service_module.Service(dom0, None, None, lambda *_: None, logged.append)
+    service._begin()
+    assert dom0.ledger.state("work", other)[0] == "done"
+    assert dom0.ledger.unfinished() == [("work", bad)]
+    assert [line for line in logged if bad in line and "can't be closed yet" in line]
+
+    async def record():
+        service.call = _Hub(dom0).call
+        last = _claimed(dom0, b"echo a", "one")
+        service.lose("work", last, "as it was")
+        await service._record_lost()
+        assert dom0.ledger.state("work", last)[0] == "done"
+        os.rmdir(dom0.spool.path("work", bad, "out"))
+        await service._record_lost()
+
+    run(record())
+    service.close()
+    assert dom0.ledger.unfinished() == []
+    assert b"interrupted: dom0's service ended" in b"".join(dom0.spool.chunks("work", bad, "err"))
+
+
+def test_a_result_that_can_not_be_read_at_once_is_not_told_to_be_lost(dom0, monkeypatch):
+    cid, request = _started(dom0)
+    told, logged = [], []
+    service = service_module.Service(dom0, None, lambda *_: dom0.execution._finish_ping(request, time.monotonic()), lambda *_: None, logged.append)
+    service._loop = types.SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
+    service._pullers["work"] = types.SimpleNamespace(finished=lambda cid, end: told.append((cid, end)))
+
+    def fail(*_):
+        raise SpoolError("Input/output error")
+
+    monkeypatch.setattr(dom0.spool, "chunks", fail)
+    service._run_one("work", cid)
+    service.close()
+    assert told == [(cid, Finished(status="done"))]
+    assert not logged and not service._lost
 
 
 class _Unwritable:
