@@ -92,11 +92,16 @@ class Execution:
             return self._finish_unstarted(vm, cid, str(err), "refused", key)
         except (SpoolError, LedgerError, KeyringError) as err:
             return self._finish_unstarted(vm, cid, str(err), "failed", key)
+        if self._is_given_up(vm, cid):
+            return self._finish_cancelled(vm, cid, 0.0)
         if request.form == "ping":
             return self._finish_ping(request, started)
         try:
             # Not the name alone: one that is root's second name is root.
             self._stores.audit.write("run", vm, cid, by=describe_rule(request.by), **{"as": account.name if account else ROOT})
+            if self._is_given_up(vm, cid):
+                # While that was written. What is cancelled from here on has begun, and is ended.
+                return self._finish_cancelled(vm, cid, 0.0)
             outcome = self._run(config, dataclasses.replace(request, uuid=uuid), stdin_path, account)
         except (SandboxError, AuditError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
@@ -128,6 +133,10 @@ class Execution:
             return False
         self._results.close_delivery(vm, cid, "given-up")
         return True
+
+    def _is_given_up(self, vm, cid):
+        with self._lock:
+            return (vm, cid) in self._cancelled_early
 
     def answer(self, request, word, reason, run_as):
         """Note what dom0's user said of a command that waits.
@@ -229,9 +238,7 @@ class Execution:
                 self._finish_left(vm, cid, INTERRUPTED, "interrupted")
                 left.append((vm, cid))
         self._stores.spool.sweep(self._stores.ledger.open_commands())
-        for vm in self._stores.ledger.open_counts():
-            # One that comes back in less than that is told. Others may be gone for good.
-            self._results.expire(vm, max_age=2 * self._stores.config.spool_max_age)
+        self._results.expire_all()
         self._stores.prune()
         return left
 
@@ -380,7 +387,9 @@ class Execution:
         # First of all: an end that can't be recorded here stays open in the ledger, and the next start of the service closes it.
         self._stores.audit.write("ended", vm, cid, sync=True, exit=exit_code, status=status, seconds=round(seconds, 3), **more)
         self._stores.ledger.finish(vm, cid, exit_code, status)
-        self._stores.spool.remove_inputs(vm, cid)
+        with contextlib.suppress(SpoolError):
+            # It is recorded: what can't be removed now goes with its result.
+            self._stores.spool.remove_inputs(vm, cid)
         with self._lock:
             self._answers.pop((vm, cid), None)
             given_up = (vm, cid) in self._cancelled_early

@@ -23,6 +23,8 @@ from .errors import LedgerDamaged, LedgerError
 from .ids import cid_time
 
 CLAIMED, RUNNING, DONE, DELIVERED = "claimed", "running", "done", "delivered"
+#: Status of what has ended and whose result was given up before its VM had it; that is what its VM gets then.
+EXPIRED = "expired"
 
 #: How much later it must be before the clock is noted again, seconds.
 _CLOCK_STEP = 10
@@ -174,6 +176,16 @@ class Ledger:
                 "UPDATE command SET state = ? WHERE vm = ? AND cid = ? AND state = ?", [(DELIVERED, vm, cid, DONE) for vm, cid in results]
             )
 
+    def expire(self, vm, cid):
+        """Record that a result which waits for delivery is given up. That it was still waits, from now on.
+
+        Raises:
+            LedgerError: it can't be recorded.
+        """
+        with self._guarded():
+            query = "UPDATE command SET status = ?, done_at = ? WHERE vm = ? AND cid = ? AND state = ?"
+            self._db.execute(query, (EXPIRED, time.time(), vm, cid, DONE))
+
     def unfinished(self):
         """List what was claimed or running. At an engine's start these are what the last one left behind.
 
@@ -216,27 +228,29 @@ class Ledger:
         """List a VM's results that wait for delivery, oldest first.
 
         Returns:
-            list of (cid, done_at in seconds since the epoch, UUID of the qube as :meth:`uuid` gives it)
+            list of (cid, done_at in seconds since the epoch, UUID of the qube as :meth:`uuid` gives it, status)
 
         Raises:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            query = "SELECT cid, done_at, coalesce(uuid, '') FROM command INDEXED BY command_state WHERE state <> 'delivered' AND vm = ? AND state = ? ORDER BY done_at"
+            query = (
+                "SELECT cid, done_at, coalesce(uuid, ''), status FROM command INDEXED BY command_state "
+                "WHERE state <> 'delivered' AND vm = ? AND state = ? ORDER BY done_at"
+            )
             return self._db.execute(query, (vm, DONE)).fetchall()
 
-    def waiting_exit(self, vm, cid):
-        """Look up the exit code of a result that waits for delivery.
+    def waiting_end(self, vm, cid):
+        """Look up the end of a command whose result waits for delivery.
 
         Returns:
-            int, or None when none waits under this id.
+            (int, str), exit code and status; None when none waits under this id.
 
         Raises:
             LedgerError: the ledger can't be read.
         """
         with self._guarded():
-            row = self._db.execute("SELECT exit FROM command WHERE vm = ? AND cid = ? AND state = ?", (vm, cid, DONE)).fetchone()
-        return row[0] if row else None
+            return self._db.execute("SELECT exit, status FROM command WHERE vm = ? AND cid = ? AND state = ?", (vm, cid, DONE)).fetchone()
 
     def counts(self):
         """Count all commands by state. Looks at each of them: 0.7 s for a million.

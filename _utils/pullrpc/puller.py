@@ -51,6 +51,8 @@ _LINGER = 0.015
 _AT_HAND_MAX = 1 << 20
 #: A VM that could not take a result is offered it again after this long, seconds.
 _DELIVER_AGAIN = 5.0
+#: How often :meth:`Puller.run_once` looks into a queue; what is shown at once is at most a turn's.
+_ONCE_TURNS = 16
 #: How often it is looked in a session for results that wait for too long, seconds: a session may last for weeks.
 _EXPIRE_EVERY = 3600.0
 #: Codes of what is refused before its token is known to fit; what may be refused later has others. dom0 signs nothing for whoever may not
@@ -70,18 +72,13 @@ class Finished:
         status: str, see :meth:`pullrpc.execution.Execution.execute`.
         result: pullrpc.results.Result, when it is small enough to be at hand; else None.
         lost: str, why there is no result although the command was taken; None when there is one.
-        closed: bool, whether all that is to be recorded of it is.
         uuid: str, the qube that ``lost`` is for; empty when that is not known, None when the ledger could not tell.
     """
 
     status: str = ""
     result: tuple | None = None
     lost: str | None = None
-    closed: bool = False
     uuid: str | None = ""
-
-
-_EXPIRED = Finished(lost="the command ended, but its result waited too long for this qube and is gone", closed=True)
 
 
 class Puller:
@@ -177,21 +174,30 @@ class Puller:
         self.state = "ended"
 
     async def run_once(self, wait):
-        """Serve what lies in the queue now, wait for its results, deliver them.
+        """Serve what lies in the queue, wait for its results, deliver them.
 
         Args:
             wait: coroutine function without arguments that returns when nothing of this VM runs any more.
+
+        Returns:
+            bool, whether nothing lies there any more; a VM that goes on and on asking is left after some turns.
 
         Raises:
             PullError: the VM can't be reached or broke the protocol.
         """
         try:
             await self._open()
-            await self._take_in(*await self._session.poll(0, self._room()))
-            await self._tell_taken()
-            await wait()
             await self._deliver()
+            for _ in range(_ONCE_TURNS):
+                items, cancels = await self._session.poll(0, self._room())
+                if not items and not cancels:
+                    break
+                await self._take_in(items, cancels)
+                await self._tell_taken()
+                await wait()
+                await self._deliver()
             await self._session.bye()
+            return not items and not cancels
         finally:
             await self._close()
 
@@ -290,7 +296,7 @@ class Puller:
             return
         self._find_after = 0.0
         # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, _EXPIRED)}
+        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, Finished())}
 
     async def _expire(self):
         """Give up what this VM did not take for too long."""
@@ -301,7 +307,7 @@ class Puller:
             self._hub.log(f"{self.vm}: results that wait for it can't be given up: {err}")
             return
         # What is not there was delivered, which is not recorded yet.
-        self._outbox.update({cid: _EXPIRED for cid in expired if cid in self._outbox})
+        self._outbox.update({cid: Finished() for cid in expired if cid in self._outbox})
 
     async def _close(self):
         session, self._session = self._session, None
@@ -629,6 +635,9 @@ class Puller:
             # No event for whatever name the VM makes up.
             return
         self._untold.discard(cid)
+        # Neither delivered, nor recorded as that, if it has ended already.
+        self._outbox.pop(cid, None)
+        self._not_before.pop(cid, None)
         if cid in self._outflows:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
             self._outflows[cid].stopped = True
@@ -661,7 +670,7 @@ class Puller:
             # Where it does not say which, all that have not arrived are kept.
             kept = {**kept, **(err.failed or dict.fromkeys(waiting.keys() - set(reached), str(err)))}
         finally:
-            self._hub.close_deliveries([(self.vm, cid) for cid in reached if not waiting[cid].closed])
+            self._hub.close_deliveries([(self.vm, cid) for cid in reached])
             for cid in reached:
                 self._done_with(cid)
                 self._hub.emit(self.vm, cid, "delivered", {})

@@ -9,6 +9,7 @@ import time
 import typing
 
 from .errors import KeyringError, PullError, Refused, SpoolError
+from .ledger import EXPIRED
 from .spool import ERR, META, OUT
 from .tokens import TOKEN_MAX, make_meta, parse_token, read_meta, token_matches
 
@@ -112,29 +113,45 @@ class Results:
             key = self._signer(vm, cid, *request) if request else self.key_of(vm, cid)
         return err, meta_of(key, cid, b"", err, EXIT_FAILED, "refused")
 
-    def expire(self, vm, uuid=None, max_age=None):
-        """Give up results of a VM that waited too long.
+    def expire(self, vm, uuid=None):
+        """Give up results of a VM that waited for longer than ``spool_max_age``. That they were is what waits then, for as long as ids are
+        remembered: whoever comes back is told.
 
         Args:
             vm: str.
             uuid: str, the qube that has this name now; None for whichever.
-            max_age: int, seconds (default: the setting ``spool_max_age``).
 
         Returns:
-            (list of cid, list of cid): those still to be delivered, oldest first, and those that were given up just now; of that
+            (list of cid, list of cid): those still to be delivered, oldest first, and those of them that were given up just now; of that
             qube's commands only.
 
         Raises:
-            LedgerError: the ledger can't be read or written.
+            LedgerError: the ledger can't be read or written; AuditError: it can't be recorded.
         """
+        config = self._stores.config
         waiting, expired = [], []
-        for cid, done_at, of in self._stores.ledger.undelivered(vm):
-            is_old = time.time() - done_at > (max_age or self._stores.config.spool_max_age)
+        for cid, done_at, of, status in self._stores.ledger.undelivered(vm):
+            is_old = time.time() - done_at > (config.ledger_keep_days * 86400 if status == EXPIRED else config.spool_max_age)
+            if is_old and status == EXPIRED:
+                self.close_delivery(vm, cid, "untold")
+                continue
             if is_old:
-                self.close_delivery(vm, cid, "expired")
+                self._stores.audit.write("expired", vm, cid)
+                self._stores.ledger.expire(vm, cid)
+                self._stores.spool.remove(vm, cid)
             if uuid is None or is_of(of, uuid):
-                (expired if is_old else waiting).append(cid)
+                waiting.append(cid)
+                expired += [cid] if is_old else []
         return waiting, expired
+
+    def expire_all(self):
+        """The same for all VMs: some never come back.
+
+        Raises:
+            LedgerError, AuditError: as above.
+        """
+        for vm in self._stores.ledger.open_counts():
+            self.expire(vm)
 
     def result(self, vm, cid):
         """Fetch a result that waits for delivery.
@@ -148,13 +165,14 @@ class Results:
         Raises:
             LedgerError, SpoolError: it can't be read.
         """
-        exit_code = self._stores.ledger.waiting_exit(vm, cid)
-        if exit_code is None:
+        end = self._stores.ledger.waiting_end(vm, cid)
+        if end is None:
             return None
+        exit_code, status = end
         uuid = self._stores.ledger.uuid(vm, cid)
-        if not self._stores.spool.size(vm, cid, META):
-            # The disk was full when the command ended.
-            err, meta = self.refusal(vm, cid, f"the command ended (exit code {exit_code}), but dom0 could not keep its result: its disk is full")
+        if status == EXPIRED or not self._stores.spool.size(vm, cid, META):
+            why = "its result waited too long for this qube and is gone" if status == EXPIRED else "dom0 could not keep its result: its disk is full"
+            err, meta = self.refusal(vm, cid, f"the command ended (exit code {exit_code}), but {why}")
             return Result(EXIT_FAILED, in_memory(err, meta), uuid)
         chunks = {part: functools.partial(self._stores.spool.chunks, vm, cid, part) for part in (OUT, ERR, META)}
         return Result(exit_code, {part: (self._stores.spool.size(vm, cid, part), chunks[part]) for part in (OUT, ERR, META)}, uuid)

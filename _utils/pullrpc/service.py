@@ -258,7 +258,7 @@ class Service:
 
     def _close_again(self, results):
         # Some may have been delivered again in another session, and be closed by now.
-        results = [(vm, cid) for vm, cid in results if self.dom0.ledger.waiting_exit(vm, cid) is not None]
+        results = [(vm, cid) for vm, cid in results if self.dom0.ledger.waiting_end(vm, cid) is not None]
         if results:
             self.dom0.results.close_deliveries(results)
 
@@ -336,6 +336,7 @@ class Service:
                     await self._do(self.dom0.audit.tell_not_shown)
                 if time.monotonic() >= pruned + _PRUNE_EVERY:
                     pruned = time.monotonic()
+                    await self._do(self.dom0.results.expire_all)
                     await self._do(self.dom0.prune)
                 if time.monotonic() >= watcher.next_look(looked, interval):
                     looked = time.monotonic()
@@ -361,10 +362,10 @@ class Service:
 
     async def _serve_vm_once(self, vm):
         try:
-            await self._pullers[vm].run_once(functools.partial(self._wait_for, [vm]))
+            is_all = await self._pullers[vm].run_once(functools.partial(self._wait_for, [vm]))
         except PullError as err:
             return str(err)
-        return "served"
+        return "served" if is_all else "served in part: it goes on asking; more waits in its queue"
 
     def _on_wake(self):
         try:

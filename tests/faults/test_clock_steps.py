@@ -139,21 +139,40 @@ def test_a_result_is_given_up_by_dom0s_clock_and_never_before_its_time_by_one_th
     step(-100 * 86400)
     assert dom0.results.expire("work") == ([cid], [])
     step(dom0.config.spool_max_age + 60)
-    assert dom0.results.expire("work") == ([], [cid])
+    assert dom0.results.expire("work") == ([cid], [cid])
 
 
-def test_results_of_a_vm_that_never_comes_back_are_given_up_when_an_engine_starts(dom0, step):
+def _told(dom0, cid):
+    return b"".join(dom0.results.result("work", cid).parts["err"][1](0)).decode()
+
+
+def test_results_of_a_vm_that_does_not_come_back_are_given_up_and_it_is_told_whenever_it_does(dom0, step):
     request = _request()
     cid = request[1].decode()
     _run(dom0, request)
-    # One that comes back by then is told that its result was given up.
-    step(2 * dom0.config.spool_max_age - 60)
+    step(dom0.config.spool_max_age + 60)
+    dom0.execution.recover()
+    assert not os.path.exists(dom0.spool.path("work", cid))
+    assert "(exit code 0), but its result waited too long" in _told(dom0, cid)
+    step(dom0.config.ledger_keep_days * 86400)
     dom0.execution.recover()
     assert dom0.ledger.counts() == {"done": 1}
-    step(2 * dom0.config.spool_max_age + 60)
-    dom0.execution.recover()
+    # Ids are remembered for no longer, either.
+    step(dom0.config.spool_max_age + dom0.config.ledger_keep_days * 86400 + 120)
+    dom0.results.expire_all()
     assert dom0.ledger.counts() == {"delivered": 1}
-    assert not os.path.exists(dom0.spool.path("work", cid))
+
+
+def test_a_clock_that_leaps_ahead_for_a_moment_leaves_no_client_without_an_answer(dom0, step):
+    request = _request()
+    cid = request[1].decode()
+    _run(dom0, request)
+    step(1000 * 86400)
+    for _ in range(3):
+        dom0.results.expire_all()
+    step(0)
+    dom0.execution.recover()
+    assert "its result waited too long" in _told(dom0, cid)
 
 
 def test_a_request_grows_old_while_its_stdin_is_fetched(dom0, step):

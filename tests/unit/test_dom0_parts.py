@@ -155,13 +155,13 @@ def _steps(ledger, ask):
     [
         lambda ledger: ledger.undelivered("work"),
         lambda ledger: ledger.waiting("work"),
-        lambda ledger: ledger.waiting_exit("work", CID),
+        lambda ledger: ledger.waiting_end("work", CID),
         lambda ledger: ledger.state("work", CID),
         Ledger.unfinished,
         Ledger.open_commands,
         Ledger.open_counts,
     ],
-    ids=["undelivered", "waiting", "waiting_exit", "state", "unfinished", "open_commands", "open_counts"],
+    ids=["undelivered", "waiting", "waiting_end", "state", "unfinished", "open_commands", "open_counts"],
 )
 def test_to_ask_what_is_open_costs_the_same_however_much_was_delivered(tmp_path, ask):
     ledger = Ledger(str(tmp_path / "ledger.sqlite"))

@@ -408,7 +408,7 @@ def test_what_a_vm_does_not_take_is_given_up_while_its_session_lasts(dom0, monke
         # This one was delivered; that can't be recorded now.
         puller._done_with(recorded)
         dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
-        while dom0.ledger.state("work", old)[0] != "delivered":
+        while dom0.ledger.waiting_end("work", old)[1] != "expired":
             await asyncio.sleep(0.01)
         vm.is_full = False
         while not vm.delivered:
@@ -981,6 +981,116 @@ def test_a_result_that_can_not_be_read_at_once_is_not_told_to_be_lost(dom0, monk
     service.close()
     assert told == [(cid, Finished(status="done"))]
     assert not logged and not service._lost
+
+
+@pytest.mark.parametrize("trouble", ["the log is full after the first", "the service is restarted before they are told"])
+def test_each_client_whose_result_was_given_up_is_told(dom0, monkeypatch, trouble):
+    async def scene(puller, hub, vm):
+        cids = [_done(dom0) for _ in range(2)]
+        vm.is_full = True
+        await puller._open()
+        await puller._deliver()
+        dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+        with monkeypatch.context() as full:
+            if trouble.startswith("the log"):
+                write, written = dom0.audit.write, []
+
+                def fail_the_second(what, vm, cid="-", **fields):
+                    written.append(what)
+                    if len(written) == 2:
+                        raise AuditError("full")
+                    write(what, vm, cid, **fields)
+
+                full.setattr(dom0.audit, "write", fail_the_second)
+            await puller._expire()
+            _let_time_pass(puller)
+            await puller._deliver()
+        await puller._close()
+        if not trouble.startswith("the log"):
+            dom0.execution.recover()
+            puller = Puller(hub, "work")
+        vm.is_full = False
+        await puller._open()
+        _let_time_pass(puller)
+        await puller._deliver()
+        assert sorted(vm.delivered) == [(cid, 125) for cid in sorted(cids)]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_result_whose_client_cancels_it_before_it_was_delivered_is_not_delivered(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid = _done(dom0)
+        puller.finished(cid, Finished(status="done", result=Result(0, {part: of_bytes(b"") for part in ("out", "err", "meta")})))
+        await puller._cancel(cid)
+        await puller._deliver()
+        assert (vm.dropped, vm.delivered) == ([cid], [])
+        assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-1] == "given-up"
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_once_serves_all_that_waits_and_says_so_if_there_is_no_end_of_it(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        hub.may_run.set()
+        queue = dict(_item("ping", b"ping") for _ in range(30))
+        vm.poll = poll = _showing(queue, vm)
+        assert await puller.run_once(_nothing) is True
+        assert len(dom0.ledger.open_commands()) == 30
+
+        async def ask_again(wait, room):
+            queue.update([_item("ping", b"ping")])
+            return await poll(wait, room)
+
+        vm.poll = ask_again
+        assert await puller.run_once(_nothing) is False
+
+    async def _nothing():
+        await asyncio.sleep(0.01)
+
+    _play(dom0, scene, monkeypatch)
+
+
+def _showing(queue, vm):
+    """A poll that shows a part of what is in a queue and was not taken, as an agent does."""
+
+    async def poll(wait, room):
+        return [item for cid, item in queue.items() if cid not in vm.taken][: min(24, room)], []
+
+    return poll
+
+
+@pytest.mark.parametrize("cancel_at", ["looked up", "written down"])
+def test_a_command_that_is_cancelled_before_it_begins_does_not_begin(dom0, monkeypatch, cancel_at):
+    cid = _claimed(dom0, b"touch /nowhere")
+    check_room, write = dom0.check_room, dom0.audit.write
+
+    def check(vm, *args, **more):
+        assert cancel_at != "looked up" or dom0.execution.cancel(vm, cid)
+        return check_room(vm, *args, **more)
+
+    def note(what, *args, **fields):
+        assert (cancel_at, what) != ("written down", "run") or dom0.execution.cancel("work", cid)
+        return write(what, *args, **fields)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dom0, "check_room", check)
+        patched.setattr(dom0.audit, "write", note)
+        patched.setattr(sandbox, "start", lambda *_: pytest.fail("it began"))
+        assert dom0.execution.execute("work", cid)["status"] == "cancelled"
+    assert dom0.ledger.state("work", cid)[0] == "delivered"
+    assert not os.path.exists(dom0.spool.path("work", cid))
+
+
+def test_an_end_that_is_recorded_is_one_though_the_request_can_not_be_removed(dom0):
+    cid, request = _started(dom0)
+    path = dom0.spool.path("work", cid, "command")
+    os.unlink(path)
+    os.mkdir(path)
+    assert dom0.execution._finish_ping(request, time.monotonic())["status"] == "done"
+    dom0.results.close_delivery("work", cid)
+    assert not os.path.exists(dom0.spool.path("work", cid))
 
 
 class _Unwritable:
