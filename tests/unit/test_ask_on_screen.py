@@ -119,7 +119,9 @@ def test_however_else_it_ends_it_is_no_yes(screen, code, answer):
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL, signal.SIGPIPE])
 def test_a_window_that_somebody_ends_is_no_yes(screen, who, signum):
     # A task manager, the end of the session or of dom0: its own exit code is none of a person's.
-    screen.window(f"echo $$ > {screen.folder}/window.pid; kill -{signum.value} $(cat {screen.folder}/{who}.pid); exec sleep 1")
+    pid = f"{screen.folder}/{who}.pid"
+    # The other one may not have noted its number yet.
+    screen.window(f"echo $$ > {screen.folder}/window.pid; until [ -s {pid} ]; do sleep 0.01; done; kill -{signum.value} $(cat {pid}); exec sleep 1")
     assert screen.ask() == (2, b"")
 
 
