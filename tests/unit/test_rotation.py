@@ -95,13 +95,15 @@ def test_a_clock_that_was_set_back_gives_no_old_key_a_second_life(keyring, tmp_p
 
 
 def test_the_first_use_of_the_new_key_shortens_the_old_ones_life(keyring, tmp_path):
+    began = time.time()
     old, new = _stage(keyring)
     keyring.handed("work", new)
     keyring.retire_old("work", old, OVERLAP)
-    assert time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime < 5
+    # The clock of files is a little behind.
+    assert os.stat(tmp_path / "keys" / "work.key.old").st_mtime > began - 1
+    used = time.time()
     keyring.retire_old("work", new, OVERLAP)
-    left = OVERLAP - (time.time() - os.stat(tmp_path / "keys" / "work.key.old").st_mtime)
-    assert 20 < left < 31
+    assert used + 29 < os.stat(tmp_path / "keys" / "work.key.old").st_mtime + OVERLAP < time.time() + 31
     assert keyring.accepted("work", OVERLAP) == [new, old]
 
 
@@ -259,7 +261,7 @@ def test_a_vm_that_is_revoked_while_its_new_key_arrives_has_none(keyring, monkey
         monkeypatch.setattr("pullrpc.keyring.forget", slow_forget)
         arriving = pool.submit(keyring.handed, "work", new)
         arriving.add_done_callback(lambda _: arrived.set())
-        assert linked.wait(10)
+        assert linked.wait(60)
         assert keyring.remove("work") is True
         arriving.result()
     assert keyring.names() == []
@@ -348,17 +350,19 @@ def test_a_revoked_vms_waiting_command_is_not_run(dom0):
 
 
 def test_the_new_key_does_not_shorten_the_old_ones_life_while_commands_wait(dom0, tmp_path):
+    began = time.time()
     old = dom0.keyring.get("work")
     first = _accept(dom0, old)
     dom0.access.rotate("work")
     new = dom0.keyring.staged("work")
     second = _accept(dom0, new)
     path = tmp_path / "qvm-remote-keys" / "work.key.old"
-    assert time.time() - path.stat().st_mtime < 5
+    assert path.stat().st_mtime > began - 1
     for cid in (first, second):
         dom0.execution.execute("work", cid)
+    used = time.time()
     _accept(dom0, new)
-    assert 265 < time.time() - path.stat().st_mtime < 275
+    assert used + 29 < path.stat().st_mtime + OVERLAP < time.time() + 31
 
 
 def test_a_rotation_that_waits_is_not_replaced_by_another(dom0):
