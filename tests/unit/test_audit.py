@@ -419,13 +419,13 @@ def test_those_who_wait_for_the_disk_share_one_fsync(path, monkeypatch):
     def slow(fd):
         count.append(fd)
         began.set()
-        go.wait(10)
+        go.wait(60)
         fsync(fd)
 
     monkeypatch.setattr(chain.os, "fsync", slow)
     threads = [threading.Thread(target=log.write, args=("ended", "work", CID, True)) for _ in range(9)]
     threads[0].start()
-    began.wait(10)
+    assert began.wait(60)
     for thread in threads[1:]:
         thread.start()
     while len(_lines(path)) < 10:
@@ -749,7 +749,7 @@ def dom0(tmp_path, path):
 
 def _admit(dom0, line):
     cid = new_cid()
-    token = make_token(dom0.keyring.get("work"), "work", cid, 10, "shell", line)
+    token = make_token(dom0.keyring.get("work"), "work", cid, 60, "shell", line)
     return dom0.intake.admit("work", cid.encode(), line, token, -1)
 
 
@@ -807,7 +807,9 @@ def test_nothing_of_an_output_or_of_stdin_is_in_the_log_or_in_its_copy(dom0, pat
     cid, stdin = new_cid(), b"hush-on-stdin"
     # The words that it writes are none of its own.
     line = b"cat; printf 'hush-%s' $((6 * 7)) >&1; printf 'hush-%s' $((6 * 8)) >&2; : " + b"x" * 2000 + b"; " + ending.encode()
-    token = make_token(dom0.keyring.get("work"), "work", cid, 1 if status == "timeout" else 10, "shell", line, hashlib.sha256(stdin).digest())
+    # In that time it has written all of it.
+    seconds = 5 if status == "timeout" else 60
+    token = make_token(dom0.keyring.get("work"), "work", cid, seconds, "shell", line, hashlib.sha256(stdin).digest())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(dom0.audit._syslog._path)
         request = dom0.intake.admit("work", cid.encode(), line, token, len(stdin))

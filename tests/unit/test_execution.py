@@ -24,7 +24,7 @@ def dom0(tmp_path):
     sandbox.close_idle()
 
 
-def _token(dom0, cid, line, vm="work", timeout=10, form="shell"):
+def _token(dom0, cid, line, vm="work", timeout=60, form="shell"):
     return make_token(dom0.keyring.get(vm), vm, cid, timeout, form, line)
 
 
@@ -49,7 +49,7 @@ def _put_another_vms_there(dom0, cid, line, other):
 
 def _prolong_it(dom0, cid, line, other):
     token = dom0.spool.load_request("work", cid, 1 << 16, 256)[1]
-    changed = token.replace(b" 10 ", b" 99 ")
+    changed = token.replace(b" 60 ", b" 99 ")
     assert changed != token
     _put(dom0, cid, TOKEN, changed)
 
