@@ -302,12 +302,15 @@ def _writer(path, name, threads, count, tell="-"):
 
 
 def test_many_writers_lose_no_line_while_files_are_rotated(path):
-    writers = [_writer(path, name, 3, 60) for name in range(4)]
+    writers = [_writer(path, 0, 3, 60)]
     rotations = 0
-    while any(writer.poll() is None for writer in writers):
+    while len(writers) < 4 or any(writer.poll() is None for writer in writers):
         if os.path.exists(path) and os.path.getsize(path) and rotations < 12:
             _rotate(path)
             rotations += 1
+            if len(writers) < 4:
+                # One by one, so that there is something to rotate however seldom this looks.
+                writers.append(_writer(path, len(writers), 3, 60))
         # Whoever verifies meanwhile sees a whole log, too.
         assert _verify(path)["problems"] == []
         time.sleep(0.01)
