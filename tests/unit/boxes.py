@@ -9,6 +9,7 @@ import types
 import pytest
 from pullrpc import sandbox, sandbox_slots, supervisor
 from pullrpc.accounts import find_account
+from pullrpc.errors import SandboxError
 
 MIB = 1 << 20
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -49,6 +50,13 @@ class Box:
     def sh(self, text, **options):
         """Run shell text."""
         return self.run("/bin/bash", "-c", text, **options)
+
+    def broken(self, *argv, **options):
+        """Run a command that breaks its sandbox; give the error, or the outcome when it did not."""
+        try:
+            return self.start(*argv, **options).wait()
+        except SandboxError as err:
+            return err
 
     def slot(self, **options):
         """Pid of the supervisor that runs a command."""
@@ -96,7 +104,21 @@ def is_alive(pid):
         return False
 
 
-def eventually(check, seconds=20):
+def long_enough(run, came_so_far):
+    """What comes of a command whose time runs out, and of no shorter time than it needs before on this machine.
+
+    Args:
+        run: callable of the command's time limit, seconds.
+        came_so_far: callable of what that gives, whether it had done by then what it was to do.
+    """
+    for seconds in (1, 5, 30):
+        ended = run(seconds)
+        if came_so_far(ended):
+            return ended
+    raise AssertionError("it has not even begun")
+
+
+def eventually(check, seconds=60):
     """Whether something comes true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -18,7 +18,7 @@ import tempfile
 import textwrap
 
 import pytest
-from boxes import MIB, Box, eventually, in_unit_too, is_alive, put_in_unit, read
+from boxes import MIB, Box, eventually, in_unit_too, is_alive, long_enough, put_in_unit, read
 from pullrpc import sandbox, sandbox_slots
 from pullrpc.errors import SandboxError
 
@@ -55,7 +55,8 @@ def bystander(box, **options):
     fifo = box.common / f"go-{os.urandom(4).hex()}"
     os.mkfifo(fifo)
     os.chmod(fifo, 0o666)
-    text = f"echo begun; echo own > own; read -r _ < {fifo}; head -c 100000 /dev/zero > more && (cat own) && exit 9"
+    # It has that open before it says so.
+    text = f"exec 3<> {fifo}; echo begun; echo own > own; read -r _ <&3; head -c 100000 /dev/zero > more && (cat own) && exit 9"
     handle = box.start("/bin/bash", "-c", text, **options)
     assert eventually(lambda: os.path.exists(handle.job.out_path) and read(handle.job.out_path) == b"begun\n")
     yield
@@ -170,11 +171,18 @@ def test_a_command_that_hears_no_signal_or_stands_still_is_ended(box, ending, te
     with bystander(box):
         pids = box.common / "pids"
         text = f"echo $$ > {pids}; {_DEAF} & echo $! >> {pids}; {text}"
-        handle = box.start("/bin/bash", "-c", text, timeout=1 if ending == "timeout" else 60)
-        assert eventually(lambda: pids.exists() and pids.read_text().count("\n") == 2)
+
+        def are_there(*_):
+            return pids.exists() and pids.read_text().count("\n") == 2
+
         if ending == "cancel":
+            handle = box.start("/bin/bash", "-c", text)
+            assert eventually(are_there)
             handle.cancel()
-        assert handle.wait().exit_code == {"cancel": 130, "timeout": 124}[ending]
+            outcome = handle.wait()
+        else:
+            outcome, _, _ = long_enough(lambda seconds: box.run("/bin/bash", "-c", text, timeout=seconds), are_there)
+        assert outcome.exit_code == {"cancel": 130, "timeout": 124}[ending]
         assert not any(map(is_alive, map(int, pids.read_text().split())))
 
 
@@ -256,8 +264,8 @@ def test_a_supervisor_that_is_traced_is_given_up_with_its_command(box, monkeypat
     # PTRACE_ATTACH stops it.
     program = f"import ctypes, os, time; print(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0), os.getppid(), file=open({str(said)!r}, 'w')); time.sleep(600)"
     with bystander(box):
-        with pytest.raises(SandboxError):
-            box.run("/usr/bin/python3", "-c", program, timeout=1)
+        ended = long_enough(lambda seconds: box.broken("/usr/bin/python3", "-c", program, timeout=seconds), lambda _: said.exists() and said.read_text())
+        assert isinstance(ended, SandboxError)
         result, slot = map(int, said.read_text().split())
         assert result == 0 and eventually(lambda: not is_alive(slot)) and box.slot() != slot
 
@@ -436,7 +444,7 @@ def test_another_user_who_takes_all_processes_takes_them_from_itself_alone(box):
                 pass
     """
     with bystander(box), bystander(box, run_as=OTHER, tasks_max=40):
-        outcome, out, _ = python(box, program, run_as=USER, tasks_max=40, timeout=2)
+        outcome, out, _ = long_enough(lambda seconds: python(box, program, run_as=USER, tasks_max=40, timeout=2 * seconds), lambda ended: ended[1])
         assert outcome.timed_out and int(out) < 40 and processes_of(USER) == []
         assert box.sh("echo $(echo on)", run_as=USER, tasks_max=40)[1] == b"on\n"
 
