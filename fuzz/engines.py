@@ -10,8 +10,10 @@ import signal
 import sys
 import time
 
-#: Longest input, bytes; what it may take: seconds, MiB.
+#: Longest input, bytes; what it may take: seconds of a processor, MiB.
 INPUT_MAX, INPUT_SECONDS, MEMORY_MAX = 4096, 10, 1024
+#: How long it may wait for something: a machine may stand still for a while, which is no defect, seconds.
+_WAIT_MAX = 120
 #: Inputs of hypothesis from one start of it.
 _ROUND = 1000
 
@@ -28,8 +30,11 @@ def with_atheris(target, folder, seconds, runs, seed):
     import atheris
 
     def check(data):
+        begun = time.process_time()
         try:
             target.check(data)
+            if time.process_time() - begun > INPUT_SECONDS:
+                _took_too_long()
         except Exception:
             _keep(data, folder, "crash-")
             raise
@@ -43,7 +48,7 @@ def with_atheris(target, folder, seconds, runs, seed):
         # libFuzzer takes none that is empty.
         for word in getattr(target, "WORDS", (b"\0",)):
             file.write('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n')
-    options = [f"-max_total_time={seconds}", f"-runs={runs or -1}", f"-seed={seed}", f"-max_len={INPUT_MAX}", f"-timeout={INPUT_SECONDS}"]
+    options = [f"-max_total_time={seconds}", f"-runs={runs or -1}", f"-seed={seed}", f"-max_len={INPUT_MAX}", f"-timeout={_WAIT_MAX}"]
     options += [f"-rss_limit_mb={MEMORY_MAX}", f"-dict={words}", f"-artifact_prefix={folder}/", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, corpus, seeds], check)
     atheris.Fuzz()
@@ -62,7 +67,8 @@ def with_hypothesis(target, folder, seconds, runs, seed):
     def check(data):
         nonlocal count, failed
         count += 1
-        signal.alarm(INPUT_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, INPUT_SECONDS)
+        signal.alarm(_WAIT_MAX)
         try:
             target.check(data)
         except Exception:
@@ -70,9 +76,11 @@ def with_hypothesis(target, folder, seconds, runs, seed):
             failed = data
             raise
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
 
-    signal.signal(signal.SIGALRM, _took_too_long)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _took_too_long)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX << 20,) * 2)
     end = time.monotonic() + seconds if seconds else float("inf")
     seeds = list(target.seeds())
@@ -95,8 +103,8 @@ def _keep(data, folder, prefix=""):
         file.write(data)
 
 
-def _took_too_long(_number, _frame):
-    raise TimeoutError(f"an input takes longer than {INPUT_SECONDS} s")
+def _took_too_long(*_):
+    raise TimeoutError(f"an input takes longer than {INPUT_SECONDS} s of a processor, or {_WAIT_MAX} s")
 
 
 def _changed(seeds, words):
