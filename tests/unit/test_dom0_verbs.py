@@ -138,7 +138,8 @@ def test_explain_takes_options_before_the_qube_and_no_empty_command(config_dir):
         ('"$@" enable <&-', 1, "nobody is there to be asked"),
         ('"$@" authorize work <&-', 1, "salt-call can't be started"),
         ('"$@" authorize work <&- >&- 2>&-', 1, None),
-        ('(/bin/sleep 0.5; "$@" --help) | true; exit "${PIPESTATUS[0]}"', 141, None),
+        # Nobody reads it.
+        ('exec > >(:); wait $!; "$@" --help', 141, None),
     ],
 )
 def test_a_standard_stream_that_is_closed_or_full_is_one_line(script, code, line, config_dir):

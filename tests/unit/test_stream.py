@@ -17,6 +17,14 @@ from pullrpc.tokens import chunk_mac, make_meta
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QVM_REMOTE = [sys.executable, "-IS", os.path.join(ROOT, "client", "qvm-remote")]
+#: The client, which waits so long for its request to be taken away that no machine is too slow for it.
+_PATIENT = f"""
+import sys
+sys.path[:0] = [{os.path.join(ROOT, "client")!r}, {os.path.join(ROOT, "_utils")!r}]
+from qvm_remote_client import main, request
+request._TAKEN_AWAY_WITHIN = 60
+sys.exit(main.main(sys.argv[1:]))
+"""
 KEY = bytes(range(32))
 WAIT = 20
 
@@ -65,10 +73,10 @@ class Qube:
         assert answer.pop("n") == self._number
         return answer
 
-    def start(self, *words, take=True, **options):
+    def start(self, *words, take=True, program=QVM_REMOTE, **options):
         """Start a client, take its request: (process, command id)."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        client = subprocess.Popen([*QVM_REMOTE, *words], env=self.env, bufsize=0, **{**pipes, **options})
+        client = subprocess.Popen([*program, *words], env=self.env, bufsize=0, **{**pipes, **options})
         self.clients.append(client)
         items = self.ask("poll", wait=WAIT, max=1, inline=1 << 16)["items"]
         cid = items[0][0]
@@ -253,7 +261,7 @@ def _assert_stopped(qube, client, cid):
 
 @pytest.mark.parametrize("is_answered", [True, False])
 def test_an_answer_without_proof_is_anybodys_only_if_the_request_stays(qube, is_answered):
-    client, cid = qube.start("-n", "x")
+    client, cid = qube.start("-n", "x", program=[sys.executable, "-IS", "-c", _PATIENT] if is_answered else QVM_REMOTE)
     for part, data in (("out", b""), ("err", b"qvm-remote: refused: no key\n"), ("meta", b"mac -\n"), ("exit", b"125\n")):
         write_whole(qube.path(f"{cid}.{part}"), data)
     assert knock(qube.path(f"{cid}.bell"))
