@@ -54,7 +54,7 @@ class Session:
     def end(self):
         self._agent.stdin.close()
         self._agent.stdout.close()
-        assert self._agent.wait(20) == 0
+        assert self._agent.wait(60) == 0
 
 
 @pytest.fixture

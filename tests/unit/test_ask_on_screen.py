@@ -75,7 +75,7 @@ class _Screen:
             (int, bytes): exit code and stdout.
         """
         process = self.start()
-        out, _ = process.communicate(b"the question\n", 30)
+        out, _ = process.communicate(b"the question\n", 60)
         return process.returncode, out
 
     def tell(self, text):
@@ -85,7 +85,7 @@ class _Screen:
             (int, bytes): exit code and stderr.
         """
         process = self.start("tell_on_screen")
-        _, said = process.communicate(text, 30)
+        _, said = process.communicate(text, 60)
         return process.returncode, said
 
     def read(self, name):
@@ -136,13 +136,13 @@ def test_a_question_that_is_taken_back_takes_its_window_with_it(screen):
     process = screen.start()
     process.stdin.write(b"the question\n")
     process.stdin.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not os.path.exists(os.path.join(screen.folder, "window.pid")) or not screen.read("window.pid"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # As the engine does, but the window: that is in a unit of the user's, out of reach.
     os.kill(process.pid, signal.SIGTERM)
-    assert (process.wait(20), process.stdout.read()) == (1, b"")
+    assert (process.wait(60), process.stdout.read()) == (1, b"")
     assert screen.read("stopped") == "--user --machine=me@.host stop qvm-remote-ask-id\n"
 
 

@@ -53,7 +53,7 @@ class Qube:
 
     def run(self, *words, data=b"", env=None):
         """Run qvm-remote in pipes: (exit code, stdout, stderr)."""
-        done = subprocess.run([*QVM_REMOTE, *words], input=data, capture_output=True, env=self.env if env is None else env, timeout=30, check=False)
+        done = subprocess.run([*QVM_REMOTE, *words], input=data, capture_output=True, env=self.env if env is None else env, timeout=120, check=False)
         return done.returncode, done.stdout, done.stderr
 
     def ok(self, *words, data=b""):
@@ -80,7 +80,7 @@ class Qube:
         shown = b""
         try:
             while True:
-                assert select.select([main_end], [], [], 20)[0]
+                assert select.select([main_end], [], [], 60)[0]
                 try:
                     more = os.read(main_end, 65536)
                 except OSError:
@@ -90,7 +90,7 @@ class Qube:
                 if typed and (b"? [y/N] " in shown or b"(not shown): " in shown):
                     os.write(main_end, typed)
                     typed = b""
-            return client.wait(20), shown.replace(b"\r\n", b"\n")
+            return client.wait(60), shown.replace(b"\r\n", b"\n")
         finally:
             client.kill()
             client.wait()
@@ -309,7 +309,7 @@ def test_ctrl_c_at_a_question_ends_quietly(qube, words):
     while not asked.endswith((b"? [y/N] ", b"(not shown): ")):
         asked += os.read(client.stderr.fileno(), 4096)
     client.send_signal(signal.SIGINT)
-    assert (client.communicate(timeout=20)[1], client.returncode) == (b"\n", 130)
+    assert (client.communicate(timeout=60)[1], client.returncode) == (b"\n", 130)
     # What is typed next is seen again.
     assert termios.tcgetattr(client_end)[3] & termios.ECHO
     os.close(main_end)
@@ -424,7 +424,7 @@ def test_a_script_that_does_not_come_is_waited_for_visibly(qube):
     try:
         shown = b""
         while b"reading stdin (use -n to send none)" not in shown:
-            assert select.select([main_end], [], [], 20)[0]
+            assert select.select([main_end], [], [], 60)[0]
             shown += os.read(main_end, 4096)
     finally:
         client.kill()
@@ -679,7 +679,7 @@ def test_a_status_without_proof_is_no_word_of_the_log(qube, status):
         path = qube.put(f"queue/results/{cid}.{part}", data)
     # It is read as soon as it is there.
     path.rename(path.with_suffix(""))
-    out, err = client.communicate(timeout=20)
+    out, err = client.communicate(timeout=60)
     assert (client.returncode, out) == (125, b"")
     assert b"Traceback" not in err
     assert (qube.base / "audit.log").read_bytes().endswith(f"DONE id={cid} exit=125 status=refused\n".encode())
@@ -905,7 +905,7 @@ def test_ctrl_c_where_nothing_is_sent_ends_quietly(qube, words, begun):
         client = subprocess.Popen([*QVM_REMOTE, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
         _wait(lambda: (qube.base / begun).exists())
         client.send_signal(signal.SIGINT)
-        out, err = client.communicate(timeout=20)
+        out, err = client.communicate(timeout=60)
     assert (client.returncode, out, err) == (130, b"", b"\n")
 
 
@@ -918,12 +918,12 @@ def test_a_signal_that_the_caller_ignores_is_ignored(qube):
     # Of several, the lowest number is looked at first.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         client.send_signal(number)
-    assert client.wait(20) == 128 + signal.SIGTERM
+    assert client.wait(60) == 128 + signal.SIGTERM
     client.stderr.close()
 
 
 def _wait(is_so):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.02)

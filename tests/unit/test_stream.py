@@ -26,7 +26,7 @@ request._TAKEN_AWAY_WITHIN = 60
 sys.exit(main.main(sys.argv[1:]))
 """
 KEY = bytes(range(32))
-WAIT = 20
+WAIT = 60
 
 
 class Qube:
