@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _VENV = os.path.join(_ROOT, ".venv")
 _REQUIREMENTS = os.path.join(_ROOT, "requirements-dev.txt")
 _STAMP = os.path.join(_VENV, "prepared")
 _HEADER = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+#: Before each try to install packages: a mirror may be out of reach for a moment, and apt-get waits for nobody who has its lists, seconds.
+_PAUSES = (0, 15, 45)
 #: Where a server may be that a user's PATH has not.
 _SBIN = os.environ.get("PATH", "") + ":/usr/sbin"
 #: What must be there: a test for it, and the packages that bring it (Debian, Fedora).
@@ -119,23 +122,30 @@ def _install_system(missing, *apt_options):
     for what, _, _ in missing:
         print(f"missing: {what}", flush=True)
     debs, rpms = ([row[place] for row in missing if row[place]] for place in (1, 2))
+    pauses = _PAUSES
     # The headers must be those of the Python that runs this: another version's package would not help.
     if shutil.which("apt-get"):
-        commands = [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *apt_options, *debs]]
+        # dpkg may be at work for somebody else: for updates at the machine's start, for another of these.
+        commands = [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "-o", "DPkg::Lock::Timeout=600", *apt_options, *debs]]
     elif shutil.which("dnf"):
-        commands = [["dnf", "install", "-y", "-q", *rpms]] if rpms else []
+        # That tries again, and waits, by itself.
+        commands, pauses = [["dnf", "install", "-y", "-q", *rpms]] if rpms else [], (0,)
     else:
         print("error: neither apt-get nor dnf is here; install the above by hand, then run this again", file=sys.stderr)
         return False
     as_root = [] if os.geteuid() == 0 else ["sudo"]
-    for command in commands:
-        print("running: " + " ".join(as_root + command), flush=True)
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run(as_root + command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, check=False)
-        if done.returncode and command[1] != "update":
-            print("error: that failed; install the above by hand, then run this again", file=sys.stderr)
-            return False
-    return True
+    for pause in pauses:
+        time.sleep(pause)
+        if all([_run(as_root + command) or command[1] == "update" for command in commands]):
+            return True
+    print("error: that failed; install the above by hand, then run this again", file=sys.stderr)
+    return False
+
+
+def _run(command):
+    print("running: " + " ".join(command), flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, check=False).returncode == 0
 
 
 def _install_venv(wanted):
