@@ -96,8 +96,10 @@ def test_a_command_that_stops_its_supervisor_is_ended_with_its_unit(dom0):
 
 def test_memory_is_bounded_for_all_processes_of_a_command(dom0):
     # Four of 100 MiB each are within a process's share, and not within the command's.
-    grow = "python3 -c 'import time; x = bytearray(100 << 20); time.sleep(3)' || echo killed"
-    done = _remote(dom0, "-n", f"for i in 1 2 3 4; do ({grow}) & done; wait", timeout=90)
+    # Each keeps them until two were killed, however late it began.
+    grow = 'python3 -c \'import os, time; x = bytearray(100 << 20)\nwhile not os.path.exists("over"): time.sleep(0.05)\' || echo killed >> killed'
+    text = f"touch killed; for i in 1 2 3 4; do ({grow}) & done; until [ $(wc -l < killed) -ge 2 ]; do sleep 0.1; done; touch over; wait; cat killed"
+    done = _remote(dom0, "-n", text, timeout=90)
     assert done.stdout.count(b"killed") in (2, 3)
     assert _remote(dom0, "hostname").stdout == b"dom0\n"
 
