@@ -316,11 +316,13 @@ def test_no_program_makes_another_user_root(box):
 def test_no_service_of_root_on_the_system_bus_can_be_asked_by_another_user(box, monkeypatch):
     bus = box.common / "bus"
     bus.mkdir()
+    bus.chmod(0o755)
     program = sandbox_slots._SOURCE.replace(b'_HIDDEN = ("/run/dbus",)', b"_HIDDEN = (%r,)" % str(bus))
     assert program != sandbox_slots._SOURCE
     monkeypatch.setattr(sandbox_slots, "_SOURCE", program)
     ask = f"import socket; socket.socket(socket.AF_UNIX).connect('{bus}/socket'); print('asked')"
     (box.common / "ask").write_text(ask)
+    (box.common / "ask").chmod(0o644)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{bus}/socket")
         os.chmod(f"{bus}/socket", 0o777)
