@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the tests of packages share: the source tree somewhere else, and packages built of it by a user without rights."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -36,6 +37,16 @@ def need(*programs):
         pytest.skip(text)
 
 
+@contextlib.contextmanager
+def _for_all_to_read():
+    """Whatever umask the tests are run with: the builder may be somebody else."""
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 class Tree:
     """A copy of the source tree, as an unpacked archive of it, in a folder that nobody else has."""
 
@@ -44,7 +55,8 @@ class Tree:
         # pytest's own folders are closed to others, and the builder may be somebody else.
         os.chmod(self._folder, 0o755)
         self.root = os.path.join(self._folder, "source")
-        packages.Source(ROOT, packages.source_time(ROOT)).unpack(self.root)
+        with _for_all_to_read():
+            packages.Source(ROOT, packages.source_time(ROOT)).unpack(self.root)
 
     def __enter__(self):
         return self
@@ -68,7 +80,8 @@ class Tree:
             dict of str to str: a file's name without its version to its path.
         """
         folder = self.path(into)
-        os.makedirs(folder, exist_ok=True)
+        with _for_all_to_read():
+            os.makedirs(folder, exist_ok=True)
         as_nobody = {}
         if os.geteuid() == 0:
             os.chown(folder, NOBODY, NOBODY)
