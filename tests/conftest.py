@@ -82,7 +82,7 @@ class Dom0(Stand):
             file.write(f"import os, sys\nwords = {words!r} + sys.argv[1:]\nos.execv(words[0], words)\n")
         overrides = {"master_type": "disable", "file_client": "local", "user": "root", "engines": [{"qvm_remote": engine}], **CHEAP_GRAINS}
         self.factory = salt_factories.salt_minion_daemon(
-            "dom0", factory_class=Dom0Minion, overrides=overrides, start_timeout=60, max_start_attempts=1
+            "dom0", factory_class=Dom0Minion, overrides=overrides, start_timeout=180, max_start_attempts=1
         )
         self.factory.script_name = wrapper
         self.call("saltutil.sync_all")
