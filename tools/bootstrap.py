@@ -21,7 +21,7 @@ _REQUIREMENTS = os.path.join(_ROOT, "requirements-dev.txt")
 _STAMP = os.path.join(_VENV, "prepared")
 _HEADER = os.path.join(sysconfig.get_paths()["include"], "Python.h")
 #: Before each try to install packages: a mirror may be out of reach for a moment, and apt-get waits for nobody who has its lists, seconds.
-_PAUSES = (0, 15, 45)
+_PAUSES = (0, 10, 20)
 #: Where a server may be that a user's PATH has not.
 _SBIN = os.environ.get("PATH", "") + ":/usr/sbin"
 #: What must be there: a test for it, and the packages that bring it (Debian, Fedora).

@@ -26,8 +26,8 @@ _CONNECT_WAIT = 30
 _RECONNECT_WAIT = 60
 #: Without a knock, look for the answer this often, seconds.
 _LOOK_EVERY = 0.25
-#: A request that was answered is gone this soon, seconds.
-_TAKEN_AWAY_WITHIN = 1.0
+#: A request that was answered is gone this soon, also where the VM stands still for a moment, seconds.
+_TAKEN_AWAY_WITHIN = 5.0
 _CHUNK = 1 << 18
 _STDOUT = 1
 

@@ -48,7 +48,7 @@ class _Hub:
         self.uuid = "one"
         self.logged = []
         self.log = self.logged.append
-        self.lines = Lines(dom0, lambda vm, cid: self.may_run.wait(20), self._nobody, self.emit, self.log, self._nobody)
+        self.lines = Lines(dom0, lambda vm, cid: self.may_run.wait(60), self._nobody, self.emit, self.log, self._nobody)
 
     def verify(self, vm, cid, command, token):
         self.dom0.intake.verify(vm, cid, command, token)
@@ -158,7 +158,7 @@ def _play(dom0, scene, monkeypatch):
 
         monkeypatch.setattr(Session, "open", staticmethod(opened))
         try:
-            await asyncio.wait_for(scene(Puller(hub, "work"), hub, vm), 20)
+            await asyncio.wait_for(scene(Puller(hub, "work"), hub, vm), 60)
         finally:
             hub.may_run.set()
             hub.lines.close()
@@ -286,7 +286,8 @@ def test_a_client_that_gives_up_as_its_command_ends_holds_nothing_up(dom0, monke
         dom0.execution._running["work", cid] = running = _Running(_Ending(), KEY)
         puller.wrote(cid, 100, 0)
         puller._stream()
-        await asyncio.sleep(0.05)
+        while cid not in vm.parts or puller._outflows[cid]._unanswered:
+            await asyncio.sleep(0.01)
         assert vm.parts[cid] == {"out": 100}
         with open(dom0.spool.path("work", cid, "out"), "ab") as file:
             file.write(b"y" * 50)
