@@ -59,10 +59,11 @@ def test_a_vm_paused_for_longer_than_a_session_lives_is_served_again(dom0):
 
 
 def test_a_vm_killed_in_mid_command_gets_the_result_when_it_is_back(dom0):
-    marker = "/tmp/killed-in-mid-command"
-    _start_remote(dom0, f"sleep 2; echo x >> {marker}; echo late")
+    marker, go = "/tmp/killed-in-mid-command", "/tmp/killed-go-on"
+    _start_remote(dom0, f"until [ -e {go} ]; do sleep 0.1; done; echo x >> {marker}; echo late")
     _wait(lambda: _runs(dom0, "killed-in-mid-command"))
     dom0.kill("work")
+    dom0.dom0("touch", go, check=True)
     _wait(lambda: dom0.dom0("cat", marker).stdout == b"x\n")
     dom0.start("work")
     dom0.wait_served("work", seconds=20)
@@ -74,16 +75,18 @@ def test_a_vm_killed_in_mid_command_gets_the_result_when_it_is_back(dom0):
 def test_the_engine_stops_on_sigterm_in_bounded_time_and_leaves_nothing_behind(dom0):
     client = _start_remote(dom0, "echo began; sleep 7654331")
     _wait(lambda: _runs(dom0, "sleep 7654331"))
-    started = time.monotonic()
-    dom0.stop_engine()
-    assert time.monotonic() - started < 15
+    dom0.dom0("pkill", "-TERM", "-f", "salt-minion")
+    # How its minion ends is Salt's matter, as below.
+    _wait(lambda: dom0.dom0("flock", "-n", "/run/qvm-remote/engine.lock", "true").returncode == 0, 15)
     output, errors = client.communicate(timeout=30)
     assert client.returncode == 125
     assert output == b"began\n"
     assert b"interrupted" in errors
     assert not _runs(dom0, "sleep 7654331|qvm-run|supervisor.py")
     assert dom0.dom0("ls", "-A", "/run/qvm-remote/jobs").stdout == b""
-    assert dom0.vm("work", "pgrep", "-f", "qvm-remote agent").returncode == 1
+    # It ends as it sees that nobody asks any more.
+    _wait(lambda: dom0.vm("work", "pgrep", "-f", "qvm-remote agent").returncode == 1)
+    dom0.stop_engine()
     dom0.start_engine()
 
 
@@ -116,7 +119,7 @@ def test_a_second_engine_waits_and_nothing_runs_twice(dom0):
     dom0.dom0("mkdir", "-p", f"{folder}/var/log/salt", check=True)
     second = dom0.popen_dom0("salt-minion", "-c", folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait(lambda: b"another qvm-remote engine" in dom0.dom0("cat", log).stdout)
+        _wait(lambda: b"another qvm-remote engine" in dom0.dom0("cat", log).stdout, 60)
         for number in range(5):
             assert dom0.remote("-n", f"echo {number} >> /tmp/second-engine").returncode == 0
         assert dom0.dom0("cat", "/tmp/second-engine").stdout == b"0\n1\n2\n3\n4\n"
@@ -154,11 +157,12 @@ def test_a_vm_without_the_agent_is_served_all_the_same(dom0):
     dom0.factory.start()
     program = "/usr/bin/python3", "-IS", "/usr/lib/qvm-remote/launcher"
     try:
+        # A client waits for half a minute, and a minion may take that long to start.
+        _wait(lambda: dom0.call("qvm_remote.status")[1]["sessions"].get("work") == "agentless", 60)
         done = dom0.vm("work", *program, "cat; echo err >&2; exit 6", data=bytes(range(256)) * 2000)
         assert (done.returncode, done.stdout, done.stderr) == (6, bytes(range(256)) * 2000, b"err\n")
         many = "for i in $(seq 8); do (out=$(/usr/bin/python3 -IS /usr/lib/qvm-remote/launcher -n \"echo $i\"); echo $i $out) & done; wait"
         assert sorted(dom0.vm("work", "bash", "-c", many).stdout.splitlines()) == [f"{i} {i}".encode() for i in range(1, 9)]
-        assert dom0.call("qvm_remote.status")[1]["sessions"]["work"] == "agentless"
     finally:
         dom0.vm("work", "mv", "/usr/lib/qvm-remote/launcher", "/usr/bin/qvm-remote", user="root", check=True)
         dom0.stop_engine()
