@@ -3,7 +3,9 @@
 
 import hashlib
 import json
+import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ def test_stdout_and_stderr_stay_apart(dom0):
 
 
 def test_every_exit_code_comes_back(dom0):
-    done = dom0.vm("work", "bash", "-c", 'for i in $(seq 0 255); do qvm-remote -n "exit $i"; echo $?; done', timeout=120)
+    done = dom0.vm("work", "bash", "-c", 'for i in $(seq 0 255); do qvm-remote -n "exit $i"; echo $?; done', timeout=300)
     assert done.stdout.split() == [str(code).encode() for code in range(256)]
 
 
@@ -129,7 +131,8 @@ def test_the_command_has_a_private_folder_that_goes_with_it(dom0):
     assert folder == temporary
     assert folder.startswith("/run/qvm-remote/jobs/slot-") and "/work-" in folder
     assert (mode, umask) == ("700", "0077")
-    assert dom0.dom0("find", "/run/qvm-remote/jobs", "-mindepth", "2").stdout == b""
+    # What is in it goes after the command, for which the result need not wait.
+    _wait(lambda: dom0.dom0("find", "/run/qvm-remote/jobs", "-name", f"{os.path.basename(folder)}*").stdout == b"")
 
 
 def test_forty_clients_of_one_vm_all_get_their_own_results(dom0):
@@ -140,9 +143,9 @@ def test_forty_clients_of_one_vm_all_get_their_own_results(dom0):
 
 def test_two_vms_are_served_side_by_side(dom0):
     # Each waits for the other: they can only end if they run at the same time.
-    program = "-n", "-t", "20", "echo $QVM_REMOTE_VM; touch /tmp/met-$QVM_REMOTE_VM; until [ -e /tmp/met-work ] && [ -e /tmp/met-dev ]; do sleep 0.1; done"
+    program = "-n", "-t", "60", "echo $QVM_REMOTE_VM; touch /tmp/met-$QVM_REMOTE_VM; until [ -e /tmp/met-work ] && [ -e /tmp/met-dev ]; do sleep 0.1; done"
     both = [dom0.popen_vm(vm, "qvm-remote", *program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) for vm in ("work", "dev")]
-    outputs = [one.communicate(timeout=60)[0] for one in both]
+    outputs = [one.communicate(timeout=90)[0] for one in both]
     assert outputs == [b"work\n", b"dev\n"]
     assert [one.returncode for one in both] == [0, 0]
 
@@ -167,20 +170,31 @@ import json, sys, salt.config, salt.utils.event, time
 opts = salt.config.minion_config(sys.argv[1])
 bus = salt.utils.event.get_event("minion", opts=opts, listen=True)
 print("listening", flush=True)
-end, seen = time.monotonic() + 20, []
-while time.monotonic() < end and not any(tag.endswith("/delivered") for tag, _ in seen):
+def last():
+    try:
+        with open(sys.argv[2]) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+end, seen = time.monotonic() + 60, []
+while time.monotonic() < end and last() not in [tag for tag, _ in seen]:
     event = bus.get_event(wait=1, tag="qvm-remote/", full=True)
     if event:
         seen.append((event["tag"], json.dumps(event["data"])))
 print(json.dumps(seen))
 """
-    dom0.put(f"{dom0.folder}/listen.py", listener)
-    watcher = dom0.popen_dom0(sys.executable, f"{dom0.folder}/listen.py", dom0.factory.config["conf_file"], stdout=subprocess.PIPE)
+    script, last = f"{dom0.folder}/listen.py", f"{dom0.folder}/last-event"
+    dom0.put(script, listener)
+    watcher = dom0.popen_dom0(sys.executable, script, dom0.factory.config["conf_file"], last, stdout=subprocess.PIPE)
     assert watcher.stdout.readline() == b"listening\n"
-    assert dom0.remote("-n", "echo very-$((1))-secret").returncode == 0
-    seen = json.loads(watcher.communicate(timeout=40)[0])
+    done = dom0.remote("-v", "-n", "echo very-$((1))-secret")
+    assert done.returncode == 0
+    cid = re.search(r"sent (\S+)", done.stderr.decode())[1]
+    # Those of others, which ended before, may come as late.
+    dom0.put(last, f"qvm-remote/work/{cid}/delivered")
+    seen = json.loads(watcher.communicate(timeout=90)[0])
     words = [tag.split("/") for tag, _ in seen]
-    assert [word[3] for word in words if word[1] == "work" and word[2] != "-"][-4:] == ["accepted", "running", "done", "delivered"]
+    assert [word[3] for word in words if word[1:3] == ["work", cid]] == ["accepted", "running", "done", "delivered"]
     assert "very-1-secret" not in json.dumps(seen)
 
 

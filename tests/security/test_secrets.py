@@ -15,7 +15,9 @@ import glob, os, sys, time
 seen = set()
 sys.stdout.write("\\n")
 sys.stdout.flush()
-while not os.path.exists("/tmp/watched-enough"):
+is_last = False
+while not is_last:
+    is_last = os.path.exists("/tmp/watched-enough")
     for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ"):
         try:
             with open(path, "rb") as file:
@@ -40,12 +42,17 @@ def watched(dom0):
         assert watcher.stdout.read(1) == b"\n"
 
     def end():
-        for run in (dom0.dom0, dom0.vm):
-            where = () if run == dom0.dom0 else ("work",)
-            # Something that must be seen, if anything is.
-            run(*where, "env", "DECOY=seen-in-environ", "sleep", "0.317")
+        decoys = []
+        for start, run, where in ((dom0.popen_dom0, dom0.dom0, ()), (dom0.popen_vm, dom0.vm, ("work",))):
+            # Something that must be seen, if anything is: it is there until the last look.
+            decoys.append(start(*where, "env", "DECOY=seen-in-environ", "sleep", "317", **pipes))
+            wait(lambda run=run, where=where: run(*where, "pgrep", "-fx", "sleep 317").returncode == 0)
             run(*where, "touch", "/tmp/watched-enough")
-        return [watcher.communicate(timeout=30)[0] for watcher in watchers]
+        seen = [watcher.communicate(timeout=60)[0] for watcher in watchers]
+        for decoy in decoys:
+            decoy.kill()
+            decoy.communicate()
+        return seen
 
     yield end
     for watcher in watchers:
@@ -71,7 +78,7 @@ def test_no_key_is_in_any_process_while_keys_are_handed_over(dom0, watched):
     assert dom0.remote("-n", "sleep 0.1; echo used").stdout == b"used\n"
     assert len(set(keys)) == 3
     for seen in watched():
-        assert b"sleep\x000.317" in seen
+        assert b"sleep\x00317" in seen
         assert b"DECOY=seen-in-environ" in seen
         for key in keys:
             assert key not in seen
@@ -100,7 +107,7 @@ def greet(process):
     os.read(process.stdout.fileno(), 4096)
 
 control = dumps(["sleep", "60"], lambda process: time.sleep(0.1))
-client = dumps(["qvm-remote", "-n", "sleep 60"], lambda process: wait(lambda: os.listdir(f"{QUEUE}/running")))
+client = dumps(["qvm-remote", "-n", "sleep 7654341"], lambda process: wait(lambda: os.listdir(f"{QUEUE}/running")))
 agent = dumps(["qvm-remote", "agent"], greet, stdin=subprocess.PIPE, bufsize=0)
 print(json.dumps([control, client, agent]))
 """
@@ -108,6 +115,8 @@ print(json.dumps([control, client, agent]))
 
 def test_no_program_in_the_vm_dumps_the_key(dom0):
     control, client, agent = dom0.python(LIB + _CRASH)
+    # Nobody waits for it any more.
+    wait(lambda: dom0.dom0("pkill", "-fx", "sleep 7654341").returncode == 0)
     dom0.vm("work", "sh", "-c", "rm -rf ~/.qvm-remote/queue/running/* ~/.qvm-remote/queue/results/*")
     # SIGQUIT ended all of them.
     assert [control[0], client[0], agent[0]] == [3, 3, 3]
