@@ -156,7 +156,7 @@ esac
     from qvm_remote_mcp.remote import Dom0
 
     monkeypatch.setattr(manage, "_SHUTDOWN_WAIT", 1)
-    monkeypatch.setattr(manage, "_LOOK_INTERVAL", 0.1)
+    monkeypatch.setattr(manage, "_LOOK_INTERVAL", 0.01)
     server = MCPServer("test")
     manage.offer(server, Dom0(120, str(program)))
     for hangs in (False, True):

@@ -28,7 +28,7 @@ def test_a_vm_that_was_shut_down_is_served_again_without_a_restart_and_never_sta
     time.sleep(3)
     assert dom0.dom0("qvm-check", "--running", "work").returncode == 1
     dom0.start("work")
-    dom0.wait_served("work", seconds=20)
+    dom0.wait_served("work", seconds=40)
 
 
 def test_a_vm_made_after_the_engine_started_is_served_once_it_has_a_key(dom0):
@@ -38,7 +38,7 @@ def test_a_vm_made_after_the_engine_started_is_served_once_it_has_a_key(dom0):
     code, answer = dom0.call("qvm_remote.authorize", "late", "from_vm=True")
     assert code == 0
     assert answer["vm"] == "late"
-    dom0.wait_served("late", seconds=20)
+    dom0.wait_served("late", seconds=40)
     assert dom0.call("qvm_remote.revoke", "late") == (0, True)
     dom0.shutdown("late")
 
@@ -48,7 +48,7 @@ def test_a_paused_vm_goes_on_after_unpause(dom0):
     time.sleep(2)
     assert dom0.remote("hostname", vm="dev").stdout == b"dom0\n"
     dom0.unpause("work")
-    dom0.wait_served("work", seconds=20)
+    dom0.wait_served("work", seconds=40)
 
 
 def test_a_vm_paused_for_longer_than_a_session_lives_is_served_again(dom0):
@@ -66,7 +66,7 @@ def test_a_vm_killed_in_mid_command_gets_the_result_when_it_is_back(dom0):
     dom0.dom0("touch", go, check=True)
     _wait(lambda: dom0.dom0("cat", marker).stdout == b"x\n")
     dom0.start("work")
-    dom0.wait_served("work", seconds=20)
+    dom0.wait_served("work", seconds=40)
     found = dom0.vm("work", "sh", "-c", "cat ~/.qvm-remote/queue/results/*.out")
     assert found.stdout == b"late\n"
     assert dom0.dom0("cat", marker).stdout == b"x\n"

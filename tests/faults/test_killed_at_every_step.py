@@ -161,7 +161,7 @@ _ENDS = {"agent": (_kill_agent, _kill_session), "qvm-run": (_kill_session, _kill
 def test_sessions_are_cut_at_either_end(stand, step, end):
     kill, kill_other_end = _ENDS[end]
     # One that was cut after its last command may not be there again yet.
-    stand.vm("dev", "qvm-remote", "-q", "ping", check=True)
+    stand.vm("dev", "qvm-remote", "-q", "ping", "-t", str(PATIENCE), timeout=2 * PATIENCE, check=True)
     keys = _hold(stand, step)
     kill(stand, "work")
     # Its command is on its way too, wherever it is.

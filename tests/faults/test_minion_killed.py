@@ -55,7 +55,8 @@ def _wait(condition, seconds=60):
 
 
 def _engine(dom0):
-    return int(dom0.dom0("cat", "/run/qvm-remote/engine.lock", check=True).stdout)
+    # Empty for a moment while another engine begins.
+    return int(_wait(lambda: dom0.dom0("cat", "/run/qvm-remote/engine.lock", check=True).stdout))
 
 
 def _marks(dom0):

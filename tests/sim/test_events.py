@@ -12,7 +12,7 @@ _LISTENER = """\
 import asyncio, signal, sys
 import qubesadmin, qubesadmin.config, qubesadmin.events
 qubesadmin.config.QUBESD_RECONNECT_DELAY = 0.1
-signal.alarm(30)  # an event that never comes is an end of the lines, not a test that hangs
+signal.alarm(120)  # an event that never comes is an end of the lines, not a test that hangs
 app = qubesadmin.Qubes()
 dispatcher = qubesadmin.events.EventsDispatcher(app)
 def broken(subject, event, **details):
@@ -54,7 +54,7 @@ def listen(sim):
     yield start
     for process in started:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 
