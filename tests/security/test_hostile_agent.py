@@ -42,7 +42,7 @@ def test_refusals_do_not_fill_the_audit_log(dom0):
     # Another VM than that of the attacks above, whose floods have used up what it may write in this minute.
     be_agent(dom0, "work", AGENT_ATTACKS["refusal-flood"])
     try:
-        wait(lambda: lines() - before > 50)
+        wait(lambda: lines() - before > 50, 80)
         time.sleep(6)
         # Sixty a minute are written, and the flood may lie in two of them.
         assert lines() - before <= 120
