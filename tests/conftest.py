@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("here")
 from qubes_sim.stand import CHEAP_GRAINS, FILE_ROOTS, PACKAGED, Stand  # noqa: E402
 
 #: Settings of the engine under test: waits are short, so that tests of time limits are.
-ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 4, "max_age": 60, "events": "all"}
+ENGINE = {"discover_interval": 1, "poll_wait": 5, "answer_wait": 6, "max_age": 60, "events": "all"}
 #: The same in pillar's words; the engine runs in a minion of the tests' own, not in the service.
 PILLAR = {"service": {"running": False}, "max_age": 60, "engine": {name: ENGINE[name] for name in ("discover_interval", "poll_wait", "answer_wait", "events")}}
 

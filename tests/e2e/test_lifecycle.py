@@ -53,7 +53,7 @@ def test_a_paused_vm_goes_on_after_unpause(dom0):
 
 def test_a_vm_paused_for_longer_than_a_session_lives_is_served_again(dom0):
     dom0.pause("work")
-    time.sleep(12)
+    time.sleep(15)
     dom0.unpause("work")
     dom0.wait_served("work", seconds=40)
 

@@ -13,7 +13,7 @@ _LASTS = 1.5
 
 def _memory(dom0):
     """What all of the minion's processes have in memory, and the most that each ever had, KiB."""
-    lines = dom0.dom0("sh", "-c", "for pid in $(pgrep -f salt-minion); do grep -E 'VmRSS|VmHWM' /proc/$pid/status; done", check=True).stdout.decode()
+    lines = dom0.dom0("sh", "-c", "for pid in $(pgrep -f salt-minion); do grep -E 'VmRSS|VmHWM' /proc/$pid/status; done; true", check=True).stdout.decode()
     return [sum(int(size) for size in re.findall(rf"{which}:\s+(\d+)", lines)) for which in ("VmRSS", "VmHWM")]
 
 

@@ -25,7 +25,7 @@ class _World:
         names = {"key_dir": "qvm-remote-keys", "state_dir": "qvm-remote", "run_dir": "qvm-remote-run", "audit_log": "audit.log"}
         folders = {name: str(folder / name_there) for name, name_there in names.items()}
         rules = {"allow": [["echo", "**"], ["sh", "**"]]}
-        self.dom0 = Dom0(make_config({**folders, "timeout_max": 5, "vms": {"work": {"policy": rules}}}))
+        self.dom0 = Dom0(make_config({**folders, "timeout_max": 30, "vms": {"work": {"policy": rules}}}))
         self.dom0.keyring.put("work", os.urandom(32).hex())
 
     def sign(self, line, cid=None, form="shell"):
