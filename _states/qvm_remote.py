@@ -27,6 +27,8 @@ _LOGROTATE = "/etc/logrotate.d/qvm-remote"
 _AT_REST = ("inactive", "failed")
 #: How long the service may take from its start to its work, seconds.
 _START_WAIT = 90
+#: What brings all of dom0 where pillar says.
+_ALL = "sudo qubesctl state.apply qvm-remote"
 
 
 def __virtual__():
@@ -44,7 +46,7 @@ def _state(name, work):
         work(ret)
     except (CommandExecutionError, _Failed, OSError) as err:
         # What was changed before it failed stays in the report.
-        ret.update(result=False, comment=" ".join(part for part in (ret["comment"], str(err)) if part))
+        ret.update(result=False, comment=_and(ret["comment"], str(err)))
     return ret
 
 
@@ -449,17 +451,18 @@ def _have_key(ret, vm, key, settings):
     if shown and shown == wanted and not changed_there:
         ret["comment"] = f"{vm} is authorized with key {shown}"
         return
-    do = {
-        "own": lambda: __salt__["qvm_remote.authorize"](vm, from_vm=True, config=settings),
-        "generate": lambda: __salt__["qvm_remote.generate"](vm, config=settings),
-        "given": lambda: _give_key(vm, shown, settings),
-    }[key]
     new = "a new key" if changed_there or not wanted else wanted
-    if not shown and not __opts__["test"] and not __salt__["qvm_remote.is_safe"](vm, config=settings):
-        raise _Failed(f"the service does not know yet what {vm} may do: apply all of it (sudo qubesctl state.apply qvm-remote)")
-    stored = _change(ret, "key", shown, new, f"{vm} would be authorized", do, f"{vm} was authorized")
+    if not shown:
+        _must_be_safe(vm, settings)
+    stored = _change(ret, "key", shown, new, f"{vm} would be authorized", lambda: _store_key(vm, key, shown, settings), f"{vm} was authorized")
     if stored:
         ret["changes"]["key"]["new"] = stored.get("fingerprint") or stored["new"]
+
+
+def _must_be_safe(vm, settings):
+    """A key must not let a VM do more than it is to. A test run may be one of all of it, in which the service would know by then."""
+    if not __opts__["test"] and not __salt__["qvm_remote.is_safe"](vm, config=settings):
+        raise _Failed(f"the service does not know yet what {vm} may do: apply all of it ({_ALL})")
 
 
 def _have_key_anew(ret, vm, key, shown, settings):
@@ -468,22 +471,28 @@ def _have_key_anew(ret, vm, key, shown, settings):
         raise _Failed(
             f"{vm} is another qube than the one that pillar's key was given to; give it a key of its own there, or say that it is the same: qvm_remote.bind {vm}"
         )
-    new = {"own": {"from_vm": True}, "given": {"from_pillar": True}}.get(key)
-
-    def do():
-        __salt__["qvm_remote.forget"](vm, config=settings)
-        if new is None:
-            return __salt__["qvm_remote.generate"](vm, config=settings)
-        return __salt__["qvm_remote.authorize"](vm, config=settings, **new)
-
-    would = f"{vm} is another qube than the one that had access under this name, which would lose it; this one would get access of its own"
-    done = f"{vm} is another qube than the one that had access under this name, which lost it; this one got access of its own"
-    stored = _change(ret, "key", shown, "a new key", would, do, done)
+    # First, and in any case: what the service lets that one do, it may let this one do.
+    _change(
+        ret,
+        "key",
+        shown,
+        None,
+        f"{vm} is another qube than the one that had access under this name, which would lose it",
+        lambda: __salt__["qvm_remote.forget"](vm, config=settings),
+        f"{vm} is another qube than the one that had access under this name, which lost it",
+    )
+    _must_be_safe(vm, settings)
+    would, done = "this one would get access of its own", "this one got access of its own"
+    stored = _change(ret, "key", shown, "a new key", would, lambda: _store_key(vm, key, None, settings), done)
     if stored:
         ret["changes"]["key"]["new"] = stored["fingerprint"]
 
 
-def _give_key(vm, shown, settings):
+def _store_key(vm, key, shown, settings):
+    if key == "generate":
+        return __salt__["qvm_remote.generate"](vm, config=settings)
+    if key == "own":
+        return __salt__["qvm_remote.authorize"](vm, from_vm=True, config=settings)
     if shown:
         return __salt__["qvm_remote.rotate"](vm, from_pillar=True, config=settings)
     return __salt__["qvm_remote.authorize"](vm, from_pillar=True, config=settings)
@@ -606,9 +615,15 @@ def authorized(name, key="generate", rotate_days=None, settings=None):
         if rotate_days and not ret["changes"]:
             _have_fresh_key(ret, name, rotate_days, settings or {})
         _have_queue(ret, name, settings or {}, key)
-        ret["comment"] = _and(ret["comment"], f"it {__salt__['qvm_remote.access'](name, config=settings or {})}")
+        ret["comment"] = _and(ret["comment"], f"it {_may(name, settings or {})}")
 
     return _state(name, work)
+
+
+def _may(vm, settings):
+    """What a VM may have run; and whether that is not so yet."""
+    may = __salt__["qvm_remote.access"](vm, config=settings)
+    return may if __salt__["qvm_remote.is_safe"](vm, config=settings) else f"{may}, once the service knows that ({_ALL})"
 
 
 def key_absent(name, settings=None):
@@ -666,9 +681,8 @@ def unlisted(name, listed, remove=False, settings=None):
             ret["comment"] = "No VM but those in pillar has a key"
             return
         if not remove:
-            ret["comment"] = "These have a key too, and keep it (pillar qvm-remote:unlisted: absent takes it from them): " + "; ".join(
-                f"{vm} {__salt__['qvm_remote.access'](vm, config=settings or {})}" for vm in others
-            )
+            told = "; ".join(f"{vm} {_may(vm, settings or {})}" for vm in others)
+            ret["comment"] = f"These have a key too, and keep it (pillar qvm-remote:unlisted: absent takes it from them): {told}"
             return
         for vm in others:
             _change(

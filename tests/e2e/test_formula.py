@@ -492,6 +492,35 @@ def test_a_vm_gets_no_key_before_the_service_knows_what_it_may_do(machine):
     assert "spare" not in machine.call("keys")
 
 
+def test_a_qube_made_anew_gets_no_key_before_the_service_knows_what_it_may_do(machine):
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {}}))
+    machine.apply()
+    machine.shutdown("spare")
+    machine.dom0("qvm-remove", "--force", "spare", check=True)
+    machine.create("spare:debian-13")
+    machine.start("spare")
+    # The service lets whoever has that name do anything, and can't be told otherwise.
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"policy": "none"}}))
+    machine.dom0("sh", "-c", "mount --bind /etc/qubes/remote /etc/qubes/remote && mount -o remount,ro,bind /etc/qubes/remote", check=True)
+    try:
+        states, _ = machine.fail()
+    finally:
+        machine.dom0("umount", "/etc/qubes/remote", check=True)
+    assert {name for name, ret in states.items() if ret["result"] is False} == {"qvm-remote-dom0-config", "qvm-remote-dom0-service", "qvm-remote-vm-spare"}
+    assert "which lost it; the service does not know yet what spare may do" in states["qvm-remote-vm-spare"]["comment"]
+    assert "spare" not in machine.call("keys")
+    assert machine.apply()["qvm-remote-vm-spare"]["comment"].endswith("; it may run nothing (policy: none)")
+    assert b"policy: none" in machine.remote("id", vm="spare").stderr
+    # That it may run nothing is said only where it is so.
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"policy": "full"}}))
+    machine.apply()
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"policy": "none"}}))
+    said = machine.apply(sls="qvm-remote.vm")["qvm-remote-vm-spare"]["comment"]
+    assert said.endswith("; it may run nothing (policy: none), once the service knows that (sudo qubesctl state.apply qvm-remote)")
+    machine.set_pillar(_pillar(vms={"idle": {}, "spare": {"state": "absent"}}))
+    machine.apply()
+
+
 @pytest.mark.long
 def test_salts_own_tools_work_beside_the_service_and_a_wiped_cache_does_not_hurt_it(machine):
     machine.dom0("sh", "-c", "rm -rf /var/cache/salt /var/cache/qvm-remote/*", check=True)

@@ -2,6 +2,7 @@
 """Execution module, states and engine through Salt's own loader, with everything synced as qubesctl does."""
 
 import ast
+import contextlib
 import hmac
 import os
 
@@ -28,6 +29,12 @@ def loaders(tmp_path_factory):
     opts.update(file_client="local", file_roots={"base": copy_formula(os.path.join(root, "formula"))}, id="dom0", pillar_roots={"base": []})
     # It syncs everything by itself, and empties the cache each time it is reset: so extmods lie elsewhere.
     return Loaders(opts)
+
+
+@pytest.fixture(autouse=True)
+def _names_anew(loaders):
+    """Another test may have given a name to another qube, and names are kept for some seconds."""
+    loaders.context.pop("qvm_remote.uuids", None)
 
 
 @pytest.fixture
@@ -211,6 +218,58 @@ def test_a_vm_is_safe_only_under_an_engine_of_which_it_is_known_what_it_lets_it_
         assert is_safe("work", config=wanted) is True
 
 
+@contextlib.contextmanager
+def _engine_at_work(monkeypatch, given):
+    """An engine that has these settings, as the minion's configuration gave them to it."""
+    # Here, and not in the module: for states Salt loads that anew.
+    monkeypatch.setattr(pullrpc.config, "engine_settings", lambda minion: given)
+    used = pullrpc.config.make_config(given)
+    with pullrpc.lock.EngineLock(used.run_dir):
+        pullrpc.note.write(used, {"settings": pullrpc.config.digest(used)})
+        yield
+
+
+def _make_anew(loaders, settings):
+    """Give the name work to another qube."""
+    with open(settings["qvm_ls"], "r+", encoding="ascii") as file:
+        listing = file.read()
+        file.seek(0)
+        file.write(listing.replace("work|6f1f0f3c-", "work|6f1f0f3d-"))
+    loaders.context.pop("qvm_remote.uuids", None)
+
+
+def test_a_qube_made_anew_under_a_name_gets_no_key_before_the_engine_knows_what_it_may_do(loaders, settings, monkeypatch):
+    states, modules = loaders.states.qvm_remote, loaders.modules.qvm_remote
+    old, wanted = ({**settings, "unlisted": "none", "vms": {"work": {"policy": policy}}} for policy in ("full", "none"))
+    first = states.key_present("work", key="generate", settings=old).changes["key"]["new"]
+    _make_anew(loaders, settings)
+    with _engine_at_work(monkeypatch, old):
+        would = states.key_present("work", key="generate", settings=wanted, test=True)
+        assert (would.result, would.changes) == (None, {"key": {"old": first, "new": "a new key"}})
+        assert would.comment.endswith("which would lose it; this one would get access of its own")
+        ret = states.key_present("work", key="generate", settings=wanted)
+        assert (ret.result, ret.changes) == (False, {"key": {"old": first, "new": None}})
+        assert ret.comment.endswith("which lost it; the service does not know yet what work may do: apply all of it (sudo qubesctl state.apply qvm-remote)")
+        # It is not for this one, whatever that may do.
+        assert modules.keys(config=wanted) == {}
+        again = states.key_present("work", key="generate", settings=wanted)
+        assert (again.result, again.changes, modules.keys(config=wanted)) == (False, {}, {})
+    # One that lets it run nothing may know no more of it than that.
+    with _engine_at_work(monkeypatch, {**wanted, "vms": {}}):
+        assert states.key_present("work", key="generate", settings=wanted).result is True
+
+
+def test_what_a_state_says_that_a_vm_may_do_is_what_the_service_knows(loaders, settings, monkeypatch):
+    states = loaders.states.qvm_remote
+    old, wanted = ({**settings, "unlisted": "none", "vms": {"work": {"policy": policy}}} for policy in ("full", "none"))
+    assert states.authorized("work", settings=old).result is True
+    nothing, later = "may run nothing (policy: none)", ", once the service knows that (sudo qubesctl state.apply qvm-remote)"
+    for given, told in ((old, nothing + later), (wanted, nothing)):
+        with _engine_at_work(monkeypatch, given):
+            assert states.authorized("work", settings=wanted).comment.endswith(f"; it {told}")
+            assert states.unlisted("x", listed=[], settings={**wanted, "vms": {}}).comment.endswith(f": work {nothing}{later if given is old else ''}")
+
+
 def test_revoke_says_whether_there_was_a_key(loaders, settings, key):
     loaders.modules.qvm_remote.authorize("work", key_file=key[1], config=settings)
     assert loaders.modules.qvm_remote.revoke("work", config=settings) is True
@@ -229,7 +288,7 @@ def test_the_audit_log_is_verified_and_read(loaders, settings, key):
     assert [line["what"] for line in loaders.modules.qvm_remote.audit("work", config=settings)] == ["authorized", "revoked"]
     assert loaders.modules.qvm_remote.history(config=settings) == []
     assert loaders.modules.qvm_remote.audit_verify(config=settings)["problems"] == []
-    assert "retcode" not in loaders.context
+    assert not loaders.context.get("retcode")
     with open(settings["audit_log"], "r+b") as file:
         file.write(file.read().replace(b"revoked", b"whatnot"))
     assert loaders.modules.qvm_remote.audit_verify(config=settings)["problems"]
