@@ -944,7 +944,12 @@ def in_use(settings):
     """
     with _told():
         config = pullrpc.config.make_config(settings)
-    return pullrpc.lock.is_held(config.run_dir) and pullrpc.note.read(config).get("settings") == pullrpc.config.digest(config)
+    return pullrpc.lock.is_held(config.run_dir) and _took_over(config, config)
+
+
+def _took_over(config, known):
+    """Whether the engine that is at work under ``config`` goes by what ``known`` says."""
+    return pullrpc.note.read(config).get("settings") == pullrpc.config.digest(known)
 
 
 def started_as(config=None):
@@ -971,8 +976,8 @@ def started_as(config=None):
 
 
 def is_safe(vms, config=None):
-    """Say whether VMs that got a key now could do no more than they are to: there is no engine at work, it has these settings, or it
-    knows the same of these VMs, or lets them run nothing.
+    """Say whether VMs that got a key now could do no more than they are to. So it is where the engine at work has these settings, or, like
+    the one that begins next, knows the same of these VMs or lets them run nothing; and where there is nothing that could begin.
 
     Args:
         vms: name of a VM, or a list of names.
@@ -993,24 +998,35 @@ def is_safe(vms, config=None):
     if not config:
         return True
     with _told():
-        wanted = pullrpc.config.make_config(config)
+        wanted = _dom0(config).config
         vms = [pullrpc.ids.check_vm_name(vm) for vm in ([vms] if isinstance(vms, str) else vms)]
-    if not pullrpc.lock.is_held(wanted.run_dir) or in_use(config):
+    is_at_work = pullrpc.lock.is_held(wanted.run_dir)
+    if is_at_work and _took_over(wanted, wanted):
         return True
     try:
-        # What the engine was given last; it has not taken over what is to hold.
-        known = pullrpc.config.make_config(_settings(None))
+        given = _given()
+        known = _dom0(given or {}).config
     except (CommandExecutionError, pullrpc.errors.PullError):
         return False
-    if pullrpc.note.read(wanted).get("settings") != pullrpc.config.digest(known):
-        # It did not take that over, either, or is just beginning: nobody knows what it lets whom do.
+    if not is_at_work and given is None:
+        return True
+    if is_at_work and not _took_over(wanted, known):
+        # It has neither, or is just beginning: nobody knows what it lets whom do.
         return False
     return all(_access(known, vm)[0] == pullrpc.policy.NONE or _access(known, vm) == _access(wanted, vm) for vm in vms)
 
 
+def _given():
+    """The settings that an engine, or ``--once``, begins with; None where there are none. The service's are those on the disk: a state of
+    this very apply may have written them.
+    """
+    of_service = pullrpc.config.engine_settings(_service_minion())
+    return pullrpc.config.engine_settings(__opts__) if of_service is None else of_service
+
+
 def _access(settings, vm):
     own = settings.for_vm(vm)
-    return own.policy_in_force, own.run_as, own.until
+    return own.policy_in_force, own.run_as, own.until, own.accept_v1
 
 
 def code():

@@ -7,7 +7,7 @@ include:
   - qvm-remote.vm
   - qvm-remote.dom0
 {%- else %}
-  # The service at work lets those whom it does not know run something: it must know a VM before that one has a key.
+  # The service, or the one that begins next, would let a VM do more than it is to: it must know it before that one has a key.
   - qvm-remote.dom0
   - qvm-remote.vm
 {%- endif %}

@@ -4,6 +4,7 @@
 import ast
 import contextlib
 import hmac
+import json
 import os
 
 import pullrpc.config
@@ -215,6 +216,35 @@ def test_a_vm_is_safe_only_under_an_engine_of_which_it_is_known_what_it_lets_it_
             assert is_safe("work", config=wanted) is False
         assert is_safe(["work"], config={**settings, "vms": {"work": {"policy": "full"}}}) is True
         pullrpc.note.write(used, {"settings": pullrpc.config.digest(pullrpc.config.make_config(wanted))})
+        assert is_safe("work", config=wanted) is True
+
+
+def test_without_an_engine_a_vm_is_safe_if_the_next_one_lets_it_do_no_more(loaders, settings, tmp_path, monkeypatch):
+    is_safe = loaders.modules.qvm_remote.is_safe
+    monkeypatch.setitem(is_safe.__globals__, "_SERVICE_CONFIG", str(tmp_path))
+    wanted = {**settings, "vms": {"work": {"policy": "none"}}}
+    assert is_safe("work", config=wanted) is True
+    for given, safe in (
+        ({**settings, "vms": {}}, False),
+        ({**settings, "unlisted": "none", "vms": {}}, True),
+        (wanted, True),
+        ({**wanted, "paralel": 3}, False),
+    ):
+        (tmp_path / "minion").write_text(json.dumps({"engines": [{"qvm_remote": given}]}))
+        assert is_safe("work", config=wanted) is safe
+    (tmp_path / "minion").write_text("engines: {")
+    assert is_safe("work", config=wanted) is False
+    # One that has no engine in it starts none.
+    (tmp_path / "minion").write_text("id: dom0")
+    assert is_safe("work", config=wanted) is True
+
+
+def test_a_vm_is_not_safe_where_its_old_tokens_are_believed_and_are_not_to_be(loaders, settings, monkeypatch):
+    is_safe = loaders.modules.qvm_remote.is_safe
+    wanted = {**settings, "vms": {"work": {"policy": "full"}}}
+    with _engine_at_work(monkeypatch, {**settings, "vms": {"work": {"policy": "full", "accept_v1": True}}}):
+        assert is_safe("work", config=wanted) is False
+    with _engine_at_work(monkeypatch, {**settings, "vms": {"work": {"policy": "none", "accept_v1": True}}}):
         assert is_safe("work", config=wanted) is True
 
 
