@@ -499,11 +499,12 @@ def _store_key(vm, key, shown, settings):
 
 
 def key_rotated(name, days, settings=None):
-    """Have a key for a VM that is not older than some days. The one before works until the VM has used the new one.
+    """Have a key for a VM that is not older than some days, as far as dom0's clock tells. The one before works until the VM has used
+    the new one.
 
     Args:
         name: the VM, which must have a key.
-        days: int, how old the key may be.
+        days: int, how old the key may be; 0 for a new one now.
         settings: the engine's settings (dict).
 
     .. code-block:: yaml
@@ -518,7 +519,8 @@ def key_rotated(name, days, settings=None):
 
 def _have_fresh_key(ret, vm, days, settings):
     age = __salt__["qvm_remote.key_age"](vm, config=settings)
-    if age <= days:
+    # Less than nothing: the clock was set back since, and how old the key is nobody knows.
+    if days > 0 and 0 <= age <= days:
         ret["comment"] = _and(ret["comment"], f"the key of {vm} is {age:.0f} days old")
         return
     shown = __salt__["qvm_remote.keys"](config=settings, vm=vm)[vm].get("fingerprint")

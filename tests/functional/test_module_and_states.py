@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import json
 import os
+import time
 
 import pullrpc.config
 import pullrpc.dom0
@@ -394,6 +395,19 @@ def test_key_absent_removes_a_key_once(loaders, settings, key, test):
     assert bool(loaders.modules.qvm_remote.keys(config=settings)) is test
     again = loaders.states.qvm_remote.key_absent("never", settings=settings)
     assert (again.result, again.changes) == (True, {})
+
+
+@pytest.mark.parametrize("days", [0, 90])
+def test_a_key_whose_age_a_clock_that_was_set_back_hides_is_rotated(loaders, settings, days):
+    states = loaders.states.qvm_remote
+    made = states.key_present("work", key="generate", settings=settings).changes["key"]["new"]
+    assert states.key_rotated("work", days=90, settings=settings).changes == {}
+    path = os.path.join(settings["key_dir"], "work.key")
+    os.utime(path, (time.time() + 400 * 86400,) * 2)
+    ret = states.key_rotated("work", days=days, settings=settings)
+    assert (ret.result, ret.changes["key"]["old"]) == (True, made)
+    assert loaders.modules.qvm_remote.keys(config=settings)["work"]["next"] == ret.changes["key"]["new"] != made
+    assert states.key_rotated("work", days=90, settings=settings).changes == {}
 
 
 @pytest.mark.parametrize("test", [False, True])
