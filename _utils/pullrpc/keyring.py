@@ -14,6 +14,7 @@ replaced; it works for what was signed just before, for ``overlap`` seconds at m
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -36,6 +37,12 @@ _AFTER_FIRST_USE = 30
 _READ_MAX = 66
 #: How long after a change of a file its time may stand still, seconds.
 _CTIME_STEP = 1.0
+#: Why a file can't be read, where it is this process or the machine that lacks something for a moment.
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class _Unread(KeyringError):
+    """A key can't be read now, and may be a good one."""
 
 
 class Keyring:
@@ -60,8 +67,18 @@ class Keyring:
         return sorted(vm for vm, suffix in self._files() if suffix == _SUFFIX)
 
     def exists(self, vm):
-        """Say whether a VM has a key file, good or not."""
-        return os.path.lexists(self._path(vm))
+        """Say whether a VM has a key file, good or not.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            bool
+
+        Raises:
+            KeyringError: it can't be told.
+        """
+        return _is_there(self._path(vm))
 
     def get(self, vm):
         """Fetch a VM's key.
@@ -243,14 +260,14 @@ class Keyring:
             overlap: int, seconds, as for :meth:`accepted`.
 
         Raises:
-            KeyringError: one can't be removed.
+            KeyringError: one can't be looked at or removed.
         """
         if not self.has_old(vm) and not os.path.lexists(self._path(vm, _STAGED)):
             return
         with self._locked():
             if self.has_old(vm) and not self._old_works(vm, overlap):
                 self._forget(vm, _OLD)
-            if self._staged(vm) is None:
+            if self._waiting(vm) is None:
                 self._forget(vm, _STAGED)
 
     def fingerprints(self, vm=None):
@@ -374,7 +391,7 @@ class Keyring:
             PullError: the name is no VM's; KeyringError: it can't be removed.
         """
         check_vm_name(vm)
-        if not os.path.lexists(self._folder):
+        if not _is_there(self._folder):
             return False
         # Under the lock: a staged key that becomes the key at this moment would be one that nobody removes.
         with self._locked():
@@ -387,12 +404,17 @@ class Keyring:
     def _locked(self, how=fcntl.LOCK_EX):
         """Hold the folder, among all processes and threads; not to be entered twice."""
         self.check_folder()
-        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = None
         try:
-            fcntl.flock(fd, how)
+            try:
+                fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fcntl.flock(fd, how)
+            except OSError as err:
+                raise KeyringError(f"can't lock {self._folder}: {err.strerror}") from err
             yield
         finally:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
 
     def _get(self, vm):
         key = self._read(vm)
@@ -404,6 +426,15 @@ class Keyring:
 
     def _staged(self, vm):
         return self._usable(vm, _STAGED)
+
+    def _waiting(self, vm):
+        """The staged key, as of :meth:`_usable`; but one that can't be read now is not taken for none, since the VM may have it."""
+        try:
+            return self._read(vm, _STAGED)
+        except _Unread:
+            raise
+        except KeyringError:
+            return None
 
     def _old(self, vm):
         return self._usable(vm, _OLD)
@@ -439,6 +470,8 @@ class Keyring:
             age = time.time() - os.stat(self._path(vm, _OLD), follow_symlinks=False).st_mtime
         except FileNotFoundError:
             return False
+        except OSError as err:
+            raise KeyringError(f"can't tell how long ago the key of {vm} was replaced: {err.strerror}") from err
         # A clock that was set back must not give it a second life.
         return 0 <= age <= overlap
 
@@ -453,28 +486,27 @@ class Keyring:
         """
         try:
             info = os.lstat(self._folder)
+            is_shown = os.path.realpath(self._folder).startswith("/srv/")
         except FileNotFoundError:
             raise KeyringError("dom0 has no key for any VM (the key folder does not exist)") from None
         except OSError as err:
             raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
-        if os.path.realpath(self._folder).startswith("/srv/"):
+        if is_shown:
             raise KeyringError(f"{self._folder} lies under /srv, of which management VMs get a copy; keys must lie elsewhere")
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             raise KeyringError(f"{self._folder} must be a folder of mode 0700 owned by root; run: chown root DIR; chmod 0700 DIR")
 
     def _read(self, vm, suffix=_SUFFIX):
-        path = self._path(vm, suffix)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            info, data = _look_into(self._path(vm, suffix), os.O_NOFOLLOW)
         except FileNotFoundError:
             raise KeyringError(f"dom0 has no key for {vm}") from None
         except OSError as err:
-            raise KeyringError(f"can't read the key of {vm}: {err.strerror}") from err
-        with os.fdopen(fd, "rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-                raise KeyringError(f"the key file of {vm} must be a plain file of mode 0600 owned by root; check it, then: chown root; chmod 0600")
-            data = file.read(_READ_MAX)
+            # A link is none, and stays one.
+            unread = KeyringError if err.errno == errno.ELOOP else _Unread
+            raise unread(f"can't read the key of {vm}: {err.strerror}") from err
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+            raise KeyringError(f"the key file of {vm} must be a plain file of mode 0600 owned by root; check it, then: chown root; chmod 0600")
         try:
             return parse_key(data)
         except KeyringError as err:
@@ -508,11 +540,12 @@ class Keyring:
         owners = {}
         for vm, suffix in self._files():
             try:
-                # Whatever lies there: a FIFO must not keep all others waiting.
-                fd = os.open(self._path(vm, suffix), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                with os.fdopen(fd, "rb", buffering=0) as file:
-                    owners.setdefault(sha256(parse_key(file.read(_READ_MAX) or b"")), set()).add(vm)
-            except (OSError, KeyringError):
+                owners.setdefault(sha256(parse_key(_look_into(self._path(vm, suffix))[1])), set()).add(vm)
+            except OSError as err:
+                # No matter of that file: nobody knows whose key it is.
+                if err.errno in _LACKING:
+                    raise KeyringError(f"can't compare the key of {vm} with the others: {err.strerror}") from err
+            except KeyringError:
                 continue
         return owners
 
@@ -537,3 +570,23 @@ class Keyring:
             return []
         except OSError as err:
             raise KeyringError(f"can't read {self._folder}: {err.strerror}") from err
+
+
+def _is_there(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise KeyringError(f"can't look at {path}: {err.strerror}") from err
+    return True
+
+
+def _look_into(path, flags=0):
+    """What lies there, and its beginning if that is a plain file: a FIFO must not keep all others waiting."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    try:
+        info = os.fstat(fd)
+        return info, os.read(fd, _READ_MAX) if stat.S_ISREG(info.st_mode) else b""
+    finally:
+        os.close(fd)

@@ -2,6 +2,8 @@
 """Keyring, ledger, config, audit log, pool: the parts that dom0's safety rests on, each by itself."""
 
 import asyncio
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -69,6 +71,78 @@ def test_a_key_behind_a_symlink_is_refused(keyring, tmp_path):
     (tmp_path / "keys" / "work.key").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(KeyringError):
         keyring.get("work")
+
+
+_FAILING = [
+    *("os.open", "os.fstat", "os.read", "os.stat", "os.lstat", "os.scandir", "os.listdir", "os.makedirs", "os.unlink", "os.rename", "os.link"),
+    *("os.utime", "os.fsync", "fcntl.flock"),
+]
+
+
+@pytest.mark.parametrize("failing", _FAILING)
+def test_what_the_disk_does_not_give_back_is_a_keyrings_error_and_ends_nothing_else(keyring, tmp_path, failing):
+    real = getattr(fcntl if failing.startswith("fcntl.") else os, failing.partition(".")[2])
+    here = threading.get_ident()
+
+    def fails(*words, **options):
+        # Whatever else this process is at goes on.
+        if threading.get_ident() != here:
+            return real(*words, **options)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    first, new, key = (os.urandom(32) for _ in range(3))
+    calls = {
+        "get": ("work",),
+        "newest": ("work",),
+        "staged": ("work",),
+        "accepted": ("work", 300),
+        "held": ("work",),
+        "stage": ("work", key),
+        "handed": ("work", new),
+        "retire_old": ("work", first, 300),
+        "made_at": ("work",),
+        "drop_old": ("work", 0),
+        "bound": ("work",),
+        "bind": ("work", "one"),
+        "put": ("work", key.hex(), None, "one"),
+        "exists": ("work",),
+        "remove": ("work",),
+        "names": (),
+        "fingerprints": (),
+        "strangers": (),
+        "check_folder": (),
+    }
+    failed = []
+    for name, words in calls.items():
+        keyring.put("work", first.hex(), uuid="one")
+        keyring.stage("work", os.urandom(32))
+        keyring.handed("work", keyring.staged("work"))
+        keyring.stage("work", new)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"pullrpc.keyring.{failing}", fails)
+            try:
+                getattr(keyring, name)(*words)
+            except KeyringError:
+                failed.append(name)
+        # A key that could not be looked at is not taken for one that is none, and the VM may have it.
+        if name == "drop_old":
+            assert (tmp_path / "keys" / "work.key.new").exists()
+    assert failed
+
+
+def test_what_is_no_file_in_a_keys_place_is_no_key_and_keeps_no_descriptor(keyring, tmp_path):
+    raw = os.urandom(32)
+    keyring.put("work", raw.hex())
+    (tmp_path / "keys" / "dev.key").mkdir()
+    os.mkfifo(tmp_path / "keys" / "old.key")
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(100):
+        (tmp_path / "keys" / "unrelated").write_text(str(number))
+        assert keyring.get("work") == raw
+        for vm in ("dev", "old"):
+            with pytest.raises(KeyringError, match="must be a plain file"):
+                keyring.get(vm)
+    assert len(os.listdir("/proc/self/fd")) < before + 50
 
 
 def test_a_claim_is_given_once_and_survives_a_reopening(tmp_path):
