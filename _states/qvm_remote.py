@@ -445,11 +445,15 @@ def _have_key(ret, vm, key, settings):
     if shown and not identity["fits"]:
         _have_key_anew(ret, vm, key, shown, settings)
         return
+    if shown and not identity["bound"]:
+        # Stored before there was such a qube, it is for the first one that is seen: this one.
+        would, done = f"the key of {vm} would be for this qube alone", f"the key of {vm} is for this qube alone now"
+        _change(ret, "bound", None, identity["now"], would, lambda: __salt__["qvm_remote.bind"](vm, config=settings), done)
     wanted = __salt__["qvm_remote.given_fingerprint"](vm) if key == "given" else shown
     # A key of the qube's own that was changed there is fetched again; dom0's copy of it must not go back.
     changed_there = key == "own" and shown and __salt__["qvm_remote.inspect"](vm, config=settings)["key"] == "altered"
     if shown and shown == wanted and not changed_there:
-        ret["comment"] = f"{vm} is authorized with key {shown}"
+        ret["comment"] = _and(ret["comment"], f"{vm} is authorized with key {shown}")
         return
     new = "a new key" if changed_there or not wanted else wanted
     if not shown:

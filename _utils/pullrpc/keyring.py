@@ -371,9 +371,11 @@ class Keyring:
         except OSError as err:
             raise KeyringError(f"can't create {self._folder}: {err.strerror}") from err
         with self._locked():
-            self._store(vm, key, _SUFFIX, record)
-            # Last: a key that is cut off from what it belongs to is refused, and not believed of another qube.
-            if uuid:
+            # A key that is cut off from what it belongs to is to be refused, and not believed of another qube: so where another one's
+            # UUID stands, the key comes first, and where none does, which would make it anybody's, the UUID.
+            is_first = not _is_there(self._path(vm, _BOUND))
+            self._store(vm, key, _SUFFIX, record, uuid if is_first else "")
+            if uuid and not is_first:
                 self._bind(vm, uuid)
             self._forget(vm, _STAGED, _OLD, *(() if uuid else (_BOUND,)))
         return fingerprint(key)
@@ -446,12 +448,14 @@ class Keyring:
         except KeyringError:
             return None
 
-    def _store(self, vm, key, suffix, record=None):
+    def _store(self, vm, key, suffix, record=None, uuid=""):
         other = self._other_with(vm, key)
         if other:
             raise KeyringError(f"this is already the key of {other}; give each VM its own")
         if record:
             record(fingerprint(key))
+        if uuid:
+            self._bind(vm, uuid)
         try:
             write_durably(self._path(vm, suffix), key.hex().encode("ascii") + b"\n", 0o600)
         except OSError as err:

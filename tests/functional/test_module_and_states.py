@@ -411,6 +411,24 @@ def test_a_key_whose_age_a_clock_that_was_set_back_hides_is_rotated(loaders, set
 
 
 @pytest.mark.parametrize("test", [False, True])
+def test_a_key_that_is_for_whoever_comes_first_is_for_the_qube_that_the_states_find(loaders, settings, key, test):
+    modules, states = loaders.modules.qvm_remote, loaders.states.qvm_remote
+    modules.authorize("late", key_file=key[1], in_advance=True, config=settings)
+    with open(settings["qvm_ls"], "r+", encoding="ascii") as file:
+        listing = file.read()
+        file.seek(0)
+        file.write(listing.replace("work|", "late|"))
+    loaders.context.pop("qvm_remote.uuids")
+    ret = states.key_present("late", key="generate", settings=settings, test=test)
+    uuid = "6f1f0f3c-0000-4000-8000-000000000000"
+    assert (ret.result, ret.changes) == (None if test else True, {"bound": {"old": None, "new": uuid}})
+    assert ret.comment.endswith(f"late is authorized with key {fingerprint(key[0])}")
+    assert modules.identity("late", config=settings)["bound"] == ("" if test else uuid)
+    if not test:
+        assert states.key_present("late", key="generate", settings=settings).changes == {}
+
+
+@pytest.mark.parametrize("test", [False, True])
 def test_engine_configured_writes_the_minions_configuration_once(loaders, settings, tmp_path, test):
     folder = str(tmp_path / "remote")
     path = os.path.join(folder, "minion")

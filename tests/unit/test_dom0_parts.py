@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 
+import pullrpc.keyring
 import pytest
 from pullrpc.agentless import _read_listing
 from pullrpc.aio import Threads, run
@@ -143,6 +144,29 @@ def test_what_is_no_file_in_a_keys_place_is_no_key_and_keeps_no_descriptor(keyri
             with pytest.raises(KeyringError, match="must be a plain file"):
                 keyring.get(vm)
     assert len(os.listdir("/proc/self/fd")) < before + 50
+
+
+def test_a_key_whose_qube_can_not_be_noted_is_not_stored(keyring, monkeypatch):
+    write = pullrpc.keyring.write_durably
+
+    def full(path, *words):
+        if path.endswith(".uuid"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *words)
+
+    first, key = os.urandom(32), os.urandom(32)
+    with monkeypatch.context() as patch:
+        patch.setattr("pullrpc.keyring.write_durably", full)
+        with pytest.raises(KeyringError, match="can't note which qube the key of work is for"):
+            keyring.put("work", key.hex(), uuid="one")
+    assert keyring.names() == []
+    keyring.put("work", first.hex(), uuid="one")
+    with monkeypatch.context() as patch:
+        patch.setattr("pullrpc.keyring.write_durably", full)
+        with pytest.raises(KeyringError, match="can't note which qube"):
+            keyring.put("work", key.hex(), uuid="two")
+    # The first key is not that one's, and this one is nobody's.
+    assert (keyring.get("work"), keyring.bound("work")) == (key, "one")
 
 
 def test_a_claim_is_given_once_and_survives_a_reopening(tmp_path):
