@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import secrets
-
 from .errors import AuditError, KeyringError
-from .tokens import fingerprint
 
 _STRANGER = (
     "this is another qube than the one that got access to dom0 under the name {vm}; if it is to have access as well: in dom0, "
@@ -74,14 +71,13 @@ class Access:
             KeyringError: the VM has no key, or another rotation is not through yet.
             AuditError, LedgerError: it can't be recorded.
         """
-        old, staged = fingerprint(self._stores.keyring.get(vm)), self._stores.keyring.staged(vm)
-        if staged and given in (None, staged):
-            return old, fingerprint(staged)
-        if self._stores.keyring.has_old(vm) and self._stores.ledger.waiting(vm):
-            raise KeyringError(f"commands wait that {vm} may have signed before its last rotation; rotate again when they have run")
-        key = given or secrets.token_bytes(32)
-        self._stores.audit.write("rotation", vm, old=old, new=fingerprint(key))
-        return old, self._stores.keyring.stage(vm, key)
+
+        def record(old, new):
+            if self._stores.keyring.has_old(vm) and self._stores.ledger.waiting(vm):
+                raise KeyringError(f"commands wait that {vm} may have signed before its last rotation; rotate again when they have run")
+            self._stores.audit.write("rotation", vm, old=old, new=new)
+
+        return self._stores.keyring.stage(vm, given, record)
 
     def forget(self, vm):
         """Take a VM's access away, and all that is kept of it but the audit log. What runs is not stopped.

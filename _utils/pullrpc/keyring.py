@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
+import secrets
 import stat
 import time
 
@@ -159,23 +161,28 @@ class Keyring:
             keys = [self._get(vm), self._staged(vm), self._old(vm)]
         return [key for key in keys if key]
 
-    def stage(self, vm, key):
-        """Begin a rotation.
+    def stage(self, vm, key=None, record=None):
+        """Begin a rotation, unless one has begun that leads to the same: the VM may have that key already.
 
         Args:
             vm: str, a checked name that has a key.
-            key: bytes, 32.
+            key: bytes, 32; None to make one, or go on with the one that waits.
+            record: callable of the fingerprints of the key before and the new one, called before that is stored; what it raises
+                prevents that.
 
         Returns:
-            str, the new key's fingerprint.
+            (str, str): fingerprints of the key before and of the new one.
 
         Raises:
             KeyringError: the VM has no key, or the new one can't be stored.
         """
         with self._locked():
-            self._get(vm)
-            self._store(vm, key, _STAGED)
-        return fingerprint(key)
+            old, waiting = fingerprint(self._get(vm)), self._waiting(vm)
+            if waiting and key in (None, waiting):
+                return old, fingerprint(waiting)
+            key = key or secrets.token_bytes(32)
+            self._store(vm, key, _STAGED, record and functools.partial(record, old))
+        return old, fingerprint(key)
 
     def handed(self, vm, key):
         """Note that a VM has a key now: a staged one becomes its key, the one before works a little longer.

@@ -370,3 +370,22 @@ def test_a_rotation_that_waits_is_not_replaced_by_another(dom0):
     assert dom0.access.rotate("work") == (old, new)
     given = os.urandom(32)
     assert dom0.access.rotate("work", given) == (old, fingerprint(given))
+
+
+@pytest.mark.parametrize("given", [None, os.urandom(32)])
+def test_two_rotations_at_once_have_the_same_new_key(dom0, given):
+    other = Dom0(dom0.config)
+    write, turned = dom0.audit.write, []
+
+    def slow_write(*words, **fields):
+        # The other one goes on meanwhile, if it can.
+        rotating.start()
+        rotating.join(0.5)
+        write(*words, **fields)
+
+    rotating = threading.Thread(target=lambda: turned.append(other.access.rotate("work", given)))
+    dom0.audit.write = slow_write
+    turned.append(dom0.access.rotate("work", given))
+    rotating.join()
+    assert turned[0] == turned[1]
+    assert turned[0][1] == fingerprint(dom0.keyring.staged("work"))
