@@ -107,13 +107,19 @@ def engine_configured(name, settings=None, minion=None):
 
 def _differences(text, wanted):
     """The parts of the configuration that change, as they were. It never holds a key."""
-    try:
-        was = salt.utils.yaml.safe_load(text)
-    except salt.utils.yaml.YAMLError:
-        was = None
-    if not isinstance(was, dict):
+    was = _parsed(text)
+    if was is None:
         return {"all": "not readable"}
     return {part: was.get(part) for part in {**was, **wanted} if was.get(part) != wanted.get(part)}
+
+
+def _parsed(text):
+    """A minion's configuration (dict); None when it is none."""
+    try:
+        config = salt.utils.yaml.safe_load(text)
+    except salt.utils.yaml.YAMLError:
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _minion_config(settings, minion):
@@ -713,7 +719,7 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
         name: any text.
         config_dir: the folder that ``engine_configured`` keeps.
         logs: whether the logs go, too; the VMs' histories with them.
-        settings: the engine's settings (dict).
+        settings: the engine's settings (dict); those that lie in ``config_dir`` hold as well.
 
     .. code-block:: yaml
 
@@ -723,9 +729,11 @@ def absent(name, config_dir="/etc/qubes/remote", logs=False, settings=None):
 
     def work(ret):
         _stop_service(ret)
-        _clear_vms(ret, settings or {}, logs)
-        _clear_folders(ret, settings or {})
-        audit = [*__salt__["qvm_remote.audit_files"](config=settings or {}), os.path.dirname(_LOG)] if logs else []
+        # What the service was configured with may name other folders than pillar does by now, if there is still one.
+        known = [settings or {}, *_applied(config_dir)]
+        _clear_vms(ret, known, logs)
+        _clear_folders(ret, known)
+        audit = [os.path.dirname(_LOG), *(path for one in known for path in __salt__["qvm_remote.audit_files"](config=one))] if logs else []
         for path in [config_dir, _CACHE, _LOG, _LOGROTATE, *__salt__["qvm_remote.command_paths"](), *audit]:
             if os.path.lexists(path):
                 _change(ret, path, "there", None, f"{path} would be removed", lambda path=path: _remove(path), f"{path} was removed")
@@ -743,8 +751,32 @@ def _stop_service(ret):
             _change(ret, path, "there", None, "the unit would be removed", lambda path=path: _remove_unit(path), "the unit was removed")
 
 
-def _clear_vms(ret, settings, history):
-    for vm in __salt__["qvm_remote.keys"](config=settings):
+def _applied(config_dir):
+    """The settings that the service was configured with, in a list that is empty where it was not."""
+    # As in _remove.
+    import pullrpc.config
+
+    path = os.path.join(config_dir, "minion")
+    text = _read(path)
+    if text is None:
+        return []
+    minion = _parsed(text)
+    try:
+        settings = None if minion is None else pullrpc.config.engine_settings(minion)
+        if settings is not None:
+            # Whether they can be used.
+            __salt__["qvm_remote.folders"](config=settings)
+    except CommandExecutionError:
+        minion = None
+    if minion is None:
+        raise _Failed(f"{path} can't be used, and may name folders in which keys lie: see what it names, remove it, and apply this again")
+    return [] if settings is None else [settings]
+
+
+def _clear_vms(ret, known, history):
+    # The last ones know best whose queue it is in a VM: by them it was made.
+    vms = {vm: settings for settings in known for vm in __salt__["qvm_remote.keys"](config=settings)}
+    for vm, settings in vms.items():
         try:
             if not __salt__["qvm_remote.running"](vm, config=settings):
                 ret["comment"] = _and(ret["comment"], f"{vm} is shut down and keeps its queue")
@@ -755,7 +787,7 @@ def _clear_vms(ret, settings, history):
                 "there",
                 None,
                 f"the queue in {vm} would be removed",
-                lambda vm=vm: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
+                lambda vm=vm, settings=settings: __salt__["qvm_remote.remove_queue"](vm, history=history, config=settings),
                 f"the queue in {vm} was removed",
             )
         except CommandExecutionError as err:
@@ -763,8 +795,8 @@ def _clear_vms(ret, settings, history):
             ret["comment"] = _and(ret["comment"], f"{vm} keeps its queue: {err}")
 
 
-def _clear_folders(ret, settings):
-    found = __salt__["qvm_remote.leftovers"](config=settings)
+def _clear_folders(ret, known):
+    found = sorted({folder for settings in known for folder in __salt__["qvm_remote.leftovers"](config=settings)})
     if not found:
         return
     names = ", ".join(found)
@@ -774,7 +806,7 @@ def _clear_folders(ret, settings):
         found,
         [],
         f"what is ours in {names} would be removed",
-        lambda: __salt__["qvm_remote.remove_leftovers"](config=settings),
+        lambda: sorted({folder for settings in known for folder in __salt__["qvm_remote.remove_leftovers"](config=settings)}),
         f"what was ours in {names} was removed",
     )
     if kept:

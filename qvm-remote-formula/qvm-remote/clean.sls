@@ -1,5 +1,6 @@
 # Takes back all that the other states did: qubesctl state.apply qvm-remote.clean
-# Keeps the audit log, and the histories in the VMs, unless pillar says qvm-remote:clean:logs: true. Works without pillar as well.
+# Keeps the audit log, and the histories in the VMs, unless pillar says qvm-remote:clean:logs: true. Works without pillar as well:
+# the service's configuration says where it kept its things.
 {%- from "qvm-remote/map.jinja" import plan with context %}
 {%- if plan.settings is not defined %}
 include:

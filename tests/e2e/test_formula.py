@@ -656,6 +656,16 @@ def test_clean_leaves_everything_as_it_was_but_the_audit_log(machine):
     assert sorted(kept) == ["audit.log", "history"]
 
 
+def test_clean_without_pillar_takes_the_keys_where_the_service_was_told_to_keep_them(machine):
+    folder = "/var/lib/kept/qvm-remote-keys"
+    machine.put("/srv/pillar/qvm-remote.sls", "")
+    machine.put("/etc/qubes/remote/minion", json.dumps({"engines": [{"qvm_remote": {"key_dir": folder}}]}))
+    machine.put(f"{folder}/old.key", f"{GIVEN}\n", "0600")
+    machine.dom0("chmod", "0700", folder, check=True)
+    assert set(machine.apply(sls="qvm-remote.clean")["qvm-remote-clean-dom0"]["changes"]) == {"folders", "/etc/qubes/remote"}
+    assert machine.dom0("rmdir", "/var/lib/kept").returncode == 0
+
+
 def test_clean_takes_the_logs_too_if_pillar_says_so(machine):
     machine.set_pillar(_pillar(clean={"logs": True}))
     machine.apply(sls="qvm-remote.clean")

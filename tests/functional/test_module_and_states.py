@@ -428,6 +428,23 @@ def test_a_key_that_is_for_whoever_comes_first_is_for_the_qube_that_the_states_f
         assert states.key_present("late", key="generate", settings=settings).changes == {}
 
 
+def test_what_the_settings_in_force_name_is_taken_back_too(loaders, settings, tmp_path):
+    states = loaders.states.qvm_remote
+    states.key_present("work", key="generate", settings=settings)
+    # Without pillar nothing says where that key is, but what the service was configured with.
+    without, folder = {**settings, "key_dir": str(tmp_path / "qvm-remote-others")}, tmp_path / "remote"
+    states.engine_configured(str(folder), settings=settings)
+    ret = states.absent("x", config_dir=str(folder), settings=without, test=True)
+    assert (ret.result, settings["key_dir"] in ret.changes["folders"]["old"], "work is shut down and keeps its queue" in ret.comment) == (None, True, True)
+    states.key_present("dev", key="generate", settings=without)
+    ret = states.absent("x", config_dir=str(folder), settings=without, test=True)
+    assert {settings["key_dir"], without["key_dir"]} <= set(ret.changes["folders"]["old"])
+    for text in ("engines: {", json.dumps({"engines": [{"qvm_remote": {"paralel": 3}}]})):
+        (folder / "minion").write_text(text)
+        ret = states.absent("x", config_dir=str(folder), settings=without, test=True)
+        assert (ret.result, ret.comment.endswith("see what it names, remove it, and apply this again")) == (False, True)
+
+
 @pytest.mark.parametrize("test", [False, True])
 def test_engine_configured_writes_the_minions_configuration_once(loaders, settings, tmp_path, test):
     folder = str(tmp_path / "remote")
