@@ -13,6 +13,8 @@ from .supervisor import start_time
 
 #: Names the minion whose engine was told to stop.
 _STOPPED = "stopped"
+#: How often the lock may be taken away while it is taken.
+_TRIES = 3
 
 _BUSY = (
     "another qvm-remote engine (or run_once) is at work in dom0, and there is only ever one; "
@@ -37,13 +39,25 @@ class EngineLock:
         self._fd = None
 
     def __enter__(self):
+        for _ in range(_TRIES):
+            if self._take():
+                return self
+        raise EngineBusy(_BUSY)
+
+    def _take(self):
+        """Take it; say whether it is the one that the others see."""
+        path = os.path.join(self._run_dir, "engine.lock")
         try:
             os.makedirs(self._run_dir, mode=0o700, exist_ok=True)
             info = os.lstat(self._run_dir)
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise SpoolError(f"{self._run_dir} must be a folder that only root can write to")
-            self._fd = os.open(os.path.join(self._run_dir, "engine.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, self._fd):
+                # Removed meanwhile: whoever comes next makes another one in its place.
+                self.__exit__()
+                return False
             os.ftruncate(self._fd, 0)
             if self._takes_signals:
                 os.write(self._fd, str(os.getpid()).encode("ascii"))
@@ -53,7 +67,7 @@ class EngineLock:
         except OSError as err:
             self.__exit__()
             raise SpoolError(f"can't use {self._run_dir}: {err.strerror}") from err
-        return self
+        return True
 
     def __exit__(self, *_):
         if self._fd is not None:
@@ -133,6 +147,14 @@ def was_stopped(run_dir, minion):
         return read_bounded(os.path.join(run_dir, _STOPPED), 64) == _name(minion)
     except (OSError, PullError):
         # It was told nothing, or is gone.
+        return False
+
+
+def _is_at(path, fd):
+    """Whether a path names an open file."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
+    except FileNotFoundError:
         return False
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's systemctl and systemd-run in the simulator: runs services, and starts the enabled ones when dom0 boots.
 
-Reads units where systemd does, and knows of their keys Exec*, Environment, Restart, RestartSec, StartLimit*, TimeoutStopSec and WantedBy;
-what hardens a service is not simulated. A monitor process stands in for the manager: one for each service, the subreaper
+Reads units where systemd does, and knows of their keys Exec*, Environment, Restart, RestartSec, RuntimeDirectory*, StartLimit*, TimeoutStopSec
+and WantedBy; what hardens a service is not simulated. A monitor process stands in for the manager: one for each service, the subreaper
 of all that the service starts, which is what a cgroup is for. Stands alone, without the simulator's other modules.
 """
 
@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,10 @@ _STATE = "/run/systemd/simulated"
 _PR_SET_CHILD_SUBREAPER = 36
 #: Exit codes of systemctl: not active, no such unit (systemctl(1)).
 _INACTIVE, _NO_UNIT, _FAILED = 3, 4, 1
-_UNIT_DEFAULTS = {"RestartSec": "0.1", "TimeoutStopSec": "90", "Restart": "no", "StartLimitBurst": "5", "StartLimitIntervalSec": "10"}
+_UNIT_DEFAULTS = {
+    **{"RestartSec": "0.1", "TimeoutStopSec": "90", "Restart": "no", "StartLimitBurst": "5", "StartLimitIntervalSec": "10"},
+    **{"RuntimeDirectory": "", "RuntimeDirectoryMode": "0755", "RuntimeDirectoryPreserve": "no"},
+}
 
 
 class _Unit:
@@ -118,6 +122,7 @@ class _Monitor:
         self._unit.tell(active="activating", monitor=os.getpid())
         while True:
             self._starts.append(time.monotonic())
+            self._make_folder()
             for argv, may_fail in self._unit.commands.get("ExecStartPre", []):
                 code = os.waitstatus_to_exitcode(os.waitpid(_spawn(argv, self._unit.environment), 0)[1])
                 if code and not may_fail:
@@ -136,6 +141,7 @@ class _Monitor:
             _kill_rest()
             if self._stopping or not self._restarts(code):
                 break
+            self._remove_folder(unless=("yes", "restart"))
             time.sleep(float(self._unit.keys["RestartSec"]))
         self._end("inactive" if self._stopping or code == 0 else "failed")
 
@@ -168,7 +174,19 @@ class _Monitor:
     def _on_stop(self, number, frame):
         self._stopping = True
 
+    def _make_folder(self):
+        if self._unit.keys["RuntimeDirectory"]:
+            path = f"/run/{self._unit.keys['RuntimeDirectory']}"
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, int(self._unit.keys["RuntimeDirectoryMode"], 8))
+
+    def _remove_folder(self, unless):
+        if self._unit.keys["RuntimeDirectory"] and self._unit.keys["RuntimeDirectoryPreserve"] not in unless:
+            # What is mounted in there stays, as with systemd.
+            shutil.rmtree(f"/run/{self._unit.keys['RuntimeDirectory']}", ignore_errors=True)
+
     def _end(self, active):
+        self._remove_folder(unless=("yes",))
         self._unit.tell(active=active, monitor=os.getpid())
 
 

@@ -540,6 +540,19 @@ def test_a_killed_minion_is_started_again(machine):
     machine.wait_served("work")
 
 
+def test_the_lock_stays_where_it_is_whatever_becomes_of_the_service(machine):
+    def place():
+        return machine.dom0("stat", "-c", "%i", "/run/qvm-remote/engine.lock", check=True).stdout
+
+    before = place()
+    machine.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
+    # run_once may hold it: who makes another one in its place would be at work beside it.
+    assert place() == before
+    machine.dom0("systemctl", "start", "qvm-remote", check=True)
+    assert place() == before
+    machine.wait_served("work")
+
+
 def test_a_stopped_service_tells_whom_it_interrupts(machine):
     with machine.popen_vm("work", "qvm-remote", "-n", "echo begun; sleep 7614", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert _until(lambda: machine.dom0("pgrep", "-fx", "sleep 7614").returncode == 0)

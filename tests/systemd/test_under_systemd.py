@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The service and its commands under the real systemd: the unit's hardening lets it work, and a command's own unit holds it."""
 
+import json
 import os
 import subprocess
 import time
@@ -170,6 +171,33 @@ def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
         _until(lambda: dom0.dom0("pgrep", "-fx", "sleep 7615").returncode == 1)
         assert b"interrupted" in running.communicate(timeout=60)[1]
         assert running.returncode == 125
+    dom0.wait_served("work", "dev")
+
+
+@pytest.mark.long
+def test_what_run_once_runs_goes_on_whatever_becomes_of_the_service_beside_it(dom0):
+    def told():
+        return int(dom0.dom0("grep", "-c", "another qvm-remote engine", "/var/log/qvm-remote/minion.log").stdout)
+
+    dom0.dom0("systemctl", "stop", "qvm-remote", timeout=60, check=True)
+    dom0.dom0("rm", "-f", "/tmp/begun", "/tmp/go-on", check=True)
+    line = "touch /tmp/begun; while [ ! -e /tmp/go-on ]; do sleep 0.05; done; echo $QVM_REMOTE_ID"
+    with dom0.popen_vm("work", "qvm-remote", "-n", line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        _until(lambda: dom0.vm("work", "sh", "-c", "ls ~/.qvm-remote/queue/pending | grep -c .").stdout == b"2\n")
+        words = ("salt-call", "--local", "-c", "/etc/qubes/remote", "qvm_remote.run_once")
+        with dom0.popen_dom0(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as once:
+            _until(lambda: dom0.dom0("test", "-e", "/tmp/begun").returncode == 0)
+            for verb in ("start", "restart"):
+                before = told()
+                dom0.dom0("systemctl", verb, "qvm-remote", timeout=90, check=True)
+                # It waits; it does not end what another one runs.
+                _until(lambda before=before: told() > before or client.poll() is not None, 60)
+            dom0.dom0("touch", "/tmp/go-on", check=True)
+            output, errors = client.communicate(timeout=60)
+            assert (client.returncode, errors) == (0, b"")
+            assert once.wait(60) == 0
+    rows = dom0.dom0("grep", "-h", output.decode().strip(), "/var/log/qvm-remote/audit.log").stdout.decode().splitlines()
+    assert [row["status"] for row in map(json.loads, rows) if row["what"] == "ended"] == ["done"]
     dom0.wait_served("work", "dev")
 
 

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service holds nothing open once it has ended, however it did: the engine makes a new one each few seconds while it can't serve."""
+"""The service holds nothing open once it has ended, however it did: the engine makes a new one each few seconds while it can't serve.
+And there is only ever one, whatever becomes of its lock's file.
+"""
 
+import fcntl
 import gc
 import os
+import shutil
 import threading
+import types
 
 import pytest
+from pullrpc import lock
 from pullrpc import service as module
 from pullrpc.config import make_config
 from pullrpc.dom0 import Dom0
@@ -125,3 +131,39 @@ def test_one_that_stops_a_service_from_elsewhere_as_it_ends_writes_into_no_other
         finally:
             for fd in (read, write, other, another):
                 os.close(fd)
+
+
+@pytest.fixture
+def take_away(tmp_path, monkeypatch):
+    """Have the lock's folder removed between the opening of its file and the locking of it, so many times; gives how many are left."""
+
+    def begin(times):
+        left = [times]
+
+        def flock(fd, how):
+            if left[0]:
+                left[0] -= 1
+                shutil.rmtree(tmp_path / "run")
+            fcntl.flock(fd, how)
+
+        monkeypatch.setattr(lock, "fcntl", types.SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+        return left
+
+    return begin
+
+
+def test_a_lock_that_was_taken_away_as_it_was_taken_is_none(tmp_path, take_away):
+    left = take_away(1)
+    with EngineLock(str(tmp_path / "run")):
+        assert left == [0]
+        assert lock.is_held(str(tmp_path / "run"))
+        with pytest.raises(EngineBusy), EngineLock(str(tmp_path / "run")):
+            pass
+
+
+def test_a_lock_that_is_taken_away_again_and_again_is_not_tried_for_ever(tmp_path, take_away):
+    take_away(1000)
+    before = _open()
+    with pytest.raises(EngineBusy), EngineLock(str(tmp_path / "run")):
+        pass
+    assert _open() < before + 10
