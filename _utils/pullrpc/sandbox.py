@@ -35,6 +35,8 @@ _CLEAN_WAIT = 5.0
 _ORPHANS_WAIT, _KILLED_WAIT = 5.0, 5.0
 _LOOK_EVERY = 0.01
 _ENDED_FROM_OUTSIDE = "the sandbox was ended from outside; the command was killed with it"
+_MAY_RUN = "the sandbox was ended from outside; whether the command was killed with it can't be told"
+_CANT_END = "a command of the service before can't be ended, so that nobody may be told that it was"
 #: So that what is said of one command is never taken for another's.
 _numbers = itertools.count(1)
 
@@ -200,12 +202,30 @@ def sweep(run_dir):
     jobs = sandbox_slots.jobs_folder(run_dir)
     _end_supervisors(jobs)
     left = {os.path.join(jobs, name) for name in os.listdir(jobs)} - sandbox_slots.folders()
+    backend = sandbox_slots.choose_backend()
+    for folder in left:
+        backend.kill(os.path.basename(folder))
+    if not _have_ended(backend, left):
+        raise SandboxError(_CANT_END)
     for folder in left:
         for name in _jobs_in(folder):
             vm, *cid = name.rsplit("-", 4)
             _kill_marked({"QVM_REMOTE_VM": vm, "QVM_REMOTE_ID": "-".join(cid)})
-        sandbox_slots.remove_folder(folder, sandbox_slots.choose_backend())
+        sandbox_slots.remove_folder(folder, backend)
     return len(left)
+
+
+def _have_ended(backend, folders):
+    """Wait until the units of supervisors have ended; say whether they have. Who is in them can't be told otherwise: the service has
+    fewer capabilities than its commands, and so may not read their environment.
+    """
+    deadline = time.monotonic() + _KILLED_WAIT
+    for folder in folders:
+        while not backend.has_ended(os.path.basename(folder)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_EVERY)
+    return True
 
 
 def _jobs_in(folder):
@@ -234,7 +254,7 @@ def _end_supervisors(jobs):
                 _kill(pid)
     finally:
         os.close(fd)
-    raise SandboxError("a command of the service before can't be ended, so that nobody may be told that it was")
+    raise SandboxError(_CANT_END)
 
 
 def _holders(info):
@@ -380,9 +400,15 @@ class Handle:
             self._on_output = None
 
     def _give_up(self):
-        """Kill what a broken supervisor left: its unit, the command's session, and whoever left it but has the command's environment."""
+        """Kill what a broken supervisor left: its unit, the command's session, and whoever left it but has the command's environment.
+
+        Raises:
+            SandboxError: its unit can't be seen to have ended.
+        """
         self._slot.kill()
         _kill_marked(self._spec["env"], self._pid)
+        if not _have_ended(self._slot.backend, [self._slot.folder]):
+            raise SandboxError(_MAY_RUN)
 
 
 def _has_environment(pid, marks):

@@ -62,3 +62,15 @@ def kill(name):
     Args:
         name: str, the supervisor's.
     """
+
+
+def has_ended(name):
+    """Say whether nothing runs any more in the supervisor's unit: there is none.
+
+    Args:
+        name: str, the supervisor's.
+
+    Returns:
+        bool
+    """
+    return True

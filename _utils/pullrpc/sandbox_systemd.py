@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 #: Whether the supervisor has a unit of its own, whose limits hold for all that runs in it.
 IN_UNIT = True
 _SLICE = "qvm-remote.slice"
-#: How long systemd may take to kill a unit, seconds.
-_KILL_WAIT = 5.0
+#: How long systemd may take to answer, seconds.
+_ASK_WAIT = 5.0
 
 
 def fixed(limits):
@@ -85,11 +85,31 @@ def kill(name):
     Args:
         name: str, the supervisor's.
     """
-    command = ["systemctl", "kill", "--signal=KILL", _unit(name)]
     try:
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_KILL_WAIT, check=False)
+        _systemctl("kill", "--signal=KILL", _unit(name))
     except (OSError, subprocess.TimeoutExpired) as err:
         log.warning("%s: could not be killed: %s", _unit(name), err)
+
+
+def has_ended(name):
+    """Say whether nothing runs any more in the supervisor's unit.
+
+    Args:
+        name: str, the supervisor's.
+
+    Returns:
+        bool; False also when systemd does not say.
+    """
+    try:
+        done = _systemctl("show", "--property=ActiveState", "--value", _unit(name))
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    # What is not known to systemd any more is inactive.
+    return done.returncode == 0 and done.stdout.strip() in (b"inactive", b"failed")
+
+
+def _systemctl(*words):
+    return subprocess.run(["systemctl", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_WAIT, check=False)
 
 
 def _unit(name):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The service and its commands under the real systemd: the unit's hardening lets it work, and a command's own unit holds it."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -172,6 +173,26 @@ def test_a_killed_service_ends_its_commands_and_is_started_again(dom0):
         assert b"interrupted" in running.communicate(timeout=60)[1]
         assert running.returncode == 125
     dom0.wait_served("work", "dev")
+
+
+@pytest.mark.long
+def test_nobody_is_told_interrupted_while_a_command_of_a_killed_service_goes_on(dom0):
+    dom0.dom0("rm", "-f", "/tmp/signs", check=True)
+    # Neither its supervisor nor a signal that can be ignored ends it, and it may do more than the service, which sees none of its environment.
+    line = "trap '' TERM; kill -STOP $PPID; while :; do echo $QVM_REMOTE_ID $EPOCHREALTIME >> /tmp/signs; sleep 0.05; done"
+    with dom0.popen_vm("work", "qvm-remote", "-n", line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
+        _until(lambda: dom0.dom0("test", "-s", "/tmp/signs").returncode == 0)
+        dom0.dom0("systemctl", "kill", "--signal=KILL", "qvm-remote", check=True)
+        assert b"interrupted" in client.communicate(timeout=90)[1]
+        assert client.returncode == 125
+    dom0.wait_served("work", "dev")
+    cid, last = dom0.dom0("tail", "-n", "1", "/tmp/signs").stdout.decode().split()
+    rows = map(json.loads, dom0.dom0("grep", "-h", cid, "/var/log/qvm-remote/audit.log").stdout.decode().splitlines())
+    (ended,) = [row for row in rows if row["what"] == "ended"]
+    recorded = datetime.datetime.fromisoformat(ended["time"].replace("Z", "+00:00")).timestamp()
+    assert ended["status"] == "interrupted" and float(last) <= recorded
+    # It does not go on after all.
+    assert dom0.dom0("tail", "-n", "1", "/tmp/signs").stdout.decode().split() == [cid, last]
 
 
 @pytest.mark.long

@@ -399,6 +399,67 @@ def test_no_command_of_a_dead_engine_runs_when_its_sandboxes_were_swept(box, sig
     assert not any(map(is_alive, pids[1:])) and box.left() == []
 
 
+class _Units:
+    """Units in whose processes an engine that has fewer capabilities can't look, and which end some time after they were killed; or never."""
+
+    IN_UNIT = True
+
+    def __init__(self, jobs, pids, after):
+        self._jobs, self._pids, self._after = jobs, pids, after
+        self.killed = []
+
+    def kill(self, name):
+        self.killed.append(name)
+        if self._after is not None:
+            threading.Timer(self._after, self.end).start()
+
+    def has_ended(self, name):
+        return not any(map(is_alive, self._pids))
+
+    def end(self):
+        for name in os.listdir(self._jobs):
+            supervisor.remove_place(os.path.join(self._jobs, name), unmount=True)
+        for pid in filter(is_alive, self._pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def left_in_unit(box, monkeypatch):
+    """Gives a function that has an engine die, its supervisor too, and what had left the command's group live on in a unit; it gives the units."""
+    made = []
+
+    def begin(after):
+        program = _DYING_ENGINE.format(path=sys.path, run_dir=box.run_dir, search=PATH, folder=box.folder, signum=int(signal.SIGKILL))
+        subprocess.run([sys.executable, "-c", program], check=False)
+        made.append(_Units(os.path.join(box.run_dir, "jobs"), [int(read(box.folder / "pids").split()[2])], after))
+        monkeypatch.setattr(sandbox_slots, "choose_backend", lambda: made[0])
+        monkeypatch.setattr(sandbox, "_has_environment", lambda pid, marks: False)
+        return made[0]
+
+    yield begin
+    for units in made:
+        units.end()
+
+
+def test_what_a_dead_engine_left_in_a_unit_has_ended_when_its_sandboxes_were_swept(box, left_in_unit):
+    units = left_in_unit(after=0.5)
+    (name,) = os.listdir(os.path.join(box.run_dir, "jobs"))
+    assert sandbox.sweep(box.run_dir) == 1
+    assert units.has_ended(name) and units.killed == [name]
+    assert eventually(lambda: box.left() == [])
+
+
+def test_what_can_not_be_seen_to_have_ended_is_not_swept(box, left_in_unit, monkeypatch):
+    monkeypatch.setattr(sandbox, "_KILLED_WAIT", 0.3)
+    units = left_in_unit(after=None)
+    with pytest.raises(SandboxError, match="nobody may be told"):
+        sandbox.sweep(box.run_dir)
+    # The next try finds it again.
+    assert os.listdir(os.path.join(box.run_dir, "jobs")) == units.killed
+    units.end()
+    assert sandbox.sweep(box.run_dir) == 0
+
+
 @pytest.fixture
 def fake_systemd(box, monkeypatch):
     """Stand-ins for systemd's programs, which note their arguments; gives a function that reads the notes."""
@@ -407,7 +468,10 @@ def fake_systemd(box, monkeypatch):
     note = f'printf "%s\\n" "${{0##*/}}" "$@" >> {box.folder}/notes\n'
     keep = f'case "$1" in *ExecStopPost=-*) echo "${{1#*ExecStopPost=-}}" > {box.folder}/post;; esac'
     (folder / "systemd-run").write_text(f'#!/bin/sh\n{note}while [ "$1" != -- ]; do {keep}; shift; done\nshift\nexec "$@"\n')
-    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}. {box.folder}/post\n")
+    # A unit that was killed ends after a while.
+    show = f'head -n 1 {box.folder}/states; [ $(wc -l < {box.folder}/states) -eq 1 ] || sed -i 1d {box.folder}/states'
+    (box.folder / "states").write_text("active\ndeactivating\ninactive\n")
+    (folder / "systemctl").write_text(f"#!/bin/sh\n{note}case $1 in kill) . {box.folder}/post;; show) {show};; esac\n")
     for program in folder.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{PATH}")
@@ -433,14 +497,38 @@ def test_changed_limits_need_another_unit(box, fake_systemd):
     assert "--property=MemoryMax=536870912" in fake_systemd()
 
 
-def test_unit_of_a_broken_supervisor_is_killed(box, fake_systemd):
-    with pytest.raises(SandboxError):
+def _unit(words):
+    return next(word for word in words if word.startswith("--unit=")).partition("=")[2]
+
+
+def test_unit_of_a_broken_supervisor_is_killed_and_has_ended(box, fake_systemd):
+    with pytest.raises(SandboxError, match="killed with it"):
         box.sh("kill -9 $PPID")
     words = fake_systemd()
-    unit = next(word for word in words if word.startswith("--unit=")).partition("=")[2]
-    assert words[words.index("systemctl") :] == ["systemctl", "kill", "--signal=KILL", unit, ""]
+    unit = _unit(words)
+    look = ["systemctl", "show", "--property=ActiveState", "--value", unit]
+    assert words[words.index("systemctl") :] == ["systemctl", "kill", "--signal=KILL", unit, *look * 3, ""]
     # What it is to do when its unit ends, since the engine may unmount nothing.
     assert box.mounts() == [] and os.listdir(os.path.join(box.run_dir, "jobs")) == []
+
+
+def test_a_command_whose_unit_does_not_end_is_not_said_to_have_been_killed(box, fake_systemd, monkeypatch):
+    monkeypatch.setattr(sandbox, "_KILLED_WAIT", 0.3)
+    (box.folder / "states").write_text("deactivating\n")
+    with pytest.raises(SandboxError, match="whether the command was killed with it can't be told"):
+        box.sh("kill -9 $PPID")
+
+
+@pytest.mark.parametrize("show", ["exit 0", "echo deactivating", "echo inactive; exit 1", "exec sleep 60"])
+def test_a_unit_of_which_systemd_does_not_say_that_it_has_ended_is_not_swept(box, fake_systemd, monkeypatch, show):
+    monkeypatch.setattr(sandbox, "_KILLED_WAIT", 0.3)
+    monkeypatch.setattr(sandbox_slots.sandbox_systemd, "_ASK_WAIT", 0.3)
+    left = box.folder / "run/jobs/slot-0"
+    left.mkdir(parents=True)
+    (box.folder / "bin/systemctl").write_text(f"#!/bin/sh\n{show}\n")
+    with pytest.raises(SandboxError, match="nobody may be told"):
+        sandbox.sweep(box.run_dir)
+    assert left.exists()
 
 
 _PROBE = """
