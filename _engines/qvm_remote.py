@@ -9,8 +9,8 @@
           vms:
             work: {}
 
-It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped; with a full disk, or a
-ledger that is damaged, until that is mended.
+It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped; with a full disk, a
+ledger that is damaged, or without descriptors, until that is mended.
 SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
 SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second. If it dies
 meanwhile, the one that its minion starts in its place stays idle, too.
@@ -124,7 +124,8 @@ def _serve_until_stopped(config, signals, events, notifier):
             # Ending would only make the minion start us again, and again.
             log.critical("qvm-remote serves nobody: %s. Mend that, then restart this minion", err)
             signals.wait(None)
-        except pullrpc.errors.PullError as err:
+        except (pullrpc.errors.PullError, OSError) as err:
+            # The latter: no descriptors are left, say, or a disk fails. What ran was interrupted, and is recorded once that can be.
             if str(err) != trouble:
                 log.critical("qvm-remote serves nobody: %s. It is tried again each %.0f s", err, _TROUBLE_RETRY)
             trouble = str(err)

@@ -80,6 +80,8 @@ class Service:
         self._looking_up = False
         #: Commands that have ended, and whose end could not be recorded: why their VMs get no result; and those whose VMs know.
         self._lost, self._lost_told = {}, set()
+        #: Those of them of which it was said that something else than a full disk is in the way.
+        self._lost_failing = set()
         self._published = None
         self._on_reload = on_reload
         self._setup = setup
@@ -407,7 +409,7 @@ class Service:
         """Serve those that are to be served and run, and end with the others."""
         try:
             wanted = await self._served() & self._running
-        except PullError as err:
+        except (PullError, OSError) as err:
             self.log(str(err))
             return
         for vm, task in list(self._tasks.items()):
@@ -427,7 +429,7 @@ class Service:
         """Have something done that is done again later if it can't be now. While that is so nobody runs anything, or what is old stays."""
         try:
             await self.call(work)
-        except PullError as err:
+        except (PullError, OSError) as err:
             self.log(str(err))
 
     def _publish(self):
@@ -500,7 +502,13 @@ class Service:
                 continue
             except PullError:
                 return
+            except Exception as err:  # noqa: BLE001 - whatever it is, the others' ends are to be recorded
+                if (vm, cid) not in self._lost_failing:
+                    self.log(f"{vm}: {cid}: {err}")
+                self._lost_failing.add((vm, cid))
+                continue
             del self._lost[vm, cid]
+            self._lost_failing.discard((vm, cid))
             if (vm, cid) in self._lost_told:
                 self._lost_told.remove((vm, cid))
                 self.close_deliveries([(vm, cid)])
@@ -546,7 +554,7 @@ class Service:
         for vm, cid in self.lines.close():
             try:
                 await self.call(self.dom0.execution.interrupt_queued, vm, cid)
-            except PullError as err:
+            except Exception as err:  # noqa: BLE001 - whatever it is, the others are to be ended
                 # The next start does the same with what is left.
                 self.log(f"{vm}: {cid}: {err}")
             self._tell("finished", vm, cid, Finished())

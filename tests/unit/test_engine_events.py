@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine's events: they give way to commands, but not for long, and no VM keeps another one's from being fired."""
+"""The engine. Its events give way to commands, but not for long, and no VM keeps another one's from being fired; and it does not end by itself."""
 
 import contextlib
+import errno
 import importlib.util
 import os
 import threading
@@ -130,6 +131,31 @@ def test_a_service_that_is_not_to_run_any_more_holds_nothing_open(engine, monkey
     monkeypatch.setattr(engine, "_make_service", make)
     engine._serve_until_stopped({}, signals, None, None)
     assert done == ["close"]
+
+
+def test_an_engine_that_has_no_descriptors_serves_again_once_it_has_some(engine, monkeypatch, caplog):
+    """Whether it finds so when it makes a service or while that is at work."""
+    signals, troubles = types.SimpleNamespace(is_set=False, is_idle=False, waits=[]), ["make", "run", "run", None]
+    signals.wait = signals.waits.append
+
+    def fail(when):
+        if troubles[0] == when:
+            troubles.pop(0)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def run():
+        fail("run")
+        signals.is_set = True
+
+    def make(*_):
+        fail("make")
+        return types.SimpleNamespace(run=run, close=lambda: None)
+
+    monkeypatch.setattr(engine, "_make_service", make)
+    engine._serve_until_stopped({}, signals, None, None)
+    assert signals.is_set and signals.waits == [engine._TROUBLE_RETRY] * 3
+    told = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
+    assert len(told) == 1 and "Too many open files" in told[0]
 
 
 def test_an_event_that_can_not_be_fired_is_not_the_last_one_and_is_told_of_once(engine, monkeypatch, caplog):

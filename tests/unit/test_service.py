@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The service holds nothing open once it has ended, however it did: the engine makes a new one each few seconds while it can't serve.
-And there is only ever one, whatever becomes of its lock's file.
+There is only ever one, whatever becomes of its lock's file; and what goes wrong with one command does not end it.
 """
 
+import errno
 import fcntl
 import gc
 import os
@@ -11,6 +12,7 @@ import threading
 import types
 
 import pytest
+from boxes import eventually
 from pullrpc import lock
 from pullrpc import service as module
 from pullrpc.config import make_config
@@ -167,3 +169,73 @@ def test_a_lock_that_is_taken_away_again_and_again_is_not_tried_for_ever(tmp_pat
     with pytest.raises(EngineBusy), EngineLock(str(tmp_path / "run")):
         pass
     assert _open() < before + 10
+
+
+class _Failing:
+    """What can't be done for one command as long as there are no descriptors."""
+
+    def __init__(self):
+        self.has_descriptors = False
+        self.tried, self.done = [], []
+
+    def __call__(self, vm, cid, reason=None):
+        self.tried.append(cid)
+        if cid == "first" and not self.has_descriptors:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/a/folder")
+        self.done.append(cid)
+
+
+def test_an_end_that_can_not_be_recorded_for_whatever_reason_is_said_once_and_tried_again(service, monkeypatch):
+    one, said, failing = service(), [], _Failing()
+    one.log = said.append
+    monkeypatch.setattr(one.dom0.execution, "finish_lost", failing)
+    for cid in ("first", "second"):
+        one.lose("work", cid, "it was lost")
+    at_work = threading.Thread(target=one.run)
+    at_work.start()
+    try:
+
+        def look_again():
+            one.reload()
+            return failing.tried.count("first") > 2
+
+        assert eventually(look_again)
+        assert failing.done == ["second"]
+        assert [text for text in said if "first" in text] == ["work: first: [Errno 24] Too many open files: '/a/folder'"]
+        failing.has_descriptors = True
+        one.reload()
+        assert eventually(lambda: "first" in failing.done)
+        assert at_work.is_alive()
+    finally:
+        one.stop()
+        at_work.join(30)
+    assert not at_work.is_alive()
+    assert sorted(failing.done) == ["first", "second"]
+
+
+def test_a_service_that_can_not_end_one_command_ends_the_others(service, monkeypatch):
+    one, said, failing = service(), [], _Failing()
+    one.log = said.append
+    monkeypatch.setattr(one.dom0.execution, "interrupt_queued", failing)
+    monkeypatch.setattr(one.lines, "close", lambda: [("work", "first"), ("work", "second")])
+    one.stop()
+    one.run()
+    assert failing.done == ["second"]
+    assert len([text for text in said if "first" in text]) == 1
+
+
+def test_a_service_without_descriptors_looks_again_who_is_to_be_served(service, monkeypatch):
+    one, said, failing = service(), [], _Failing()
+    one.log = said.append
+    monkeypatch.setattr(one.dom0.keyring, "names", lambda: failing("work", "first") or [])
+    at_work = threading.Thread(target=one.run)
+    at_work.start()
+    try:
+        assert eventually(lambda: said)
+        failing.has_descriptors = True
+        one.reload()
+        assert eventually(lambda: failing.done)
+    finally:
+        one.stop()
+        at_work.join(30)
+    assert not at_work.is_alive()
