@@ -11,7 +11,8 @@
 
 It never raises: with settings it can't use it says so in the log and serves nobody, until it is stopped; with a full disk, a
 ledger that is damaged, or without descriptors, until that is mended.
-SIGHUP makes it read the minion's configuration again and go on under the new settings; commands that run are not disturbed.
+SIGHUP makes it read the minion's configuration again and go on under the new settings, or, if it can't use them, under the old ones;
+commands that run are not disturbed.
 SIGUSR1 makes it end its work and stay, idle, until the minion is stopped: that gives an engine less than a second. If it dies
 meanwhile, the one that its minion starts in its place stays idle, too.
 
@@ -171,7 +172,12 @@ def _make_service(config, signals, events, notifier):
 
 
 def _settings_in_file():
-    settings = pullrpc.config.engine_settings(salt.config.minion_config(__opts__["conf_file"]))
+    path = __opts__["conf_file"]
+    try:
+        settings = pullrpc.config.engine_settings(salt.config.minion_config(path))
+    except (SystemExit, OSError, ValueError) as err:
+        # By the first of these Salt ends whoever asks it to read what is no YAML; it has logged what is wrong.
+        raise pullrpc.errors.ConfigError(f"the minion's configuration, {path}, can't be read") from err
     if settings is None:
         raise pullrpc.errors.ConfigError("the minion's configuration does not have this engine any more; stop the service instead")
     return settings

@@ -90,6 +90,28 @@ def test_the_engine_stops_on_sigterm_in_bounded_time_and_leaves_nothing_behind(d
     dom0.start_engine()
 
 
+def test_a_configuration_that_is_no_yaml_ends_nothing_that_runs(dom0):
+    path, log = dom0.factory.config["conf_file"], dom0.factory.config["log_file"]
+
+    def told():
+        return dom0.dom0("cat", log, check=True).stdout.count(b"the new settings are not used")
+
+    before, engine, told_before = dom0.dom0("cat", path, check=True).stdout, dom0.dom0("cat", "/run/qvm-remote/engine.lock").stdout, told()
+    client = _start_remote(dom0, "touch /tmp/under-old-settings; while [ ! -e /tmp/settings-go-on ]; do sleep 0.1; done; echo whole")
+    _wait(lambda: dom0.dom0("test", "-e", "/tmp/under-old-settings").returncode == 0)
+    dom0.put(path, "engines: [{\n")
+    try:
+        dom0.dom0("kill", "-HUP", engine.decode(), check=True)
+        _wait(lambda: told() > told_before)
+    finally:
+        dom0.dom0("sh", "-c", f"cat > {path}", data=before, check=True)
+        dom0.dom0("touch", "/tmp/settings-go-on", check=True)
+    output, errors = client.communicate(timeout=60)
+    assert (client.returncode, output, errors) == (0, b"whole\n", b"")
+    assert dom0.dom0("cat", "/run/qvm-remote/engine.lock").stdout == engine
+    assert dom0.remote("hostname").stdout == b"dom0\n"
+
+
 def test_a_command_interrupted_by_a_killed_engine_is_reported_and_never_run_again(dom0):
     marker = "/tmp/killed-engine"
     client = _start_remote(dom0, f"echo x >> {marker}; sleep 7654332")

@@ -10,6 +10,7 @@ import time
 import types
 
 import pytest
+from pullrpc.errors import ConfigError
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -156,6 +157,18 @@ def test_an_engine_that_has_no_descriptors_serves_again_once_it_has_some(engine,
     assert signals.is_set and signals.waits == [engine._TROUBLE_RETRY] * 3
     told = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
     assert len(told) == 1 and "Too many open files" in told[0]
+
+
+@pytest.mark.parametrize("text", [b"engines: [{\n", b"- a list\n", b"id: \xff\n"], ids=["no YAML", "no settings", "no UTF-8"])
+def test_a_configuration_that_can_not_be_read_is_one_that_is_not_used(engine, tmp_path, text):
+    """Salt would end the whole process."""
+    path = tmp_path / "minion"
+    engine.__opts__ = {"conf_file": str(path)}
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match="can't be read"):
+        engine._settings_in_file()
+    path.write_text("id: dom0\nengines: [{qvm_remote: {timeout_max: 7}}]\n")
+    assert engine._settings_in_file() == {"timeout_max": 7}
 
 
 def test_an_event_that_can_not_be_fired_is_not_the_last_one_and_is_told_of_once(engine, monkeypatch, caplog):
