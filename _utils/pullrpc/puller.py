@@ -441,18 +441,18 @@ class Puller:
         whole = {cid: item for cid, item in listed.items() if item.command is not None and item.stdin_size < 0}
         if whole:
             ends = await self._hub.call(self._accept_all, whole)
-            # Refusals last: what was claimed is seen to also where the session breaks over one of them.
-            for cid, end in sorted(ends.items(), key=lambda one: isinstance(one[1], Refused)):
-                await self._took(cid, end, listed[cid])
+            for cid, end in ends.items():
+                if not isinstance(end, Refused):
+                    await self._took(cid, end)
+            # Last: what was claimed is seen to also where the session breaks over one of these.
+            await self._refuse([(cid, end, listed[cid]) for cid, end in ends.items() if isinstance(end, Refused)])
         for cid, item in listed.items():
             if cid not in whole:
-                await self._took(cid, *await self._accept_in_parts(cid, item))
+                end, item = await self._accept_in_parts(cid, item)
+                await (self._refuse([(cid, end, item)]) if isinstance(end, Refused) else self._took(cid, end))
 
-    async def _took(self, cid, end, item):
-        """Go on with a command: ``end`` is None once it is on its way, a Refused, a word, or why it was claimed and can't be started."""
-        if isinstance(end, Refused):
-            await self._refuse(cid, end, item)
-            return
+    async def _took(self, cid, end):
+        """Go on with a command: ``end`` is None once it is on its way, a word, or why it was claimed and can't be started."""
         # What is shown again asks for nothing.
         self._asked_for = self._asked_for or end is None
         self._untold.add(cid)
@@ -583,8 +583,19 @@ class Puller:
             if offset < size and len(piece) < self._session.fetch_max:
                 return
 
-    async def _refuse(self, cid, refused, item):
-        await self._spend()
+    async def _refuse(self, refusals):
+        """Answer what was refused. All at once: without the agent each delivery starts programs in dom0."""
+        if not refusals:
+            return
+        answers = [await self._refusal(*one) for one in refusals]
+        self._asked = True
+        async for _ in self._session.deliver(answers):
+            continue
+        for _ in refusals:
+            await self._spend()
+
+    async def _refusal(self, cid, refused, item):
+        """Record a refusal; make its answer."""
         if refused.code in ("token", "identity"):
             self._key_doubted = time.monotonic()
         is_proven = refused.code not in _BEFORE_THE_TOKEN
@@ -607,9 +618,7 @@ class Puller:
             self._hub.emit(self.vm, cid, "refused", {"code": refused.code})
         request = (item.command, item.token) if item.command is not None else None
         refusal = await self._hub.call(self._hub.dom0.results.refusal, self.vm, cid, str(refused), is_proven, request)
-        self._asked = True
-        async for _ in self._session.deliver([Delivery(cid, EXIT_FAILED, in_memory(*refusal))]):
-            continue
+        return Delivery(cid, EXIT_FAILED, in_memory(*refusal))
 
     async def _cancel(self, cid):
         await self._spend()

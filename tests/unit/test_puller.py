@@ -461,6 +461,26 @@ def test_a_refusal_is_recorded_with_what_was_refused(dom0, monkeypatch):
     assert "no rule allows it" in row["reason"]
 
 
+def test_what_is_refused_together_is_answered_in_one_go(dom0, monkeypatch):
+    # Without the agent each delivery has dom0 start a program.
+    deliveries = []
+
+    async def deliver(vm, results):
+        results = list(results)
+        deliveries.append([result.cid for result in results])
+        for result in results:
+            yield result.cid
+
+    async def scene(puller, hub, vm):
+        await puller._open()
+        monkeypatch.setattr(_Vm, "deliver", deliver)
+        items = [dataclasses.replace(_item()[1], token=b"none", token_size=4) for _ in range(20)]
+        await puller._take_in(items, [])
+        assert deliveries == [[item.untrusted_cid for item in items]]
+
+    _play(dom0, scene, monkeypatch)
+
+
 def test_that_refusals_can_not_be_recorded_is_said_once_and_each_is_answered(dom0, monkeypatch):
     emitted = []
 
@@ -1169,7 +1189,7 @@ def test_a_command_that_can_not_be_started_while_nothing_can_be_recorded_is_told
         assert dom0.intake.claim([(request, 0)]) == {}
         monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
         with _Unwritable(monkeypatch, *_failing(dom0)[fails]):
-            await puller._took(cid, end, item)
+            await puller._took(cid, end)
             await puller._deliver()
             await service._record_lost()
         assert vm.delivered == [(cid, 125)]
