@@ -28,6 +28,8 @@ _RECONNECT_WAIT = 60
 _LOOK_EVERY = 0.25
 #: A request that was answered is gone this soon, also where the VM stands still for a moment, seconds.
 _TAKEN_AWAY_WITHIN = 5.0
+#: How often, and how far apart (seconds), the agent's lock has to be found taken: agents share it, so clients can't ask by sharing it as well.
+_LOCK_TRIES, _LOCK_PAUSE = 5, 0.002
 _CHUNK = 1 << 18
 _STDOUT = 1
 
@@ -175,12 +177,18 @@ def connected(queue):
     except OSError:
         return _seen_lately(queue)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _seen_lately(queue)
-    except BlockingIOError:
-        return True
+        # An agent's lock stays; another client that looks has it for a moment, too.
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOCK_PAUSE)
+        else:
+            return True
     finally:
         os.close(fd)
+    return _seen_lately(queue)
 
 
 def _seen_lately(queue):

@@ -730,6 +730,16 @@ def test_no_name_in_the_history_or_in_an_error_drives_a_terminal(qube):
     assert "a\\x1b[2J\\nhome" in other.error("log")
 
 
+@pytest.mark.parametrize(("how", "is_an_agents"), [(fcntl.LOCK_EX, False), (fcntl.LOCK_SH, True)], ids=["client", "agent"])
+def test_only_a_lock_that_stays_is_an_agents(qube, monkeypatch, how, is_an_agents):
+    held = os.open(qube.put("agent.lock"), os.O_RDWR)
+    fcntl.flock(held, how)
+    # Another client has it for the moment in which it looks.
+    monkeypatch.setattr(request.time, "sleep", lambda seconds: None if is_an_agents else fcntl.flock(held, fcntl.LOCK_UN))
+    assert request.connected(Queue(str(qube.base))) is is_an_agents
+    os.close(held)
+
+
 # Status and queue
 
 
