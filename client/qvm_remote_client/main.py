@@ -6,6 +6,7 @@ Options are read by hand: argparse takes longer to import than dom0 takes to ans
 
 # The module signal names these by enum, which takes half as long to import as Python takes to start.
 import _signal as signal
+import errno
 import os
 import sys
 import time
@@ -235,19 +236,30 @@ def _command_of(options, words, known, progress):
         from _json import encode_basestring_ascii as quoted
 
         command, form, use_stdin = f"[{', '.join(quoted(_text(word)) for word in words)}]".encode("ascii"), "argv", True
-        if options.script and (options.no_stdin or os.isatty(0)):
+        if options.script and not _has_stdin(options):
             raise PullError("-s reads the script from stdin; give one: qvm-remote -s ARG... < script.sh")
     elif words:
         command, form, use_stdin = " ".join(_text(word) for word in words).encode("utf-8"), "shell", True
     else:
-        if options.no_stdin or os.isatty(0):
+        if not _has_stdin(options):
             raise PullError("no command; give one, or a script on stdin; see: qvm-remote --help")
         command, form, use_stdin = _read_script(known, progress), "script", False
     if not command.strip():
         raise PullError("the command is empty")
     if len(command) > limit:
         raise PullError(f"the command is longer than the {limit} bytes that dom0 takes; send its data on stdin instead")
-    return form, command, use_stdin and not options.no_stdin and not os.isatty(0)
+    return form, command, use_stdin and _has_stdin(options)
+
+
+def _has_stdin(options):
+    """Whether stdin is to be read, and can be: what nohup gives to a command that is typed at a terminal can only be written."""
+    if options.no_stdin or os.isatty(0):
+        return False
+    try:
+        os.read(0, 0)
+    except OSError as err:
+        return err.errno != errno.EBADF
+    return True
 
 
 def _text(word):

@@ -939,6 +939,33 @@ def _wait(is_so):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("words", [["true"], ["--exec", "true"]])
+def test_a_stdin_that_can_not_be_read_is_none(qube, words):
+    qube.has_key()
+    # As nohup gives it to what is typed at a terminal.
+    shell = ["sh", "-c", 'exec nohup "$@"', "sh", *QVM_REMOTE, *words]
+    main_end, client_end = os.openpty()
+    client = subprocess.Popen(shell, stdin=client_end, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=qube.env, start_new_session=True)
+    os.close(client_end)
+    try:
+        _wait(lambda: list(qube.base.glob("queue/pending/*.auth")) or client.poll() is not None)
+        assert not list(qube.base.glob("queue/pending/*.in"))
+    finally:
+        client.terminate()
+        said = client.communicate(timeout=20)[0]
+        os.close(main_end)
+    assert (client.returncode, b"error" in said) == (128 + signal.SIGTERM, False)
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "no command; give one, or "), (["-s"], "-s reads the script from stdin; give one: ")])
+def test_a_stdin_that_can_not_be_read_is_no_script(qube, tmp_path, words, said):
+    qube.has_key()
+    with open(tmp_path / "file", "wb") as stdin:
+        done = subprocess.run([*QVM_REMOTE, *words], stdin=stdin, capture_output=True, env=qube.env, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert done.stderr.decode().startswith(ERROR + said)
+
+
 # Disks, readers, locales
 
 
