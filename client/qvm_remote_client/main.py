@@ -324,6 +324,8 @@ def _run(queue, options, known, progress, form, command, use_stdin):
             # It was answered by somebody else. What failed here must not run there.
             request.give_up()
     except (OSError, PullError):
+        # Nobody waits for it any more.
+        request.give_up()
         journal.ended(queue, request.cid, EXIT_FAILED, "no-result")
         raise
     finally:
@@ -411,7 +413,7 @@ def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
         request.give_up()
         try:
             progress.end()
-            os.write(2, b"qvm-remote: interrupted; dom0 is asked to kill the command\n")
+            os.write(2, b"qvm-remote: interrupted; dom0 is asked to kill the command\n" if request.is_sent else b"qvm-remote: interrupted; nothing was sent\n")
         except OSError:
             pass
         exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number

@@ -237,6 +237,8 @@ class Request:
         command: bytes.
         timeout: int, seconds that the command may run.
         patience: int, seconds to wait for the answer at most; None to wait for as long as there may be one.
+
+    Attributes: cid (str, its id), is_sent (bool, dom0 may have it).
     """
 
     def __init__(self, queue, form, command, timeout, patience=None):
@@ -249,6 +251,7 @@ class Request:
         self._stdin_digest = b""
         self._bell = None
         self._stream = None
+        self.is_sent = False
         self.cid = new_cid()
 
     def add_stdin(self, fd, limit, tick):
@@ -300,6 +303,7 @@ class Request:
         """
         token = make_token(self._key, vm_name(), self.cid, self._timeout, self._form, self._command, self._stdin_digest)
         bell = self._queue.bell(self.cid)
+        self.is_sent = True
         try:
             os.mkfifo(bell, 0o600)
             self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -419,7 +423,11 @@ class Request:
         return False
 
     def give_up(self):
-        """Take the request back if dom0 has not taken it, and ask dom0 to cancel it in any case."""
+        """Take the request back if dom0 has not taken it, and ask dom0 to cancel it if it may have; once is enough."""
+        if self._bell is None:
+            # Nothing was sent, or it was given up, or has ended.
+            _remove(self._queue, self.cid)
+            return
         take_back(self._queue, self.cid)
         self._hang_up()
 

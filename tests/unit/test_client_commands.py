@@ -966,6 +966,35 @@ def test_a_stdin_that_can_not_be_read_is_no_script(qube, tmp_path, words, said):
     assert done.stderr.decode().startswith(ERROR + said)
 
 
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_a_command_goes_on_for_no_client_that_can_not_say_what_it_was_asked_to(qube, is_pipe):
+    qube.has_key()
+    if is_pipe:
+        reader, stderr = os.pipe()
+        os.close(reader)
+    else:
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run([*QVM_REMOTE, "-v", "-n", "true"], env=qube.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, timeout=30, check=False)
+    os.close(stderr)
+    assert done.returncode == (128 + signal.SIGPIPE if is_pipe else 125)
+    (left,) = os.listdir(qube.base / "queue" / "pending")
+    assert left.endswith(".cancel")
+    assert os.listdir(qube.base / "queue" / "results") == []
+    assert b" exit=125 status=no-result\n" in qube.ok("log")
+
+
+def test_ctrl_c_while_stdin_is_read_asks_dom0_for_nothing(qube):
+    qube.has_key()
+    client = subprocess.Popen([*QVM_REMOTE, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+    client.stdin.write(b"so far")
+    client.stdin.flush()
+    _wait(lambda: list(qube.base.glob("queue/pending/.*.in")))
+    client.send_signal(signal.SIGINT)
+    assert (client.communicate(timeout=20), client.returncode) == ((b"", b"qvm-remote: interrupted; nothing was sent\n"), 130)
+    assert os.listdir(qube.base / "queue" / "pending") == []
+    assert b" exit=130 status=given-up\n" in qube.ok("log")
+
+
 # Disks, readers, locales
 
 
