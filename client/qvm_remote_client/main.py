@@ -332,25 +332,56 @@ def _run(queue, options, known, progress, form, command, use_stdin):
         progress.end()
     if is_given_up:
         sys.stderr.write("qvm-remote: what follows did not come from dom0, which has not answered yet; it is asked to kill the command\n")
-    exit_code, unread = EXIT_FAILED, True
+    # Whether or not somebody reads all of it. What is not proven to be dom0's word is anybody's.
+    exit_code, status = (result.exit_code, result.fields.get("status", "refused")) if result.authentic else (EXIT_FAILED, "refused")
+    unread = True
     try:
-        exit_code = _show(result, options)
+        _on_signals_raise()
+        _show(result, options)
         if options.verbose:
             sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
         unread = False
+    except _Interrupted as err:
+        text = f"the command had ended with {exit_code}, and its output is kept, see: qvm-remote history show {request.cid}"
+        return _end(f"qvm-remote: interrupted; {text}\n", err.exit_code)
     except BrokenPipeError:
         raise
     except OSError as err:
         raise PullError(f"can't write all of the output; it is kept, see: qvm-remote history show {request.cid} ({err.strerror})") from err
     finally:
-        # It has ended: there is nothing to give up any more.
+        # A terminal that is closed has more than one sent. What is left takes no time, and must not end halfway.
         for number in _ENDING:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        # Whether or not somebody read all of it. What is not proven to be dom0's word is anybody's.
-        journal.ended(queue, request.cid, exit_code, result.fields.get("status", "refused") if result.authentic else "refused")
+            signal.signal(number, signal.SIG_IGN)
+        journal.ended(queue, request.cid, exit_code, status)
         request.keep(unread)
     return exit_code
+
+
+class _Interrupted(KeyboardInterrupt):
+    """We were told to end when the command had ended already."""
+
+    def __init__(self, number):
+        self.exit_code = _interrupted_by(number)
+
+
+def _interrupted_by(number):
+    return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+
+
+def _on_signals_raise():
+    """From now on there is nothing to give up any more."""
+
+    def interrupt(number, _frame):
+        raise _Interrupted(number)
+
+    _on_signals(interrupt)
+
+
+def _on_signals(handler):
+    for number in _ENDING:
+        # What our caller has us ignore, as nohup does, and a shell with what it starts in the background, is none of our business.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _show(result, options):
@@ -360,7 +391,7 @@ def _show(result, options):
         sys.stderr.write(f"qvm-remote: error: {reason or 'the answer is not authentic: it was not made by dom0 with the key of this qube'}\n")
         if reason:
             sys.stderr.write("qvm-remote: (this refusal carries no proof from dom0: the keys here and in dom0 differ, dom0 has none, or it was refused unread)\n")
-        return EXIT_FAILED
+        return
     if result.shown["out"] is not None:
         _copy(result.parts["out"], 1, result.shown["out"])
     if None in result.shown.values() and not options.quiet:
@@ -374,7 +405,6 @@ def _show(result, options):
             if fields.get(f"{name}-truncated") == "1":
                 kept = result.parts[name].size
                 sys.stderr.write(f"qvm-remote: {stream} was cut after {kept} of {fields.get(f'{name}-bytes')} bytes\n")
-    return result.exit_code
 
 
 def reason_of(result):
@@ -416,15 +446,12 @@ def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
             os.write(2, b"qvm-remote: interrupted; dom0 is asked to kill the command\n" if request.is_sent else b"qvm-remote: interrupted; nothing was sent\n")
         except OSError:
             pass
-        exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+        exit_code = _interrupted_by(number)
         on_end(exit_code)
         # Not sys.exit: the interpreter may be anywhere; everything that must be done is done.
         os._exit(exit_code)
 
-    for number in _ENDING:
-        # What our caller has us ignore, as nohup does, and a shell with what it starts in the background, is none of our business.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, give_up)
+    _on_signals(give_up)
 
 
 class Waiting:

@@ -995,6 +995,53 @@ def test_ctrl_c_while_stdin_is_read_asks_dom0_for_nothing(qube):
     assert b" exit=130 status=given-up\n" in qube.ok("log")
 
 
+def _stuck(qube, exit_code):
+    """A client whose command has ended, with more output than its reader takes: (process, end of its stdout to read from, id)."""
+    qube.has_key()
+    reader, stdout = os.pipe()
+    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env=qube.env)
+    os.close(stdout)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    meta = make_meta(KEY, cid, sha256(MUCH), sha256(b""), {"id": cid, "exit": exit_code, "status": "done", "seconds": "0.250"})
+    for part, data in (("out", MUCH), ("err", b""), ("meta", meta), ("exit", b"%d\n" % exit_code)):
+        qube.put(f"queue/results/{cid}.{part}", data)
+    _wait(lambda: fcntl.ioctl(reader, termios.FIONREAD, b"\0" * 4) == struct.pack("i", fcntl.fcntl(reader, F_GETPIPE_SZ)))
+    return client, reader, cid
+
+
+MUCH = b"x" * (1 << 20)
+#: The module fcntl has it from Python 3.10 on.
+F_GETPIPE_SZ = 1032
+
+
+def _has_kept(qube, cid, exit_code):
+    assert qube.ok("log", "1").endswith(f"] DONE id={cid} exit={exit_code} status=done\n".encode())
+    (one,) = json.loads(qube.ok("history", "--json"))
+    assert (one["id"], one["command"], one["exit"]) == (cid, "true", exit_code)
+    assert qube.ok("history", "show", "--out", cid) == MUCH
+    assert json.loads(qube.ok("queue", "status", "--json")) == []
+    assert os.listdir(qube.base / "queue" / "pending") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_result_is_shown_says_that_the_command_had_ended(qube, number):
+    client, reader, cid = _stuck(qube, 3)
+    client.send_signal(number)
+    err = client.communicate(timeout=20)[1].decode()
+    os.close(reader)
+    assert client.returncode == 128 + number
+    assert err == f"qvm-remote: interrupted; the command had ended with 3, and its output is kept, see: qvm-remote history show {cid}\n"
+    _has_kept(qube, cid, 3)
+
+
+def test_a_command_whose_reader_goes_away_after_its_end_is_logged_as_it_ended(qube):
+    client, reader, cid = _stuck(qube, 0)
+    os.close(reader)
+    assert (client.communicate(timeout=20)[1], client.returncode) == (b"", 128 + signal.SIGPIPE)
+    _has_kept(qube, cid, 0)
+
+
 # Disks, readers, locales
 
 
