@@ -8,12 +8,12 @@ import os
 import stat
 import time
 
-from pullrpc.files import read_bounded
+from pullrpc.errors import PullError
 
 #: The log is turned over once it is longer, bytes; one older one is kept.
 _LOG_MAX = 1 << 20
-_COMMAND_SHOWN = 400
-#: Longest log that is read; it is turned over long before, bytes.
+_COMMAND_SHOWN, _PATH_SHOWN = 400, 400
+#: Most of a log that is read, its end; ours is turned over long before, bytes.
 _READ_MAX = 4 * _LOG_MAX
 
 
@@ -72,6 +72,9 @@ def show(queue, count):
     Args:
         queue: Queue.
         count: int, lines.
+
+    Raises:
+        PullError: what lies in the log's place is no file.
     """
     from .terminal import put_raw
 
@@ -79,9 +82,26 @@ def show(queue, count):
     for path in (queue.audit, queue.audit + ".1"):
         if len(lines) >= count:
             break
-        try:
-            # Other programs of this user may write there, too: no more is read than there can be of ours, and from no FIFO.
-            lines[:0] = read_bounded(path, _READ_MAX).splitlines(keepends=True)
-        except FileNotFoundError:
-            continue
+        lines[:0] = _last_lines(path)
     put_raw(b"".join(lines[-count:] if count else []))
+
+
+def _last_lines(path):
+    """The lines at the end of a log, whole ones; none when there is no log."""
+    try:
+        # Other programs of this user may write there, too: nothing is waited for, and no more is read than there can be of ours.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            from .terminal import one_line
+
+            raise PullError(f"{one_line(os.fsencode(path), _PATH_SHOWN)} is no plain file; move it away")
+        # That of qvm-remote 1.x may be of any length.
+        start = max(0, info.st_size - _READ_MAX)
+        lines = os.pread(fd, _READ_MAX, start).splitlines(keepends=True)
+    finally:
+        os.close(fd)
+    return lines[1:] if start else lines

@@ -653,6 +653,22 @@ def test_log_goes_on_in_the_older_file(qube):
     assert qube.ok("log").startswith(b"old 12\n")
 
 
+def test_log_shows_the_end_of_a_log_of_any_length(qube):
+    line = b"[2025-01-02 03:04:05] SUBMIT id=20250102-030405-%05d-deadbeef size=6B cmd=qvm-ls\n"
+    qube.put("audit.log", b"".join(line % n for n in range(60000)))
+    assert (qube.base / "audit.log").stat().st_size > 4 << 20
+    assert qube.ok("log", "2") == line % 59998 + line % 59999
+    # No line that only its end is known of.
+    assert {len(one) for one in qube.ok("log", "1000000").splitlines(keepends=True)} == {len(line % 0)}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "fifo"])
+def test_what_is_no_file_in_the_place_of_the_log_is_named(qube, make):
+    qube.put("audit.log.1", b"old\n")
+    make(qube.base / "audit.log")
+    assert qube.error("log") == f"{qube.base}/audit.log is no plain file; move it away"
+
+
 def test_what_is_old_goes_but_nothing_that_1x_kept(qube):
     old = "20250102-030405-99-0000beef"
     qube.did(old, b"ours")
