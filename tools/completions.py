@@ -22,6 +22,8 @@ _BASH = r"""
 
 @FUNCTION@_values() {
     local name
+    # It runs in a shell of its own.
+    shopt -u failglob
     case $1 in
 @VALUES@
     esac
@@ -31,6 +33,11 @@ _BASH = r"""
     local cur=${COMP_WORDS[COMP_CWORD]} command='' alone='@ALONE@' options valued next kinds skip=0 taken=0 i word
     local -a found words
     COMPREPLY=()
+    # The name of a file, whatever stands before it. Bash cuts there.
+    if [[ ${COMP_WORDS[COMP_CWORD - 1]} == [\<\>\&]* ]]; then
+        compopt -o default
+        return
+    fi
     @FUNCTION@_knows ''
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}

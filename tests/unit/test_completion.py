@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from terminals import Terminal
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PROGRAMS = {"qvm-remote": "client", "qvm-remote-dom0": "dom0"}
@@ -214,3 +215,33 @@ def test_what_is_offered_first_is_in_the_help(program, offered):
     done = subprocess.run([sys.executable, "-I", os.path.join(_ROOT, _PROGRAMS[program], program), "--help"], capture_output=True, text=True, check=True)
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line.split()[0].isalpha()}
     assert set(offered[f"{program} "]) <= listed
+
+
+@pytest.mark.parametrize("line", ["qvm-remote < mys", "qvm-remote -q -s 1 <mys", "qvm-remote -- cat 2> mys", "qvm-remote-dom0 authorize work < mys"])
+def test_bash_completes_the_name_of_a_file_after_a_redirection(tmp_path, line):
+    (tmp_path / "myscript").touch()
+    scripts = " ".join(_scripts("bash-completion/completions", "{}"))
+    terminal = Terminal(["env", "-i", f"PATH={os.environ['PATH']}", f"HOME={tmp_path}", "TERM=dumb", "bash", "--norc", "--noprofile", "-i"])
+    try:
+        terminal.type(f"cd; for one in {scripts}; do . $one; done; echo rea''dy\n")
+        terminal.until("ready")
+        terminal.type(f"{line}\t")
+        terminal.until("myscript")
+        # Without running it.
+        terminal.type("\025exit\n")
+        assert terminal.end() == 0
+    finally:
+        terminal.process.kill()
+
+
+@pytest.mark.parametrize("line", ["qvm-remote history show ", "qvm-remote cancel "])
+def test_bash_says_nothing_where_there_is_no_name_and_a_pattern_has_to_fit(tmp_path, line):
+    done = subprocess.run(
+        ["bash", "-O", "failglob", "-c", _BASH, "bash", *_scripts("bash-completion/completions", "{}")],
+        input=f"{line}\n",
+        capture_output=True,
+        env=_environment(tmp_path),
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split("\n", 1)[0], done.stderr) == (0, f"== {line}", "")
