@@ -62,7 +62,7 @@ while [ $# -gt 0 ]; do
         digest=$(printf '%s' "$2" | tr A-F a-f)
         shift
         ;;
-    -*) wrong "no such option: $1" ;;
+    -*) wrong "no such option: $(printf '%s' "$1" | tr -cd ' -~')" ;;
     *)
         if [ -z "$vm" ]; then
             vm=$1

@@ -27,8 +27,8 @@ _TIMEOUT_DEFAULT = 300
 _STREAMS = {"out": 1, "err": 2}
 #: Most of a refusal without proof that is shown, characters.
 _REASON_MAX = 300
-#: Most of a path that is shown with an error, characters.
-_PATH_MAX = 400
+#: Most of a path that is shown with an error, and of what might have been an option, characters.
+_PATH_MAX, _FLAG_MAX = 400, 64
 #: What dom0 takes in no command, as UTF-8: ASCII's control characters but tab, newline and carriage return, and the second set of them.
 _CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r") + b"\x7f"
 _C1 = tuple(b"\xc2" + bytes((byte,)) for byte in range(0x80, 0xA0))
@@ -92,10 +92,14 @@ def _end(text, exit_code):
 def _where(err):
     if not isinstance(err.filename, (str, bytes)):
         return ""
+    return f": {_shown(err.filename, _PATH_MAX)}"
+
+
+def _shown(text, limit):
     # Imported here: it is needed where all ends.
     from .terminal import one_line
 
-    return f": {one_line(os.fsencode(err.filename), _PATH_MAX)}"
+    return one_line(os.fsencode(text), limit)
 
 
 def _advice(cause):
@@ -182,7 +186,7 @@ def _read_options(argv):
         elif name == "--timeout":
             options.timeout = seconds_of(value if has_value else words.pop(0) if words else "")
         elif word.startswith("--"):
-            raise PullError(f"there is no option {name}; see: qvm-remote --help")
+            raise _no_option(name)
         else:
             _read_short(word[1:], words, options)
     return options, words, False
@@ -201,8 +205,12 @@ def _read_short(letters, words, options):
             return
         flag = {"n": "no_stdin", "s": "script", "q": "quiet", "v": "verbose"}.get(letter)
         if flag is None:
-            raise PullError(f"there is no option -{letter}; see: qvm-remote --help")
+            raise _no_option(f"-{letter}")
         setattr(options, flag, True)
+
+
+def _no_option(flag):
+    return PullError(f"there is no option {_shown(flag, _FLAG_MAX)}; see: qvm-remote --help")
 
 
 def seconds_of(text):

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Help, and the command lines of our own commands; both by the table."""
 
+import os
+
 from pullrpc.errors import PullError
 
 from .table import COMMANDS, COMMON, DEFAULTS, EXIT_CODES, FORMS, NOTES, OPTIONS
+from .terminal import one_line
 
 _COLUMN = 26
+#: Most of what might have been an option or a command that is shown, characters.
+_WORD_MAX = 64
 #: What is counted is never larger, so that a slip of the finger costs a message, not memory.
 _NUMBER_MAX = 10**6
 
@@ -34,7 +39,7 @@ def parse(words):
         if not word.startswith("-") or word == "-":
             given.append(word)
         elif flag not in options or (has_value and not options[flag].value):
-            raise PullError(f"{_name(command)} has no option {flag}; {_see(command)}")
+            raise PullError(f"{_name(command)} has no option {_shown(flag)}; {_see(command)}")
         elif not options[flag].value:
             values[options[flag].name] = True
         elif has_value or rest:
@@ -87,6 +92,10 @@ def _number(command, name, word):
     return int(word)
 
 
+def _shown(word):
+    return one_line(os.fsencode(word), _WORD_MAX)
+
+
 def _name(command):
     return " ".join(command.words)
 
@@ -117,7 +126,7 @@ def help_of(words):
     group = [command for command in COMMANDS if command.words[0] == words[0]]
     exact = [command for command in group if len(command.words) == 2 and list(command.words) == words[:2]]
     if not group:
-        raise PullError(f"qvm-remote has no command {words[0]}; see: qvm-remote --help")
+        raise PullError(f"qvm-remote has no command {_shown(words[0])}; see: qvm-remote --help")
     return "\n".join(map(_command_help, exact or group))
 
 

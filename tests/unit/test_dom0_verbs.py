@@ -238,6 +238,7 @@ def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_d
         (["a" * 32], "not a VM's name"),
         (["work", "$(reboot)"], "PATH may have"),
         (["work", "-v"], "no such option: -v"),
+        (["-\x1b[2J\x07\nx"], "no such option: -[2Jx; "),
         (["work", "--digest"], "--digest needs a SHA-256 digest"),
         (["--digest", "12", "work"], "--digest needs 64 hex digits"),
     ],
