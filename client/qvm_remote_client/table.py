@@ -131,7 +131,11 @@ COMMANDS = (
     Command("queue make", "put this user's queue in order"),
     Command("queue check", "say what is wrong with this user's queue; exits with 1 if something is"),
     Command(
-        "log", "the last N requests, one a line", arguments=(Argument("N", "number", "how many (default 20)"),), options=(_COUNT,), notes=_ON_A_TERMINAL
+        "log",
+        "the last N lines of the log: one for what was asked for, and one for how it ended",
+        arguments=(Argument("N", "number", "how many (default 20)"),),
+        options=(_COUNT,),
+        notes=_ON_A_TERMINAL,
     ),
     Command(
         "history",

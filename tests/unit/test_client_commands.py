@@ -648,6 +648,15 @@ def test_what_is_no_number_that_we_wrote_is_not_known(qube, number):
     assert b"exit code None: x\n" in qube.run("status")[1]
 
 
+def test_log_has_a_line_for_a_request_and_one_for_its_end_and_says_so(qube):
+    qube.ok("queue", "make")
+    queue = Queue(str(qube.base))
+    journal.submitted(queue, CID, "shell", b"qvm-ls")
+    journal.ended(queue, CID, 0, "done")
+    assert [line.split()[1] for line in qube.ok("log", "2").splitlines()] == [b"SUBMIT", b"DONE"]
+    assert "The last N lines of the log: one for what was asked for, and one for how it ended." in qube.ok("log", "--help").decode()
+
+
 def test_log_goes_on_in_the_older_file(qube):
     qube.put("audit.log.1", b"".join(b"old %d\n" % n for n in range(30)))
     qube.put("audit.log", b"new 0\nnew 1\n")

@@ -69,7 +69,7 @@ complete -c qvm-remote -n '_qvm_remote_at "" next' -a key -d 'gen, show, import,
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a queue -d 'status, clean, debug, make, check'
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a ping -d 'measure the way to dom0 and back; compare keys, versions and clocks'
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a status -d 'is there a key, a session to dom0, something waiting'
-complete -c qvm-remote -n '_qvm_remote_at "" next' -a log -d 'the last N requests, one a line'
+complete -c qvm-remote -n '_qvm_remote_at "" next' -a log -d 'the last N lines of the log: one for what was asked for, and one for how it ended'
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a history -d 'the last N commands, the newest first, and how they ended'
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a cancel -d 'have dom0 kill a command of this qube'
 complete -c qvm-remote -n '_qvm_remote_at "" next' -a help -d 'print help, of a command if one is named'
