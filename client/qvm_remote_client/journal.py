@@ -46,6 +46,14 @@ def _escaped(text):
     return text.encode("unicode_escape").decode("ascii")
 
 
+def _unescaped(raw):
+    try:
+        return raw.decode("unicode_escape").encode("utf-8", "replace")
+    except UnicodeDecodeError:
+        # It is none of ours.
+        return raw
+
+
 def _append(queue, text):
     line = f"[{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}] {text}\n"
     try:
@@ -84,6 +92,29 @@ def show(queue, count):
             break
         lines[:0] = _last_lines(path)
     put_raw(b"".join(lines[-count:] if count else []))
+
+
+def command_of(queue, cid):
+    """What a request asked for, as far as the log has it.
+
+    Args:
+        queue: Queue.
+        cid: str.
+
+    Returns:
+        bytes, ``...`` at the end of one that is longer; empty where the log does not have it.
+    """
+    for path in (queue.audit, queue.audit + ".1"):
+        try:
+            lines = _last_lines(path)
+        except (OSError, PullError):
+            continue
+        for line in reversed(lines):
+            before, is_there, shown = line.rstrip(b"\n").partition(b" cmd=")
+            if is_there and f"] SUBMIT id={cid} ".encode("ascii") in before:
+                command = _unescaped(shown)
+                return command if b" size=%dB " % len(command) in before else command + b"..."
+    return b""
 
 
 def _last_lines(path):

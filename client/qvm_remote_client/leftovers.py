@@ -10,7 +10,7 @@ import time
 
 from pullrpc import __version__
 from pullrpc.errors import PullError, Refused
-from pullrpc.files import forget, make_ours, move
+from pullrpc.files import forget, make_ours, move, write_whole
 from pullrpc.ids import cid_time, is_cid
 from pullrpc.layout import RESULT_PARTS
 
@@ -142,6 +142,10 @@ def _move_to_history(queue, cid):
     folder = os.path.join(queue.history, f"{cid[:4]}-{cid[4:6]}-{cid[6:8]}", cid)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        # Only its client had all of it.
+        path, command = os.path.join(folder, "command"), journal.command_of(queue, cid)
+        if command and not os.path.lexists(path):
+            write_whole(path, command)
         # The exit code last: while it lies here, this can be done again.
         for part in RESULT_PARTS:
             path = queue.results(cid + part)

@@ -124,7 +124,8 @@ COMMANDS = (
     Command(
         "queue clean",
         "put away what clients left that are gone",
-        notes="Requests that nobody waits for are taken back and cancelled in dom0; results that nobody fetched go to the history.\n"
+        notes="Requests that nobody waits for are taken back and cancelled in dom0; results that nobody fetched go to the history,\n"
+        "with as much of the command as the log has.\n"
         "What a client waits for is never touched.",
     ),
     Command("queue debug", "everything that lies in the queue, for a report of a problem", notes="Shows commands, but neither keys nor tokens."),

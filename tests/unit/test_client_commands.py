@@ -843,6 +843,34 @@ def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
         os.close(bell)
 
 
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_result_that_is_put_away_has_the_command_that_the_log_has(qube, is_older):
+    qube.ok("queue", "make")
+    long_one = GONE_CID.replace("0badbeef", "0000beef")
+    commands = {GONE_CID: "printf 'é\\n'\n\techo \\x41 cmd=2".encode(), long_one: b"x" * 1000}
+    for cid, command in commands.items():
+        journal.submitted(Queue(str(qube.base)), cid, "shell", command)
+        qube.put(f"queue/results/{cid}.exit", b"0\n")
+    # One that the log does not have any more.
+    qube.put(f"queue/results/{CID}.exit", b"0\n")
+    if is_older:
+        (qube.base / "audit.log").rename(qube.base / "audit.log.1")
+    assert qube.ok("queue", "clean").endswith(b" 3 results moved to the history, 0 other files removed\n")
+    assert qube.ok("history", "show", "--command", GONE_CID) == commands[GONE_CID]
+    assert qube.ok("history", "show", "--command", long_one) == b"x" * 400 + b"..."
+    assert [one["command"] for one in json.loads(qube.ok("history", "--json")) if one["id"] == CID] == [""]
+
+
+def test_a_log_that_others_wrote_to_keeps_no_result_from_the_history(qube):
+    qube.put("audit.log", f"] SUBMIT id={GONE_CID} cmd=\\x\\N{{\n] SUBMIT id={GONE_CID}".encode() + b" size=9B cmd=\xff\\ud800\\q\n")
+    qube.put(f"queue/results/{GONE_CID}.exit", b"0\n")
+    assert b" 1 results moved" in qube.ok("queue", "clean")
+    (qube.base / "audit.log").unlink()
+    (qube.base / "audit.log").mkdir()
+    qube.put(f"queue/results/{CID}.exit", b"0\n")
+    assert b" 1 results moved" in qube.ok("queue", "clean")
+
+
 def test_results_reach_the_history_from_a_queue_on_a_disk_of_its_own(qube):
     qube.ok("queue", "make")
     results = str(qube.base / "queue" / "results")
