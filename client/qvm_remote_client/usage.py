@@ -61,9 +61,9 @@ def _find(words):
     """The command that is meant, and what follows its words."""
     group = [command for command in COMMANDS if command.words[0] == words[0]]
     best = next((command for command in group if len(command.words) == 2 and list(command.words) == words[:2]), None)
-    if best is None and words[1:] == [] and words[0] in DEFAULTS:
+    if best is None and words[0] in DEFAULTS and (not words[1:] or words[1].startswith("-")):
         best = next(command for command in group if command.words[1] == DEFAULTS[words[0]])
-        return best, []
+        return best, words[1:]
     best = best or next((command for command in group if len(command.words) == 1), None)
     if best is None:
         choices = " or ".join(f"'{_name(command)}'" for command in group)

@@ -817,6 +817,13 @@ def test_queue_status_tells_what_is_waited_for_from_what_was_left(qube):
         os.close(bell)
 
 
+def test_queue_alone_takes_the_options_of_queue_status(qube):
+    assert json.loads(qube.ok("queue", "--json")) == []
+    assert qube.ok("queue", "-q") == qube.ok("queue", "status", "-q") == qube.ok("-q", "queue")
+    assert qube.error("queue", "--xml") == "queue status has no option --xml; see: qvm-remote queue status --help"
+    assert qube.error("queue", "-q", "clean").startswith("queue status takes no argument; ")
+
+
 def test_queue_clean_puts_away_what_nobody_waits_for_and_nothing_else(qube):
     result = GONE_CID.replace("0badbeef", "0000beef")
     running = GONE_CID.replace("0badbeef", "1111beef")
