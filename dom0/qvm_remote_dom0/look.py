@@ -22,6 +22,7 @@ from pullrpc.rehearsal import rehearse as rehearse_all
 
 from . import show
 from .usage import UsageError, checked
+from .verbs import PROGRAM
 
 #: How often a table is made anew, and a log looked at, seconds.
 _WATCH_EVERY, _TAIL_EVERY = 2.0, 0.2
@@ -108,8 +109,12 @@ def _only(found, vm):
     if vm is None:
         return found
     if vm not in found["vms"]:
-        raise PullError(f"{vm} has no key, and pillar does not name it")
+        raise PullError(_unknown(vm))
     return {**found, **{part: {name: one for name, one in found[part].items() if name == vm} for part in ("keys", "sessions", "vms")}}
+
+
+def _unknown(vm):
+    return f"{vm} has no key, and pillar does not name it"
 
 
 def _status_lines(found, width):
@@ -156,7 +161,10 @@ def _last(one):
 def tail(options):
     """Follow the audit log."""
     vm = checked(check_vm_name, options.vm)
-    config = _dom0(options).config
+    dom0 = _dom0(options)
+    if vm is not None and vm not in overview(dom0)["vms"]:
+        print(f"{PROGRAM}: {_unknown(vm)}; what the log may say of it is waited for", file=sys.stderr, flush=True)
+    config = dom0.config
     for line in follow(config.audit_log, options.lines, lambda: time.sleep(_TAIL_EVERY), vm):
         if options.json:
             show.as_json_line(line)

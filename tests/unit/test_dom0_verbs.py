@@ -4,6 +4,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -219,6 +220,23 @@ def test_doctor_looks_for_the_programs_that_ask_and_tell_dom0s_user(config_dir, 
     ((level, text, mend),) = _examined(config_dir, "questions", PATH=path)
     assert (level, text) == ("problem", "/nowhere/ask is not there, or can't be run: every question of dev is a no")
     assert mend.endswith("in pillar: qvm-remote: ask: helper")
+
+
+def test_tail_of_a_qube_that_dom0_does_not_know_says_so_and_goes_on(config_dir):
+    _give_keys(config_dir, "work")
+    for vm, said in (("nosuch", b"qvm-remote-dom0: nosuch has no key, and pillar does not name it; what the log may say of it is waited for\n"), ("work", b"")):
+        command = [*_COMMAND, "--config-dir", config_dir, "tail", vm]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tail:
+            try:
+                assert tail.stderr.read(len(said)) == said
+                line = b'{"seq":0,"prev":"","time":"2026-03-01T10:11:12.000Z","vm":"%s","id":"20260301-101112-4711-0badcafe","what":"refused"}\n' % vm.encode()
+                with open(os.path.join(config_dir, "audit.log"), "ab") as log:
+                    log.write(line)
+                assert vm.encode() in tail.stdout.readline()
+                tail.send_signal(signal.SIGINT)
+                assert tail.communicate(timeout=30)[1] == b"\n"
+            finally:
+                tail.kill()
 
 
 def test_a_qube_without_a_key_or_whose_access_has_ended_may_run_nothing(config_dir):
