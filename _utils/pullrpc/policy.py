@@ -120,7 +120,7 @@ def check_policy(policy):
     for name, rules in policy.items():
         if not isinstance(rules, list) or len(rules) > _RULES_MAX:
             raise ConfigError(f"{name} must be a list of at most {_RULES_MAX} rules")
-        for at, rule in enumerate(rules):
+        for at, rule in enumerate(rules, 1):
             try:
                 for pattern in _expand(rule):
                     _check_no_pattern(pattern, also_others=name != "allow")
