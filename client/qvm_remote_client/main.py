@@ -24,6 +24,8 @@ EXIT_TIMEOUT, EXIT_FAILED, EXIT_INTERRUPTED = 124, 125, 130
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Longest a command may run when -t isn't given, seconds (or dom0's limit, if that is lower).
 _TIMEOUT_DEFAULT = 300
+#: Longest number that -t takes, digits; what dom0 takes is less.
+_SECONDS_DIGITS = 7
 _STREAMS = {"out": 1, "err": 2}
 #: Most of a refusal without proof that is shown, characters.
 _REASON_MAX = 300
@@ -34,6 +36,9 @@ _CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r") + b"\x7
 _C1 = tuple(b"\xc2" + bytes((byte,)) for byte in range(0x80, 0xA0))
 #: The words that begin a command of ours (table.reserved(), which is not loaded for a command that goes to dom0).
 RESERVED = frozenset(("agent", "cancel", "help", "history", "key", "log", "ping", "queue", "status"))
+
+
+_SWITCHES = ("--exec", "--quiet", "--verbose", "--help", "--version")
 
 
 class _Options:
@@ -185,6 +190,8 @@ def _read_options(argv):
             options.verbose = True
         elif name == "--timeout":
             options.timeout = seconds_of(value if has_value else words.pop(0) if words else "")
+        elif name in _SWITCHES:
+            raise PullError(f"{name} takes no value; see: qvm-remote --help")
         elif word.startswith("--"):
             raise _no_option(name)
         else:
@@ -225,8 +232,8 @@ def seconds_of(text):
     Raises:
         PullError: it is none.
     """
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:8]) and len(text) <= 7):
-        raise PullError("-t takes a whole number of seconds, 1 or more")
+    if not (text.isascii() and text.isdigit() and len(text) <= _SECONDS_DIGITS and int(text)):
+        raise PullError(f"-t takes a whole number of seconds, from 1 to {10**_SECONDS_DIGITS - 1}")
     return int(text)
 
 

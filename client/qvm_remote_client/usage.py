@@ -38,8 +38,10 @@ def parse(words):
         flag, has_value, value = word.partition("=") if word.startswith("--") else (word[:2], len(word) > 2, word[2:])
         if not word.startswith("-") or word == "-":
             given.append(word)
-        elif flag not in options or (has_value and not options[flag].value):
+        elif flag not in options:
             raise PullError(f"{_name(command)} has no option {_shown(flag)}; {_see(command)}")
+        elif has_value and not options[flag].value:
+            raise PullError(f"{flag} takes no value; {_see(command)}")
         elif not options[flag].value:
             values[options[flag].name] = True
         elif has_value or rest:
