@@ -47,9 +47,10 @@ class Progress:
 
     def clear(self):
         """Take the line away."""
-        if self._shown:
+        # In the background, since it was shown, it is another's line that would go.
+        if self._shown and _is_ours():
             _write(b"\r\033[K")
-            self._shown = False
+        self._shown = False
 
 
 def is_wanted():

@@ -30,6 +30,7 @@ from qvm_remote_client import journal, request, table, usage
 from qvm_remote_client import main as client_main
 from qvm_remote_client.history import drop_old_days
 from qvm_remote_client.request import vm_name
+from terminals import Terminal
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QVM_REMOTE = [sys.executable, "-IS", os.path.join(ROOT, "client", "qvm-remote")]
@@ -1206,3 +1207,17 @@ def test_a_long_wait_is_shown_and_its_line_is_taken_away():
 
 def test_a_short_wait_shows_nothing_nor_does_a_quiet_one_or_a_dumb_terminal():
     assert _shows(0.5, TERM="xterm") == _shows(61, TERM="dumb") == _shows(61, TERM="xterm", quiet=True) == b"$"
+
+
+def test_in_the_background_no_line_is_taken_away():
+    program = (
+        f"import os, sys, time; sys.path[:0] = [{os.path.join(ROOT, 'client')!r}, {os.path.join(ROOT, '_utils')!r}]\n"
+        "from qvm_remote_client.progress import Progress\n"
+        "os.open(os.ttyname(2), os.O_RDWR)\nline = Progress(time.monotonic() - 61)\n"
+        "if os.fork() == 0:\n"
+        "    line.tick('running')\n    os.setpgid(0, 0)\n    line.clear()\n    os._exit(0)\n"
+        "os.wait()\nos.write(2, b'$')"
+    )
+    terminal = Terminal([sys.executable, "-IS", "-c", program])
+    assert terminal.end() == 0
+    assert re.fullmatch(r"\r\x1b\[K. qvm-remote: running in dom0, \d+ s\$", terminal.shown)
