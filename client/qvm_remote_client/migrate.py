@@ -21,7 +21,8 @@ def adopt(queue):
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
             return ""
         os.rename(old, queue.base)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        # The home that is none is said where the queue is made.
         return ""
     except OSError as err:
         return f"can't move {old} to {queue.base}: {err.strerror}; its key and history are not used"

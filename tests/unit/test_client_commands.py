@@ -488,6 +488,12 @@ def test_a_link_in_the_place_of_the_predecessors_folder_is_not_followed(qube):
     assert not qube.base.is_symlink()
 
 
+def test_a_home_that_is_no_folder_is_said_once(qube):
+    (qube.home / "file").touch()
+    base = qube.home / "file" / ".qvm-remote"
+    assert Qube(qube.home / "file").error("queue", "make") == f"can't create the queue under {base}: Not a directory"
+
+
 def test_the_agent_moves_the_predecessors_folder_too_without_a_word(qube):
     qube.has_key()
     qube.base.rename(qube.home / ".qubes-remote")
