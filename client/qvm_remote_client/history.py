@@ -83,7 +83,7 @@ def print_one(queue, values):
         put_json({**shown, **{name: _held(cid, name, files[part]) for name, part in texts.items()}})
         return
     took = "" if shown["seconds"] is None else f", {shown['seconds']:.3f} s"
-    put(f"id:       {one_line(os.fsencode(cid), 80)}\ntime:     {shown['time']}\n")
+    put(f"id:       {one_line(os.fsencode(cid), 80)}\ntime:     {shown['time'] or 'not known'}\n")
     put(f"ended:    exit code {shown['exit']}, {shown['status']}{took}\nproof:    {_PROOFS[shown['proof']]}\n")
     for name, part in texts.items():
         _put_part(name, Part(files[part]))

@@ -8,7 +8,7 @@ from pullrpc import __version__
 from pullrpc.errors import PullError
 from pullrpc.tokens import fingerprint
 
-from .advice import trouble_here, trouble_on_the_way
+from .advice import advice, trouble_here, trouble_on_the_way
 from .history import last
 from .leftovers import PENDING, RESULT, RUNNING, requests_in
 from .request import connected, limits, load_key, vm_name
@@ -32,7 +32,10 @@ def status(queue, as_json):
 
 def _look(queue):
     requests = requests_in(queue)
-    latest = last(queue, 1)
+    try:
+        latest, no_history = last(queue, 1), None
+    except OSError as err:
+        latest, no_history = [], f"can't read the history {queue.history}: {err.strerror}{advice(err)}"
     try:
         key = fingerprint(load_key(queue))
     except PullError:
@@ -50,7 +53,7 @@ def _look(queue):
         "left_by_clients": sum(not one["client"] for one in requests),
         "limits": limits(queue),
         "last": latest[0] if latest else None,
-        "problem": trouble_here(queue) or trouble_on_the_way(queue),
+        "problem": trouble_here(queue) or trouble_on_the_way(queue) or no_history,
     }
 
 

@@ -761,6 +761,7 @@ def test_limits_are_those_that_there_are_and_numbers(qube):
 def test_no_name_in_the_history_or_in_an_error_drives_a_terminal(qube):
     qube.has_key()
     qube.put("history/2026-03-01/z\x1b[2J\n/command", b"x")
+    assert b"\ntime:     not known\n" in qube.ok("history", "show")
     for out in (qube.run("status")[1], qube.type(b"", "status")[1], qube.ok("history"), qube.ok("history", "show")):
         assert b"z\\x1b[2J" in out
         assert b"\x1b" not in out
@@ -800,6 +801,19 @@ def test_status_says_what_is_wrong_first_and_changes_nothing(qube):
     found = json.loads(qube.run("status", "--json")[1])
     assert found["problem"] == "dom0 is not connected to this qube; in dom0: sudo qubesctl state.apply qvm-remote.dom0"
     assert (found["connected"], found["limits"]["timeout_max"]) == (False, 60)
+
+
+def test_status_has_its_table_where_the_history_can_not_be_read(qube):
+    qube.has_key()
+    qube.ok("queue", "make")
+    # So it is for root, too.
+    (qube.base / "history" / "2026-03-01").symlink_to("2026-03-01")
+    code, out, err = qube.run("status")
+    assert (code, err) == (1, b"")
+    assert f"key:      {fingerprint(KEY)}\n" in out.decode()
+    with open(qube.put("agent.lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert qube.run("status")[1].decode().endswith(f"problem:  can't read the history {qube.base}/history: Too many levels of symbolic links\n")
 
 
 def test_a_queue_that_is_no_folder_is_said_first(qube):
