@@ -1542,7 +1542,7 @@ def run_once(config=None):
         config: settings (dict), default: the engine's.
 
     Returns:
-        dict of VM name to ``served`` or the reason why not.
+        dict of VM name to ``served``, ``served in part: ...`` or the reason why not.
 
     Raises:
         CommandExecutionError: an engine is at work, or the settings or the ledger can't be used.

@@ -297,10 +297,14 @@ class Agentless:
                 # Opened once: nobody puts another file in its place between two pieces. As an argument of "command" it does not end the shell
                 # where it fails.
                 yield f'[ -z "$ok" ] || {{ new ../results/{cid}.{part}; command exec 3> "$half"; }} || ok=\n'.encode("ascii")
+                left = parts[part][0]
                 for chunk in _readable(parts[part][1](0), cid, failed):
+                    left -= len(chunk)
                     for at in range(0, len(chunk), _PIECE):
                         piece = base64.encodebytes(chunk[at : at + _PIECE])
                         yield b"[ -z \"$ok\" ] || base64 -d >&3 <<'END' || ok=\n" + piece + b"END\n"
+                if left:
+                    failed.setdefault(cid, "a result is not as long any more as it was")
                 if cid in failed:
                     yield b"ok=\n"
                 yield f'exec 3>&-; [ -z "$ok" ] || keep ../results/{cid}.{part} || ok=\n'.encode("ascii")

@@ -99,11 +99,14 @@ class Execution:
         try:
             # Not the name alone: one that is root's second name is root.
             self._stores.audit.write("run", vm, cid, by=describe_rule(request.by), **{"as": account.name if account else ROOT})
-            if self._is_given_up(vm, cid):
-                # While that was written. What is cancelled from here on has begun, and is ended.
-                return self._finish_cancelled(vm, cid, 0.0)
+        except AuditError as err:
+            return self._finish_without_run(vm, cid, str(err), "failed", key)
+        if self._is_given_up(vm, cid):
+            # While that was written. What is cancelled from here on has begun, and is ended.
+            return self._finish_cancelled(vm, cid, 0.0)
+        try:
             outcome = self._run(config, dataclasses.replace(request, uuid=uuid), stdin_path, account)
-        except (SandboxError, AuditError, SpoolError) as err:
+        except (SandboxError, SpoolError) as err:
             return self._finish_without_run(vm, cid, str(err), "failed", key)
         return self._finish_run(request, outcome)
 
@@ -208,7 +211,7 @@ class Execution:
         """
         seen = self._stores.ledger.state(vm, cid)
         if seen and seen[0] in (CLAIMED, RUNNING):
-            self._finish_left(vm, cid, reason, "failed")
+            self._finish_left(vm, cid, reason, "interrupted" if reason == INTERRUPTED else "failed")
         elif (vm, cid) in self._cancelled_early:
             self._close_given_up(vm, cid)
 

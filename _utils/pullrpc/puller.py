@@ -51,8 +51,8 @@ _LINGER = 0.015
 _AT_HAND_MAX = 1 << 20
 #: A VM that could not take a result is offered it again after this long, seconds.
 _DELIVER_AGAIN = 5.0
-#: How often :meth:`Puller.run_once` looks into a queue; what is shown at once is at most a turn's.
-_ONCE_TURNS = 16
+#: How much :meth:`Puller.run_once` takes from one queue, requests.
+_ONCE_MAX = 1000
 #: How often it is looked in a session for results that wait for too long, seconds: a session may last for weeks.
 _EXPIRE_EVERY = 3600.0
 #: Codes of what is refused before its token is known to fit; what may be refused later has others. dom0 signs nothing for whoever may not
@@ -89,8 +89,8 @@ class Puller:
             gives a dict with ``verified``, ``code`` and ``reason``), ``call`` (runs a function in a thread and gives an awaitable),
             ``served`` (callable that gives how many VMs are), ``uuid_of`` (coroutine function of a VM's name: which qube has it now),
             ``close_deliveries`` (has results recorded as delivered, soon), ``lose`` (callable of vm, cid and reason: has an end recorded that
-            could not be now), ``spawn`` (runs a coroutine beside the loops), ``emit``
-            (callable of vm, cid, what, data), ``log`` (callable of str).
+            could not be now), ``lost_of`` (callable of vm: a dict of cid to reason, those that are not recorded yet and of which it was not
+            told), ``spawn`` (runs a coroutine beside the loops), ``emit`` (callable of vm, cid, what, data), ``log`` (callable of str).
         vm: str, a checked name.
     """
 
@@ -121,6 +121,8 @@ class Puller:
         #: Accepted, not delivered yet, and the VM was not told that dom0 has it.
         self._untold = set()
         self._outflows = {}
+        #: Cancelled, and not heard of since.
+        self._given_up = set()
         self._bell = Bell()
         self._retry = _RETRY_FIRST
         self._allowance = _Allowance(_IDLE_BURST, _IDLE_RATE)
@@ -180,7 +182,7 @@ class Puller:
             wait: coroutine function without arguments that returns when nothing of this VM runs any more.
 
         Returns:
-            bool, whether nothing lies there any more; a VM that goes on and on asking is left after some turns.
+            bool, whether nothing lies there any more; a VM that goes on and on asking is left some time.
 
         Raises:
             PullError: the VM can't be reached or broke the protocol.
@@ -188,14 +190,15 @@ class Puller:
         try:
             await self._open()
             await self._deliver()
-            for _ in range(_ONCE_TURNS):
-                items, cancels = await self._session.poll(0, self._room())
-                if not items and not cancels:
-                    break
+            count = 0
+            items, cancels = await self._session.poll(0, self._room())
+            while (items or cancels) and count < _ONCE_MAX:
+                count += len(items) + len(cancels)
                 await self._take_in(items, cancels)
                 await self._tell_taken()
                 await wait()
                 await self._deliver()
+                items, cancels = await self._session.poll(0, self._room())
             await self._session.bye()
             return not items and not cancels
         finally:
@@ -208,6 +211,10 @@ class Puller:
             cid: str.
             end: Finished.
         """
+        if cid in self._given_up:
+            # Its end was on its way when it was cancelled: the ledger tells whether there is still something to deliver.
+            self._given_up.discard(cid)
+            end = dataclasses.replace(end, result=None)
         if end.result and _weight(end) + sum(map(_weight, self._outbox.values())) > _AT_HAND_MAX:
             # A VM that does not take its results does not fill dom0's memory with them: it is read again.
             end = dataclasses.replace(end, result=None)
@@ -296,7 +303,8 @@ class Puller:
             return
         self._find_after = 0.0
         # What ended in this moment is in the outbox already, and may be in no list.
-        self._outbox = {**{cid: Finished() for cid in waiting}, **self._outbox, **dict.fromkeys(expired, Finished())}
+        lost = {cid: Finished(lost=reason, uuid=None) for cid, reason in self._hub.lost_of(self.vm).items()}
+        self._outbox = {**{cid: Finished() for cid in waiting}, **lost, **self._outbox, **dict.fromkeys(expired, Finished())}
 
     async def _expire(self):
         """Give up what this VM did not take for too long."""
@@ -640,13 +648,15 @@ class Puller:
             return
         if self._hub.lines.withdraw(self.vm, cid):
             await self._drop_queued(cid)
-        elif not await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid):
+        elif await self._hub.call(self._hub.dom0.execution.cancel, self.vm, cid):
+            self._given_up |= set() if cid in self._outbox else {cid}
+        else:
             # No event for whatever name the VM makes up.
             return
         self._untold.discard(cid)
-        # Neither delivered, nor recorded as that, if it has ended already.
-        self._outbox.pop(cid, None)
-        self._not_before.pop(cid, None)
+        if cid in self._outbox:
+            # It has ended already: the ledger tells whether there is still something to deliver.
+            self._outbox[cid] = Finished()
         if cid in self._outflows:
             # What the VM has of it goes; a result that comes all the same is delivered from its beginning.
             self._outflows[cid].stopped = True
@@ -728,7 +738,8 @@ class Puller:
                 continue
             # A command of the qube that had this name before may have ended only now.
             if result is not None and is_of(result.uuid, self._uuid):
-                found.append(Delivery(cid, result.exit_code, result.parts, sent=self._sent(cid, end, result.parts)))
+                sent = self._sent(cid, end, result.parts) if result.is_output else {}
+                found.append(Delivery(cid, result.exit_code, result.parts, sent=sent))
         return found, kept
 
     def _reason(self, cid, end):

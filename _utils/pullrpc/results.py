@@ -26,11 +26,13 @@ class Result(typing.NamedTuple):
         exit_code: int.
         parts: dict, ``out``, ``err`` and ``meta`` as (size in bytes, callable of an offset that yields bytes).
         uuid: str, the qube whose command it is of; empty when that is not known.
+        is_output: bool, whether it is what the command wrote, and not why that is not kept.
     """
 
     exit_code: int
     parts: dict
     uuid: str = ""
+    is_output: bool = True
 
 
 def is_of(uuid, other):
@@ -135,22 +137,30 @@ class Results:
             if is_old and status == EXPIRED:
                 self.close_delivery(vm, cid, "untold")
                 continue
+            if is_old and self._stores.ledger.waiting_end(vm, cid) is None:
+                # It was delivered meanwhile.
+                continue
             if is_old:
                 self._stores.audit.write("expired", vm, cid)
                 self._stores.ledger.expire(vm, cid)
+            if is_old or status == EXPIRED:
+                # What could not be removed then, too.
                 self._stores.spool.remove(vm, cid)
             if uuid is None or is_of(of, uuid):
                 waiting.append(cid)
                 expired += [cid] if is_old else []
         return waiting, expired
 
-    def expire_all(self):
+    def expire_all(self, but=()):
         """The same for all VMs: some never come back.
+
+        Args:
+            but: VMs that are served: that is done in their turn.
 
         Raises:
             LedgerError, AuditError: as above.
         """
-        for vm in self._stores.ledger.open_counts():
+        for vm in self._stores.ledger.open_counts().keys() - set(but):
             self.expire(vm)
 
     def result(self, vm, cid):
@@ -173,7 +183,7 @@ class Results:
         if status == EXPIRED or not self._stores.spool.size(vm, cid, META):
             why = "its result waited too long for this qube and is gone" if status == EXPIRED else "dom0 could not keep its result: its disk is full"
             err, meta = self.refusal(vm, cid, f"the command ended (exit code {exit_code}), but {why}")
-            return Result(EXIT_FAILED, in_memory(err, meta), uuid)
+            return Result(EXIT_FAILED, in_memory(err, meta), uuid, False)
         chunks = {part: functools.partial(self._stores.spool.chunks, vm, cid, part) for part in (OUT, ERR, META)}
         return Result(exit_code, {part: (self._stores.spool.size(vm, cid, part), chunks[part]) for part in (OUT, ERR, META)}, uuid)
 

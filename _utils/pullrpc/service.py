@@ -94,23 +94,28 @@ class Service:
             EngineBusy: another service holds the lock; PullError: the ledger or a folder can't be used.
         """
         with contextlib.closing(self), EngineLock(self.dom0.config.run_dir, takes_signals=True):
+            # First of all: what a dead service left says nothing of this one.
+            note.remove(self.dom0.config)
             self._note("started", version=__version__, settings=digest(self.dom0.config))
             self._begin()
             try:
                 run(self._in_loop(self._serve()))
             finally:
+                with contextlib.suppress(OSError):
+                    note.remove(self.dom0.config)
                 self._note("stopped")
 
     def run_once(self):
         """Serve what lies in the queues of all running VMs now.
 
         Returns:
-            dict of VM name to ``served`` or the reason why not.
+            dict of VM name to ``served``, ``served in part: ...`` or the reason why not.
 
         Raises:
             EngineBusy, PullError: as for :meth:`run`.
         """
         with contextlib.closing(self), EngineLock(self.dom0.config.run_dir):
+            note.remove(self.dom0.config)
             self._begin()
             return run(self._in_loop(self._serve_once()))
 
@@ -237,6 +242,17 @@ class Service:
         """
         self._lost[vm, cid] = reason
 
+    def lost_of(self, vm):
+        """What was lost of a VM's commands, is not recorded yet, and was not told.
+
+        Args:
+            vm: str, a checked name.
+
+        Returns:
+            dict of cid to str, one sentence.
+        """
+        return {cid: reason for (of, cid), reason in list(self._lost.items()) if of == vm and (of, cid) not in self._lost_told}
+
     async def _close_deliveries(self):
         while self._to_close:
             # Not taken out before they are recorded: what comes meanwhile finds this task at work.
@@ -281,8 +297,6 @@ class Service:
                 return
 
     def _begin(self):
-        # What a dead service left says nothing of this one.
-        note.remove(self.dom0.config)
         swept = sandbox.sweep(self.dom0.config.run_dir)
         left = self.dom0.execution.recover()
         for vm, cid in self.dom0.ledger.unfinished():
@@ -338,7 +352,7 @@ class Service:
                     await self._do(self.dom0.audit.tell_not_shown)
                 if time.monotonic() >= pruned + _PRUNE_EVERY:
                     pruned = time.monotonic()
-                    await self._do(self.dom0.results.expire_all)
+                    await self._do(functools.partial(self.dom0.results.expire_all, set(self._pullers)))
                     await self._do(self.dom0.prune)
                 if time.monotonic() >= watcher.next_look(looked, interval):
                     looked = time.monotonic()
@@ -367,7 +381,7 @@ class Service:
             is_all = await self._pullers[vm].run_once(functools.partial(self._wait_for, [vm]))
         except PullError as err:
             return str(err)
-        return "served" if is_all else "served in part: it goes on asking; more waits in its queue"
+        return "served" if is_all else "served in part: more waits in its queue"
 
     def _on_wake(self):
         try:

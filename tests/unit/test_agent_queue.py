@@ -510,6 +510,15 @@ def _unreadable(message, before=0):
     return 4 << 18, chunks
 
 
+def test_without_the_agent_a_result_that_is_cut_off_does_not_reach_the_vm(turns):
+    results = [_small(), _small()]
+    # Its files went between the look at their sizes and the reading.
+    results[0].parts["out"] = (10, lambda offset: [])
+    reached, failed = asyncio.run(_deliver_some(turns, results))
+    assert (reached, list(failed)) == ([results[1].cid], [results[0].cid])
+    assert not [name for name in os.listdir(os.path.join(turns.queue.base, "queue/results")) if results[0].cid in name]
+
+
 @pytest.mark.parametrize("before", [0, 2])
 def test_without_the_agent_too_a_result_that_dom0_can_not_read_holds_up_no_other(turns, before):
     results = [_small(), _small(), _small()]

@@ -23,7 +23,7 @@ from pullrpc.execution import _Running
 from pullrpc.ids import new_cid
 from pullrpc.lines import Lines
 from pullrpc.puller import Finished, Puller
-from pullrpc.results import Result, of_bytes
+from pullrpc.results import INTERRUPTED, Result, of_bytes
 from pullrpc.session import Found, Item, Session, _frames_of, _frames_of_all, read_poll
 from pullrpc.tokens import fingerprint, make_token
 
@@ -66,6 +66,9 @@ class _Hub:
 
     async def uuid_of(self, vm):
         return self.uuid
+
+    def lost_of(self, vm):
+        return {}
 
     def spawn(self, coroutine):
         asyncio.ensure_future(coroutine)
@@ -1052,6 +1055,177 @@ def test_a_result_whose_client_cancels_it_before_it_was_delivered_is_not_deliver
     _play(dom0, scene, monkeypatch)
 
 
+def test_a_result_whose_end_is_heard_of_after_its_cancel_is_not_delivered(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid = _done(dom0)
+        await puller._cancel(cid)
+        # It was on its way from the thread that ran it.
+        puller.finished(cid, Finished(status="done", result=Result(0, {part: of_bytes(b"") for part in ("out", "err", "meta")})))
+        await puller._deliver()
+        assert vm.delivered == []
+        assert not puller._given_up and not puller._outbox
+        assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-1] == "given-up"
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_nothing_is_kept_of_a_command_that_is_cancelled_after_its_end(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid = _done(dom0)
+        puller.wrote(cid, 0, 0)
+        puller.finished(cid, Finished(status="done"))
+        await puller._cancel(cid)
+        await puller._deliver()
+        assert not (puller._outflows or puller._outbox or puller._given_up)
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_a_cancel_that_comes_too_late_leaves_a_result_to_be_delivered(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        cid, request = _started(dom0)
+        await puller._open()
+        for part in ("out", "err"):
+            dom0.spool.store_text("work", cid, part, b"")
+        dom0.execution._running["work", cid] = running = _Running(_Ending(), KEY)
+        cancel = dom0.execution.cancel
+
+        def end_meanwhile(vm_name, cancelled):
+            done = cancel(vm_name, cancelled)
+            del dom0.execution._running["work", cid]
+            dom0.execution._finish_run(request, (sandbox.Outcome(0, None, False, False, 0, 0, False, False, 0.1), running.why_stopped))
+            puller.finished(cid, Finished(status="done"))
+            return done
+
+        monkeypatch.setattr(dom0.execution, "cancel", end_meanwhile)
+        await puller._cancel(cid)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 0)]
+        assert not puller._outbox
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_was_streamed_of_a_result_is_no_beginning_of_why_it_was_given_up(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        await puller._open()
+        cid = _done(dom0)
+        puller.wrote(cid, 0, 8)
+        puller._outflows[cid].next()
+        puller._outflows[cid].answered()
+        puller.finished(cid, Finished(status="done"))
+        dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+        dom0.results.expire_all()
+        results, _ = puller._results(puller._outbox)
+        assert [(result.exit_code, result.sent) for result in results] == [(125, {})]
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_what_is_given_up_takes_no_room_though_it_could_not_be_removed_then(dom0, monkeypatch):
+    cid = _done(dom0)
+    dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+    with monkeypatch.context() as killed:
+        killed.setattr(dom0.spool, "remove", lambda *_: pytest.exit("killed"))
+        with pytest.raises(BaseException, match="killed"):
+            dom0.results.expire_all()
+    assert os.path.exists(dom0.spool.path("work", cid))
+    dom0.execution.recover()
+    assert not os.path.exists(dom0.spool.path("work", cid))
+    assert dom0.ledger.waiting_end("work", cid) == (0, "expired")
+
+
+def test_what_was_delivered_meanwhile_is_not_given_up(dom0, monkeypatch):
+    cid = _done(dom0)
+    dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+    listed = dom0.ledger.undelivered
+
+    def deliver_meanwhile(vm):
+        rows = listed(vm)
+        dom0.results.close_delivery("work", cid)
+        return rows
+
+    monkeypatch.setattr(dom0.ledger, "undelivered", deliver_meanwhile)
+    assert dom0.results.expire("work") == ([], [])
+    assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-1] == "delivered"
+
+
+def test_the_daily_look_leaves_those_that_are_served_to_their_own_turn(dom0):
+    cid = _done(dom0)
+    dom0.ledger._db.execute("UPDATE command SET done_at = done_at - 90000")
+    dom0.results.expire_all(["work"])
+    assert dom0.ledger.waiting_end("work", cid) == (0, "done")
+
+
+def test_a_cancelled_command_has_one_end_though_that_it_is_closed_can_not_be_written_at_once(dom0, monkeypatch):
+    cid = _claimed(dom0, b"touch /nowhere")
+    write, write_all = dom0.audit.write, dom0.audit.write_all
+
+    def note(what, *args, **fields):
+        assert what != "run" or dom0.execution.cancel("work", cid)
+        return write(what, *args, **fields)
+
+    def fail(records, sync=False):
+        if records[0][0] == "delivered":
+            raise AuditError("full")
+        return write_all(records, sync)
+
+    monkeypatch.setattr(sandbox, "start", lambda *_: pytest.fail("it began"))
+    with monkeypatch.context() as full:
+        full.setattr(dom0.audit, "write", note)
+        full.setattr(dom0.audit, "write_all", fail)
+        with pytest.raises(AuditError):
+            dom0.execution.execute("work", cid)
+    dom0.execution.finish_lost("work", cid, "as it was")
+    assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-3:] == ["run", "ended", "given-up"]
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_is_lost_is_told_in_a_session_that_begins_later_once(dom0, monkeypatch, is_told):
+    async def scene(puller, hub, vm):
+        service = _service_of(dom0, hub)
+        hub.lost_of = service.lost_of
+        monkeypatch.setattr(hub, "close_deliveries", service.close_deliveries)
+        cid = _claimed(dom0, b"echo a", "one")
+        service.lose("work", cid, INTERRUPTED)
+        service._pullers["work"] = puller
+        for _ in range(1 + is_told):
+            # Paused, and served again by another loop.
+            puller = service._pullers["work"] = Puller(hub, "work")
+            await puller._open()
+            await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+        await service._record_lost()
+        while dom0.ledger.state("work", cid)[0] != "delivered":
+            await asyncio.sleep(0.01)
+        await puller._deliver()
+        assert vm.delivered == [(cid, 125)]
+        (end,) = [line for line in query(dom0.config.audit_log, "work") if line["id"] == cid and line["what"] == "ended"]
+        assert end["status"] == "interrupted"
+
+    _play(dom0, scene, monkeypatch)
+
+
+def test_once_serves_a_full_queue_in_turns_of_one(dom0, monkeypatch):
+    async def scene(puller, hub, vm):
+        hub.may_run.set()
+        dom0.config = make_config({**_folders(dom0), "vm_queue": 1})
+        queue = dict(_item("ping", b"ping") for _ in range(30))
+        vm.poll = _showing(queue, vm)
+
+        async def all_ran():
+            while not hub.lines.is_done("work"):
+                await asyncio.sleep(0.01)
+
+        assert await puller.run_once(all_ran) is True
+        # Some are refused: nothing of what ran is finished here, and so much may wait.
+        assert not queue.keys() - {*vm.taken, *dict(vm.delivered)}
+
+    _play(dom0, scene, monkeypatch)
+
+
 def test_once_serves_all_that_waits_and_says_so_if_there_is_no_end_of_it(dom0, monkeypatch):
     async def scene(puller, hub, vm):
         hub.may_run.set()
@@ -1065,6 +1239,7 @@ def test_once_serves_all_that_waits_and_says_so_if_there_is_no_end_of_it(dom0, m
             return await poll(wait, room)
 
         vm.poll = ask_again
+        monkeypatch.setattr(puller_module, "_ONCE_MAX", 10)
         assert await puller.run_once(_nothing) is False
 
     async def _nothing():
@@ -1077,7 +1252,8 @@ def _showing(queue, vm):
     """A poll that shows a part of what is in a queue and was not taken, as an agent does."""
 
     async def poll(wait, room):
-        return [item for cid, item in queue.items() if cid not in vm.taken][: min(24, room)], []
+        seen = {*vm.taken, *dict(vm.delivered)}
+        return [item for cid, item in queue.items() if cid not in seen][: min(24, room)], []
 
     return poll
 

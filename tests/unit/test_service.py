@@ -13,9 +13,9 @@ import types
 
 import pytest
 from boxes import eventually
-from pullrpc import lock
+from pullrpc import lock, note
 from pullrpc import service as module
-from pullrpc.config import make_config
+from pullrpc.config import digest, make_config
 from pullrpc.dom0 import Dom0
 from pullrpc.errors import EngineBusy, LedgerError
 from pullrpc.lock import EngineLock
@@ -81,6 +81,31 @@ def test_a_service_that_has_ended_holds_nothing_open(service, monkeypatch, end):
     for _ in range(10):
         end(service(), monkeypatch)
     assert _open() < before + 10
+
+
+def test_the_note_of_a_service_is_believed_of_no_other(service, monkeypatch):
+    config = service().dom0.config
+    seen = []
+    for _ in range(2):
+        one = service()
+        write = one.dom0.audit.write
+
+        def look(what, *args, write=write, **fields):
+            seen.append((what, note.read(config)))
+            if what == "started":
+                note.write(config, {"settings": digest(config)})
+            return write(what, *args, **fields)
+
+        # What one that was killed leaves.
+        os.makedirs(config.run_dir, 0o700, exist_ok=True)
+        note.write(config, {"settings": digest(config)})
+        with monkeypatch.context() as looking:
+            looking.setattr(one.dom0.audit, "write", look)
+            one.stop()
+            one.run()
+        assert not note.read(config)
+    assert [what for what, _ in seen] == ["started", "stopped"] * 2
+    assert not any(known for _, known in seen)
 
 
 def test_to_stop_a_service_that_has_ended_reaches_nobody_else(service):
