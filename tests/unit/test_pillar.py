@@ -250,7 +250,7 @@ def test_an_end_of_access_is_a_moment_wherever_its_zone_is():
     ends = {read_pillar({"vms": {"work": {"until": text}}}).settings["vms"]["work"]["until"] for text in texts}
     assert ends == {int(datetime.datetime(2026, 12, 31, 18, tzinfo=datetime.timezone.utc).timestamp())}
     # What is over is over, however long it has been: 0 would be no end.
-    for text in ("1970-01-01T00:00:00Z", "1970-01-01T01:00:00+01:00", "1970-01-01T00:00:00.9Z", "1969-01-01T00:00:00Z", "0001-01-01T00:00:00Z"):
+    for text in ("1970-01-01T00:00:00Z", "1970-01-01T01:00:00+01:00", "1970-01-01T00:00:00.900Z", "1969-01-01T00:00:00Z", "0001-01-01T00:00:00Z"):
         assert read_pillar({"vms": {"work": {"until": text}}}).settings["vms"]["work"]["until"] == 1
     read = salt.utils.yaml.safe_load("{vms: {work: {until: 2026-12-31T18:00:00Z}}}")
     assert {read_pillar(read).settings["vms"]["work"]["until"]} == ends
