@@ -351,11 +351,15 @@ def _run(queue, options, known, progress, form, command, use_stdin):
     exit_code, status = (result.exit_code, result.fields.get("status", "refused")) if result.authentic else (EXIT_FAILED, "refused")
     unread = True
     try:
-        _on_signals_raise()
-        _show(result, options)
-        if options.verbose:
-            sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
-        unread = False
+        try:
+            _on_signals(_interrupt)
+            _show(result, options)
+            if options.verbose:
+                sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
+            unread = False
+        finally:
+            # What is left takes no time, and must not end halfway.
+            _on_signals(_go_on)
     except _Interrupted as err:
         text = f"the command had ended with {exit_code}, and its output is kept, see: qvm-remote history show {request.cid}"
         return _end(f"qvm-remote: interrupted; {text}\n", err.exit_code)
@@ -364,9 +368,6 @@ def _run(queue, options, known, progress, form, command, use_stdin):
     except OSError as err:
         raise PullError(f"can't write all of the output; it is kept, see: qvm-remote history show {request.cid} ({err.strerror})") from err
     finally:
-        # A terminal that is closed has more than one sent. What is left takes no time, and must not end halfway.
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
         journal.ended(queue, request.cid, exit_code, status)
         request.keep(unread)
     return exit_code
@@ -383,13 +384,14 @@ def _interrupted_by(number):
     return EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
 
 
-def _on_signals_raise():
-    """From now on there is nothing to give up any more."""
+def _interrupt(number, _frame):
+    # A terminal that is closed has more than one sent: no other is to land where this one is answered.
+    _on_signals(_go_on)
+    raise _Interrupted(number)
 
-    def interrupt(number, _frame):
-        raise _Interrupted(number)
 
-    _on_signals(interrupt)
+def _go_on(_number, _frame):
+    """A signal that changes nothing any more. Ignored, one that came just before would find nothing to call (Python before 3.9.3)."""
 
 
 def _on_signals(handler):

@@ -1124,6 +1124,21 @@ def test_a_signal_while_a_result_is_shown_says_that_the_command_had_ended(qube, 
     _has_kept(qube, cid, 3)
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_two_signals_at_once_while_a_result_is_shown_are_one(qube, numbers):
+    client, reader, cid = _stuck(qube, 3)
+    # As a terminal that is closed: the second comes while the first is answered.
+    client.send_signal(signal.SIGSTOP)
+    for number in numbers:
+        client.send_signal(number)
+    client.send_signal(signal.SIGCONT)
+    err = client.communicate(timeout=20)[1].decode()
+    os.close(reader)
+    assert client.returncode in [128 + number for number in numbers]
+    assert err == f"qvm-remote: interrupted; the command had ended with 3, and its output is kept, see: qvm-remote history show {cid}\n"
+    _has_kept(qube, cid, 3)
+
+
 def test_a_command_whose_reader_goes_away_after_its_end_is_logged_as_it_ended(qube):
     client, reader, cid = _stuck(qube, 0)
     os.close(reader)
