@@ -1093,8 +1093,10 @@ def _stuck(qube, exit_code):
     _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
     cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
     meta = make_meta(KEY, cid, sha256(MUCH), sha256(b""), {"id": cid, "exit": exit_code, "status": "done", "seconds": "0.250"})
-    for part, data in (("out", MUCH), ("err", b""), ("meta", meta), ("exit", b"%d\n" % exit_code)):
-        qube.put(f"queue/results/{cid}.{part}", data)
+    for part, data in (("out", MUCH), ("err", b""), ("meta", meta), ("exit.new", b"%d\n" % exit_code)):
+        path = qube.put(f"queue/results/{cid}.{part}", data)
+    # It is read as soon as it is there.
+    path.rename(path.with_suffix(""))
     _wait(lambda: fcntl.ioctl(reader, termios.FIONREAD, b"\0" * 4) == struct.pack("i", fcntl.fcntl(reader, F_GETPIPE_SZ)))
     return client, reader, cid
 
