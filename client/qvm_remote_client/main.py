@@ -75,6 +75,8 @@ def main(argv):
         return 128 + signal.SIGPIPE
     except OSError as err:
         return _fail(f"{err.strerror}{_where(err)}{_advice(err)}")
+    except _Interrupted as err:
+        return _end("qvm-remote: interrupted\n", _interrupted_by(err.number))
     except KeyboardInterrupt:
         # Nothing was sent, or there is nothing to take back: of a request that was, on_signals_give_up takes care.
         return _end("\n", EXIT_INTERRUPTED)
@@ -325,6 +327,7 @@ def _run(queue, options, known, progress, form, command, use_stdin):
         progress.end()
         write_fully(_STREAMS[part], data)
 
+    told = []
     try:
         if use_stdin:
             _keep_out_of_dumps()
@@ -333,13 +336,20 @@ def _run(queue, options, known, progress, form, command, use_stdin):
         _keep_out_of_dumps()
         if options.verbose:
             sys.stderr.write(f"qvm-remote: sent {request.cid} ({form}, {len(command)} bytes, timeout {timeout} s)\n")
-        result = request.wait(progress.tick, show)
+        try:
+            result = request.wait(progress.tick, show)
+            _on_signals(lambda number, _frame: told.append(number))
+        except _Interrupted as err:
+            # What the answer is, and whose, is known in a moment.
+            told.append(err.number)
+            result = request.read_result()
         is_given_up = not result.authentic and request.is_open()
         if is_given_up:
             # It was answered by somebody else. What failed here must not run there.
             request.give_up()
     except (OSError, PullError):
-        # Nobody waits for it any more.
+        # Nobody waits for it any more, and it is taken back in any case.
+        _on_signals(_go_on)
         request.give_up()
         journal.ended(queue, request.cid, EXIT_FAILED, "no-result")
         raise
@@ -353,6 +363,8 @@ def _run(queue, options, known, progress, form, command, use_stdin):
     try:
         try:
             _on_signals(_interrupt)
+            if told:
+                raise _Interrupted(told[0])
             _show(result, options)
             if options.verbose:
                 sys.stderr.write(f"qvm-remote: {request.cid} ended with {exit_code} after {time.monotonic() - started:.3f} s\n")
@@ -361,8 +373,8 @@ def _run(queue, options, known, progress, form, command, use_stdin):
             # What is left takes no time, and must not end halfway.
             _on_signals(_go_on)
     except _Interrupted as err:
-        text = f"the command had ended with {exit_code}, and its output is kept, see: qvm-remote history show {request.cid}"
-        return _end(f"qvm-remote: interrupted; {text}\n", err.exit_code)
+        kept = f"the command had ended with {exit_code}, and its output" if result.authentic else "the answer"
+        return _end(f"qvm-remote: interrupted; {kept} is kept, see: qvm-remote history show {request.cid}\n", _interrupted_by(err.number))
     except BrokenPipeError:
         raise
     except OSError as err:
@@ -374,10 +386,10 @@ def _run(queue, options, known, progress, form, command, use_stdin):
 
 
 class _Interrupted(KeyboardInterrupt):
-    """We were told to end when the command had ended already."""
+    """We were told to end when there was an answer already."""
 
     def __init__(self, number):
-        self.exit_code = _interrupted_by(number)
+        self.number = number
 
 
 def _interrupted_by(number):
@@ -448,7 +460,7 @@ def _copy(part, fd, start):
 
 
 def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
-    """End the command when we are told to end.
+    """End the command when we are told to end. Once there is an answer, that is raised, as _Interrupted: there may be nothing to end.
 
     Args:
         request: Request.
@@ -456,7 +468,9 @@ def on_signals_give_up(request, progress, on_end=lambda exit_code: None):
         on_end: callable of int, told the exit code.
     """
 
-    def give_up(number, _frame):
+    def give_up(number, frame):
+        if request.has_result():
+            _interrupt(number, frame)
         request.give_up()
         try:
             progress.end()

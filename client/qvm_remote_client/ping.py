@@ -50,6 +50,10 @@ def ping(queue, timeout, quiet, as_json):
         result = request.wait(progress.tick, lambda part, data: None)
     except requests.NoAnswer:
         raise PullError(trouble_on_the_way(queue) or _silent(timeout)) from None
+    except KeyboardInterrupt:
+        # Its answer is there, for nobody.
+        request.forget()
+        raise
     finally:
         progress.end()
     took = time.monotonic() - started

@@ -342,18 +342,18 @@ class Request:
                     os.read(fd, 4096)
                 elif events & select.POLLNVAL:
                     poller.unregister(fd)
-                elif not self._has_result():
+                elif not self.has_result():
                     self.give_up()
                     raise BrokenPipeError
-            if self._has_result():
-                return self._read_result()
+            if self.has_result():
+                return self.read_result()
             self._show_new(show)
             now = time.monotonic()
             if now - looked < _LOOK_EVERY:
                 continue
             looked = now
             taken = not os.path.exists(self._queue.pending(self.cid))
-            if taken and not os.path.exists(self._queue.running(self.cid)) and not self._has_result():
+            if taken and not os.path.exists(self._queue.running(self.cid)) and not self.has_result():
                 self.give_up()
                 raise NoResult("the request is gone from the queue: it was cancelled (qvm-remote cancel), or the queue was emptied; there will be no result")
             if connected(self._queue):
@@ -361,7 +361,12 @@ class Request:
             self._check_patience(taken, now - started, now - last_connected)
             tick("unconnected" if now - last_connected > 1 else "running" if taken else "queued")
 
-    def _has_result(self):
+    def has_result(self):
+        """Say whether there is an answer, whosever it is.
+
+        Returns:
+            bool
+        """
         return os.path.exists(self._queue.results(f"{self.cid}.exit"))
 
     def _check_patience(self, taken, waited, unconnected):
@@ -463,7 +468,15 @@ class Request:
         forget(*(self._queue.results(self.cid + part) for part in RESULT_PARTS))
         self._hang_up()
 
-    def _read_result(self):
+    def read_result(self):
+        """Read and check the result that is there.
+
+        Returns:
+            Result
+
+        Raises:
+            NoResult: it is damaged.
+        """
         path = self._queue.results(self.cid)
         shown = self._stream.shown if self._stream is not None else {}
         # Imported here: while dom0 works, it costs nobody time.
@@ -518,6 +531,7 @@ class Request:
             self._bell = None
         if self._stream is not None:
             self._stream.close()
+            self._stream = None
             self._stream = None
 
 

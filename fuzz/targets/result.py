@@ -41,7 +41,7 @@ def check(data):
         with open(f"{path}.{part}", "wb") as file:
             file.write(content)
     try:
-        result = request._read_result()
+        result = request.read_result()
     except NoResult:
         return
     is_genuine = any((result.exit_code, *parts[1:]) == (int(parts[0]), meta, out, err) for parts in _GENUINE)

@@ -1106,11 +1106,11 @@ MUCH = b"x" * (1 << 20)
 F_GETPIPE_SZ = 1032
 
 
-def _has_kept(qube, cid, exit_code):
+def _has_kept(qube, cid, exit_code, out=MUCH):
     assert qube.ok("log", "1").endswith(f"] DONE id={cid} exit={exit_code} status=done\n".encode())
     (one,) = json.loads(qube.ok("history", "--json"))
     assert (one["id"], one["command"], one["exit"]) == (cid, "true", exit_code)
-    assert qube.ok("history", "show", "--out", cid) == MUCH
+    assert qube.ok("history", "show", "--out", cid) == out
     assert json.loads(qube.ok("queue", "status", "--json")) == []
     assert os.listdir(qube.base / "queue" / "pending") == []
 
@@ -1139,6 +1139,71 @@ def test_two_signals_at_once_while_a_result_is_shown_are_one(qube, numbers):
     assert client.returncode in [128 + number for number in numbers]
     assert err == f"qvm-remote: interrupted; the command had ended with 3, and its output is kept, see: qvm-remote history show {cid}\n"
     _has_kept(qube, cid, 3)
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "while it is checked"])
+def test_a_signal_once_a_result_is_there_says_that_the_command_had_ended(qube, moment):
+    size = 1 << 8 if moment == "before it is read" else 1 << 28
+    qube.has_key()
+    # Should the signal come late, it is shown to nobody who reads.
+    reader, stdout = os.pipe()
+    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env=qube.env)
+    os.close(stdout)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    meta = make_meta(KEY, cid, sha256(bytes(size)), sha256(b""), {"id": cid, "exit": 3, "status": "done"})
+    if size == 1 << 8:
+        client.send_signal(signal.SIGSTOP)
+    for part, data in (("out", b""), ("err", b""), ("meta", meta), ("exit.new", b"3\n")):
+        path = qube.put(f"queue/results/{cid}.{part}", data)
+    os.truncate(qube.base / f"queue/results/{cid}.out", size)
+    path.rename(path.with_suffix(""))
+    if size > 1 << 8:
+        _wait(lambda: any(os.path.basename(one) == f"{cid}.out" for one in _open_files(client.pid)))
+    client.send_signal(signal.SIGTERM)
+    client.send_signal(signal.SIGCONT)
+    err = client.communicate(timeout=60)[1].decode()
+    os.close(reader)
+    assert client.returncode == 128 + signal.SIGTERM
+    assert err == f"qvm-remote: interrupted; the command had ended with 3, and its output is kept, see: qvm-remote history show {cid}\n"
+    _has_kept(qube, cid, 3, bytes(size))
+
+
+def _open_files(pid):
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            yield os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:
+            continue
+
+
+def test_a_signal_once_an_answer_is_there_that_is_not_dom0s_has_dom0_kill_the_command(qube):
+    qube.has_key()
+    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    client.send_signal(signal.SIGSTOP)
+    qube.put(f"queue/results/{cid}.exit", b"0\n")
+    client.send_signal(signal.SIGTERM)
+    client.send_signal(signal.SIGCONT)
+    err = client.communicate(timeout=60)[1].decode().splitlines()
+    assert client.returncode == 128 + signal.SIGTERM
+    assert (len(err), err[0].endswith("; it is asked to kill the command")) == (2, True)
+    assert err[1] == f"qvm-remote: interrupted; the answer is kept, see: qvm-remote history show {cid}"
+    assert os.listdir(qube.base / "queue" / "pending") == [f"{cid}.cancel"]
+    assert b" exit=125 status=refused\n" in qube.ok("log")
+
+
+def test_a_signal_once_a_ping_is_answered_leaves_nothing_behind(qube):
+    qube.has_key()
+    client = subprocess.Popen([*QVM_REMOTE, "ping"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=qube.env)
+    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
+    client.send_signal(signal.SIGSTOP)
+    qube.put(f"queue/results/{next(iter(qube.base.glob('queue/pending/*.auth'))).stem}.exit", b"0\n")
+    client.send_signal(signal.SIGTERM)
+    client.send_signal(signal.SIGCONT)
+    assert (client.communicate(timeout=60), client.returncode) == ((b"", b"qvm-remote: interrupted\n"), 128 + signal.SIGTERM)
+    assert os.listdir(qube.base / "queue" / "results") == []
 
 
 def test_a_command_whose_reader_goes_away_after_its_end_is_logged_as_it_ended(qube):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Output that appears while the command runs: the real client and the real agent, with a dom0 that sends what a test says."""
 
+import fcntl
 import hashlib
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -27,6 +30,8 @@ sys.exit(main.main(sys.argv[1:]))
 """
 KEY = bytes(range(32))
 WAIT = 60
+#: The module fcntl has it from Python 3.10 on.
+_F_GETPIPE_SZ = 1032
 
 
 class Qube:
@@ -461,6 +466,24 @@ def test_a_signal_gives_the_command_up(qube, number, code):
     client.send_signal(number)
     assert rest(client)[:2] == (code, b"")
     assert qube.cancelled() == [cid]
+
+
+def test_a_signal_once_the_result_is_there_gives_up_nothing(qube):
+    client, cid = qube.start("-n", "x")
+    output = Output(qube, cid)
+    # Its reader takes none of it.
+    for _ in range(4):
+        output.put("out", b"x" * (1 << 16))
+    end = time.monotonic() + WAIT
+    while fcntl.ioctl(client.stdout, termios.FIONREAD, bytes(4)) != struct.pack("i", fcntl.fcntl(client.stdout, _F_GETPIPE_SZ)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert output.result(exit_code=3) == {}
+    client.send_signal(signal.SIGTERM)
+    code, _, err = rest(client)
+    assert (code, err) == (143, f"qvm-remote: interrupted; the command had ended with 3, and its output is kept, see: qvm-remote history show {cid}\n".encode())
+    assert qube.has_history(cid)
+    assert os.listdir(os.path.join(qube.base, "queue", "pending")) == []
 
 
 def test_the_disk_of_whoever_reads_is_full(qube):
