@@ -94,27 +94,28 @@ def show(queue, count):
     put_raw(b"".join(lines[-count:] if count else []))
 
 
-def command_of(queue, cid):
-    """What a request asked for, as far as the log has it.
+def commands(queue):
+    """What requests asked for, as far as the log has them.
 
     Args:
         queue: Queue.
-        cid: str.
 
     Returns:
-        bytes, ``...`` at the end of one that is longer; empty where the log does not have it.
+        dict of id (bytes) to bytes, ``...`` at the end of a command that is longer.
     """
-    for path in (queue.audit, queue.audit + ".1"):
+    found = {}
+    for path in (queue.audit + ".1", queue.audit):
         try:
             lines = _last_lines(path)
         except (OSError, PullError):
             continue
-        for line in reversed(lines):
+        for line in lines:
             before, is_there, shown = line.rstrip(b"\n").partition(b" cmd=")
-            if is_there and f"] SUBMIT id={cid} ".encode("ascii") in before:
+            _, is_ours, about = before.partition(b"] SUBMIT id=")
+            if is_there and is_ours:
                 command = _unescaped(shown)
-                return command if b" size=%dB " % len(command) in before else command + b"..."
-    return b""
+                found[about.partition(b" ")[0]] = command if b" size=%dB " % len(command) in before else command + b"..."
+    return found
 
 
 def _last_lines(path):

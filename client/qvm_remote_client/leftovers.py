@@ -117,12 +117,14 @@ def _print_status(queue, as_json):
 
 def _clean(queue):
     taken_back = moved = 0
+    commands = None
     for one in requests_in(queue):
         # Asked again: it may have ended, or been fetched, since.
         if has_client(queue, one["id"]):
             continue
         if one["state"] == RESULT:
-            moved += _move_to_history(queue, one["id"])
+            commands = journal.commands(queue) if commands is None else commands
+            moved += _move_to_history(queue, one["id"], commands.get(os.fsencode(one["id"])))
         else:
             taken_back += 1
             take_back(queue, one["id"])
@@ -137,13 +139,13 @@ def _clean(queue):
     put(f"{taken_back} taken back or cancelled, {moved} results moved to the history, {len(removed)} other files removed\n")
 
 
-def _move_to_history(queue, cid):
+def _move_to_history(queue, cid, command):
     """Have an unfetched result found where fetched ones are."""
     folder = os.path.join(queue.history, f"{cid[:4]}-{cid[4:6]}-{cid[6:8]}", cid)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         # Only its client had all of it.
-        path, command = os.path.join(folder, "command"), journal.command_of(queue, cid)
+        path = os.path.join(folder, "command")
         if command and not os.path.lexists(path):
             write_whole(path, command)
         # The exit code last: while it lies here, this can be done again.

@@ -893,6 +893,23 @@ def test_a_result_that_is_put_away_has_the_command_that_the_log_has(qube, is_old
     assert [one["command"] for one in json.loads(qube.ok("history", "--json")) if one["id"] == CID] == [""]
 
 
+def test_the_log_is_read_once_for_all_results_that_are_put_away(qube):
+    qube.ok("queue", "make")
+    cids = [GONE_CID[:-4] + f"{number:04x}" for number in range(5)]
+    for cid in cids:
+        qube.put(f"queue/results/{cid}.exit", b"0\n")
+        journal.submitted(Queue(str(qube.base)), cid, "shell", cid.encode())
+    # Each log goes as it is read.
+    program = (
+        f"import os, sys; sys.path[:0] = [{os.path.join(ROOT, 'client')!r}, {os.path.join(ROOT, '_utils')!r}]\n"
+        "from qvm_remote_client import journal, main\nread = journal._last_lines\n"
+        "journal._last_lines = lambda path: (read(path), os.path.exists(path) and os.unlink(path))[0]\nmain.main(['queue', 'clean'])"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], env=qube.env, capture_output=True, timeout=60, check=True)
+    assert b" 5 results moved" in done.stdout
+    assert {one["id"]: one["command"] for one in json.loads(qube.ok("history", "--json"))} == {cid: cid for cid in cids}
+
+
 def test_a_log_that_others_wrote_to_keeps_no_result_from_the_history(qube):
     qube.put("audit.log", f"] SUBMIT id={GONE_CID} cmd=\\x\\N{{\n] SUBMIT id={GONE_CID}".encode() + b" size=9B cmd=\xff\\ud800\\q\n")
     qube.put(f"queue/results/{GONE_CID}.exit", b"0\n")
