@@ -533,18 +533,16 @@ def _have_fresh_key(ret, vm, days, settings):
     if days > 0 and 0 <= age <= days:
         ret["comment"] = _and(ret["comment"], f"the key of {vm} is {age:.0f} days old")
         return
-    shown = __salt__["qvm_remote.keys"](config=settings, vm=vm)[vm].get("fingerprint")
-    rotated = _change(
-        ret,
-        "key",
-        shown,
-        "a new key",
-        f"the key of {vm} would be rotated",
-        lambda: __salt__["qvm_remote.rotate"](vm, config=settings),
-        f"the key of {vm} was rotated",
-    )
+    known = __salt__["qvm_remote.keys"](config=settings, vm=vm)[vm]
+    waits = known.get("next")
+    rotated = None if __opts__["test"] else __salt__["qvm_remote.rotate"](vm, config=settings)
+    if waits and (rotated is None or rotated["new"] == waits):
+        # One that waits is not replaced, since the VM may have it.
+        ret["comment"] = _and(ret["comment"], f"{vm} has not used its new key {waits} yet")
+    else:
+        new = rotated["new"] if rotated else "a new key"
+        _change(ret, "key", known.get("fingerprint"), new, f"the key of {vm} would be rotated", lambda: rotated, f"the key of {vm} was rotated")
     if rotated:
-        ret["changes"]["key"]["new"] = rotated["new"]
         if "problem" in rotated:
             raise _Failed(rotated["problem"])
         if not rotated["handed"]:

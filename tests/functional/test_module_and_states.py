@@ -411,6 +411,20 @@ def test_a_key_whose_age_a_clock_that_was_set_back_hides_is_rotated(loaders, set
 
 
 @pytest.mark.parametrize("test", [False, True])
+@pytest.mark.parametrize("days_ahead", [400, -400])
+def test_a_new_key_that_waits_is_not_rotated_again_whatever_its_age(loaders, settings, days_ahead, test):
+    states = loaders.states.qvm_remote
+    states.key_present("work", key="generate", settings=settings)
+    waits = loaders.modules.qvm_remote.rotate("work", config=settings)["new"]
+    os.utime(os.path.join(settings["key_dir"], "work.key.new"), (time.time() + days_ahead * 86400,) * 2)
+    ret = states.key_rotated("work", days=90, settings=settings, test=test)
+    assert (ret.result, ret.changes) == (True, {})
+    shut_down = "" if test else "; it is shut down and gets its key when it runs next"
+    assert ret.comment == f"work has not used its new key {waits} yet{shut_down}"
+    assert loaders.modules.qvm_remote.keys(config=settings)["work"]["next"] == waits
+
+
+@pytest.mark.parametrize("test", [False, True])
 def test_a_key_that_is_for_whoever_comes_first_is_for_the_qube_that_the_states_find(loaders, settings, key, test):
     modules, states = loaders.modules.qvm_remote, loaders.states.qvm_remote
     modules.authorize("late", key_file=key[1], in_advance=True, config=settings)
