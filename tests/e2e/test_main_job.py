@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import select
 import subprocess
 import sys
 import time
@@ -169,6 +170,9 @@ def test_events_tell_of_a_command_and_never_of_its_output(dom0):
 import json, sys, salt.config, salt.utils.event, time
 opts = salt.config.minion_config(sys.argv[1])
 bus = salt.utils.event.get_event("minion", opts=opts, listen=True)
+# The bus takes a listener in when it comes to that.
+while not bus.get_event(wait=1, tag="qvm-remote/"):
+    continue
 print("listening", flush=True)
 def last():
     try:
@@ -186,6 +190,10 @@ print(json.dumps(seen))
     script, last = f"{dom0.folder}/listen.py", f"{dom0.folder}/last-event"
     dom0.put(script, listener)
     watcher = dom0.popen_dom0(sys.executable, script, dom0.factory.config["conf_file"], last, stdout=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not select.select([watcher.stdout], [], [], 1)[0]:
+        assert dom0.remote("ping").returncode == 0
+        assert time.monotonic() < end, "no event is heard"
     assert watcher.stdout.readline() == b"listening\n"
     done = dom0.remote("-v", "-n", "echo very-$((1))-secret")
     assert done.returncode == 0
