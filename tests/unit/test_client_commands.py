@@ -1101,14 +1101,19 @@ def test_ctrl_c_while_stdin_is_read_asks_dom0_for_nothing(qube):
     assert b" exit=130 status=given-up\n" in qube.ok("log")
 
 
-def _stuck(qube, exit_code):
-    """A client whose command has ended, with more output than its reader takes: (process, end of its stdout to read from, id)."""
+def _asking(qube):
+    """A client that has sent its request, with a reader that takes no output: (process, end of its stdout to read from, id)."""
     qube.has_key()
     reader, stdout = os.pipe()
     client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env=qube.env)
     os.close(stdout)
     _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
-    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    return client, reader, next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+
+
+def _stuck(qube, exit_code):
+    """The same one, whose command has ended, with more output than its reader takes."""
+    client, reader, cid = _asking(qube)
     meta = make_meta(KEY, cid, sha256(MUCH), sha256(b""), {"id": cid, "exit": exit_code, "status": "done", "seconds": "0.250"})
     for part, data in (("out", MUCH), ("err", b""), ("meta", meta), ("exit.new", b"%d\n" % exit_code)):
         path = qube.put(f"queue/results/{cid}.{part}", data)
@@ -1161,13 +1166,8 @@ def test_two_signals_at_once_while_a_result_is_shown_are_one(qube, numbers):
 @pytest.mark.parametrize("moment", ["before it is read", "while it is checked"])
 def test_a_signal_once_a_result_is_there_says_that_the_command_had_ended(qube, moment):
     size = 1 << 8 if moment == "before it is read" else 1 << 28
-    qube.has_key()
     # Should the signal come late, it is shown to nobody who reads.
-    reader, stdout = os.pipe()
-    client = subprocess.Popen([*QVM_REMOTE, "-n", "true"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env=qube.env)
-    os.close(stdout)
-    _wait(lambda: list(qube.base.glob("queue/pending/*.auth")))
-    cid = next(iter(qube.base.glob("queue/pending/*.auth"))).stem
+    client, reader, cid = _asking(qube)
     meta = make_meta(KEY, cid, sha256(bytes(size)), sha256(b""), {"id": cid, "exit": 3, "status": "done"})
     if size == 1 << 8:
         client.send_signal(signal.SIGSTOP)

@@ -1042,28 +1042,20 @@ def test_each_client_whose_result_was_given_up_is_told(dom0, monkeypatch, troubl
     _play(dom0, scene, monkeypatch)
 
 
-def test_a_result_whose_client_cancels_it_before_it_was_delivered_is_not_delivered(dom0, monkeypatch):
+@pytest.mark.parametrize("is_heard_first", [True, False])
+def test_a_result_whose_client_cancels_it_before_it_was_delivered_is_not_delivered(dom0, monkeypatch, is_heard_first):
     async def scene(puller, hub, vm):
         await puller._open()
         cid = _done(dom0)
-        puller.finished(cid, Finished(status="done", result=Result(0, {part: of_bytes(b"") for part in ("out", "err", "meta")})))
+        end = Finished(status="done", result=Result(0, {part: of_bytes(b"") for part in ("out", "err", "meta")}))
+        if is_heard_first:
+            puller.finished(cid, end)
         await puller._cancel(cid)
+        if not is_heard_first:
+            # It was on its way from the thread that ran it.
+            puller.finished(cid, end)
         await puller._deliver()
         assert (vm.dropped, vm.delivered) == ([cid], [])
-        assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-1] == "given-up"
-
-    _play(dom0, scene, monkeypatch)
-
-
-def test_a_result_whose_end_is_heard_of_after_its_cancel_is_not_delivered(dom0, monkeypatch):
-    async def scene(puller, hub, vm):
-        await puller._open()
-        cid = _done(dom0)
-        await puller._cancel(cid)
-        # It was on its way from the thread that ran it.
-        puller.finished(cid, Finished(status="done", result=Result(0, {part: of_bytes(b"") for part in ("out", "err", "meta")})))
-        await puller._deliver()
-        assert vm.delivered == []
         assert not puller._given_up and not puller._outbox
         assert [line["what"] for line in query(dom0.config.audit_log, "work") if line["id"] == cid][-1] == "given-up"
 
