@@ -181,7 +181,7 @@ def _strays(queue):
         cid, _, rest = name.lstrip(".").partition(".")
         is_loose = rest in ("auth", "in") and is_cid(os.fsencode(cid)) and cid not in known and not has_client(queue, cid)
         # Until stdin is read, its client has no bell.
-        if is_loose and not _is_alive(cid):
+        if (is_loose and not _client_lives(cid)) or _is_half_written(queue.pending(name)):
             yield queue.pending(name)
     for name in names_in(queue.results()):
         if name.startswith("."):
@@ -191,24 +191,39 @@ def _strays(queue):
         if not is_cid(os.fsencode(cid)):
             if _age(queue.results(name)) > _SETTLED:
                 yield queue.results(name)
-        elif rest == "bell" and not has_client(queue, cid) and not _is_alive(cid):
+        elif rest == "bell" and not has_client(queue, cid) and not _client_lives(cid):
             yield queue.results(name)
 
 
-def _is_alive(cid):
-    """Whether there is a process with the number of a command's client that is as old as the command; another one has got that number since."""
+def _is_half_written(path):
+    """Whether somebody was killed who wrote a file of a request (see pullrpc.files.write_whole)."""
+    words = os.path.basename(path).split(".")
+    if len(words) not in (4, 5) or words[0] or not is_cid(os.fsencode(words[1])) or not (words[-2].isascii() and words[-2].isdigit()):
+        return False
     try:
-        with open(f"/proc/{cid.split('-')[2]}/stat", "rb") as file:
+        return not _is_alive(words[-2], os.lstat(path).st_mtime)
+    except FileNotFoundError:
+        return False
+
+
+def _client_lives(cid):
+    try:
+        return _is_alive(cid.split("-")[2], cid_time(cid))
+    except Refused:
+        # No client makes an id of a time that there is not.
+        return False
+
+
+def _is_alive(number, since):
+    """Whether there is a process of some number that is as old as what it made; another one has got that number since."""
+    try:
+        with open(f"/proc/{number}/stat", "rb") as file:
             # proc(5): the 22nd word, counted behind the program's name, which may hold anything.
             ticks = int(file.read().rpartition(b")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return False
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    try:
-        return time.time() - age < cid_time(cid) + _TICK
-    except Refused:
-        # No client makes an id of a time that there is not.
-        return False
+    return time.time() - age < since + _TICK
 
 
 def _remove(path):

@@ -935,6 +935,22 @@ def test_results_reach_the_history_from_a_queue_on_a_disk_of_its_own(qube):
         subprocess.run(["umount", "-l", results], check=True)
 
 
+@pytest.mark.parametrize("part", ["", ".auth", ".cancel"])
+def test_queue_clean_removes_what_somebody_was_killed_over_and_not_what_is_being_written(qube, part):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    cid = f"20261124-120000-{gone.pid}-0badcafe"
+    # The third one's process is younger than the file: it has got the number of one that is gone.
+    qube.put(f"queue/pending/.{cid}{part}.{gone.pid}.0badcafe", b"half")
+    younger = qube.put(f"queue/pending/.{cid}{part}.{os.getpid()}.1badcafe", b"half")
+    os.utime(younger, (1, 1))
+    written = qube.put(f"queue/pending/.{cid}{part}.{os.getpid()}.2badcafe", b"half")
+    foreign = qube.put("queue/pending/.a.b.1.2badcafe", b"a name that is none of ours")
+    qube.ok("queue", "clean")
+    assert written.exists()
+    assert {path.name for path in qube.base.glob("queue/pending/.*")} <= {written.name, foreign.name}
+
+
 def test_queue_clean_leaves_the_stdin_that_a_client_is_still_reading(qube):
     reading = new_cid()
     # Of a client that had our number before us, in a qube that was started anew.
